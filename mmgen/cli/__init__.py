@@ -1,0 +1,38 @@
+"""The command line: one module per subcommand. Options in, one library call, a result shown. No mathematics here.
+
+Nothing in these modules imports torch before a command runs, so that `mmgen --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from .. import __version__
+from . import sample, train_imm
+
+app = typer.Typer(
+    name="mmgen",
+    help="Few-step image generators by moment matching: train them, sample from them, measure them.",
+    epilog="Start with: mmgen train-imm   (five minutes, on real images that come with the package)",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"mmgen {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _mmgen(
+    version: bool = typer.Option(False, "--version", help="Show the version and exit.", callback=_show_version, is_eager=True),
+) -> None:
+    pass
+
+
+app.command("train-imm")(train_imm.train_imm)
+app.command("sample")(sample.sample)

@@ -1,0 +1,259 @@
+"""`mmgen sample`: images from a model."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import ConfigError, nearest
+from .progress import progress_bar
+
+if TYPE_CHECKING:
+    from ..models import ModelConfig
+    from ..sample_folder import Written
+
+FORMATS = {"png": "", "npz": ".npz", "grid": ".png"}  # and the suffix of the file, if it is one
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def sample(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model file, a run folder such as runs/digits-imm, or a hub repository user/name."
+        ),
+    ],
+    steps: Annotated[
+        str, typer.Option(help="Network evaluations per image; several, such as 1,2,4, draw the same images with each.")
+    ] = "1",
+    num: Annotated[int, typer.Option(help="How many images. A larger number later adds to those that are there.")] = 64,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Where they go: a folder, or a file .npz or .png (a grid). With several steps, steps-1/ ... in the "
+            "folder, or NAME-steps-1.npz ..."
+        ),
+    ] = Path("samples"),
+    format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="png|npz|grid",
+            help="png: a PNG file per image. npz: one file, arr_0 the images (N, H, W, C), arr_1 the labels; fast for "
+            "many. grid: one picture of all. Default: what --out ends in, else png.",
+        ),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Image i has the random numbers of (seed, i), whatever the batch size and devices.")
+    ] = 0,
+    classes: Annotated[
+        str,
+        typer.Option(
+            metavar="random|balanced|3,5",
+            help="random: as often as in the training data. balanced: all in turn. Or a list of class names or "
+            "numbers, in turn.",
+        ),
+    ] = "random",
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            help="w of classifier-free guidance; 1 is none, others cost twice the evaluations. Default: the model's."
+        ),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="pushforward|restart",
+            help="pushforward: from each time to the next. restart: to the end, then back with fresh noise. "
+            "Default: the model's.",
+        ),
+    ] = None,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="default|uniform|edm|eta",
+            help="Times of the steps. default: the paper's, uniform but for two steps, which meet at eta 1.4. "
+            "edm: equation 5 of Karras et al. eta: those of --eta. Default: the model's.",
+        ),
+    ] = None,
+    eta: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1.4",
+            help="Intermediate times as eta = sigma/alpha, one fewer than steps, descending. Default: none.",
+        ),
+    ] = None,
+    ema: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Another of the run's weight averages, such as 0.9999. Default: the first."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="Images at a time: more need more memory. No influence on the images.")
+    ] = 256,
+    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: the GPU if there is one.")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace samples of other settings in --out. Default: refuse.")
+    ] = False,
+) -> None:
+    """Draw images from a model.
+
+    Example: mmgen sample runs/digits-imm --steps 1,2,4 --num 64 --out samples/
+
+    An interrupted run continues with the images still missing when the same command is typed again.
+
+    How the samples were made is recorded in samples.json, or NAME.npz.json.
+
+    With several GPUs: accelerate launch -m mmgen sample MODEL ...
+    """
+    with _interruptible():
+        step_counts = _numbers(steps, int, "--steps", "1,2,4")
+        layout, places = _places(out, format, step_counts)
+        if device not in DEVICES:
+            raise ConfigError(f"unknown device {device!r}: {nearest(device, DEVICES)}")
+        etas = tuple(_numbers(eta, float, "--eta", "1.4")) if eta is not None else ()
+        if num < 1:
+            raise ConfigError(f"--num must be at least 1, not {num}")
+
+        from .. import sample_file, sample_folder, sampling
+        from ..models import load_model, read_config
+        from ..sample_drawing import find_team
+        from ..sample_record import Origin
+
+        origin = Origin.of(model, ema)
+        config = read_config(origin.file)
+        common = {"seed": seed, "classes": _classes(classes, config), "guidance": guidance, "sampler": sampler}
+        common |= {"grid": grid, "etas": etas, "batch_size": batch_size}
+        settings = [sampling.SampleSettings(steps=count, **common) for count in step_counts]
+        for one in settings:  # all are checked before the first is drawn
+            sampling.plan(config, one)
+        team = find_team(cpu=device == "cpu")
+        loaded = load_model(origin.file, _device(device))
+        write = {"png": sample_folder.write_png, "npz": sample_file.write_npz, "grid": sample_file.write_grid}[layout]
+
+        written = []
+        for one, place in zip(settings, places, strict=True):
+            description = f"{one.steps} step{'s' * (one.steps > 1)}"
+            with progress_bar(description, num) if team.is_main else contextlib.nullcontext() as update:
+                written.append(write(loaded, place, num, one, origin, overwrite=overwrite, progress=update, team=team))
+        if team.is_main:
+            _show(written)
+
+
+def _numbers(text: str, kind: type, option: str, example: str) -> list:
+    """Numbers separated by commas, without repetitions. Raises ConfigError."""
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{option} must be {what} separated by commas, such as {example}, not {text!r}") from None
+
+
+def _places(out: Path, format: str | None, steps: list[int]) -> tuple[str, list[Path]]:
+    """The format, and a folder or file for each number of steps. Raises ConfigError."""
+    if format is not None and format not in FORMATS:
+        raise ConfigError(f"unknown format {format!r}: {nearest(format, FORMATS)}")
+    suffix = out.suffix.lower()
+    inferred = {".npz": "npz", ".png": "grid"}.get(suffix)
+    if inferred and format not in (None, inferred):
+        kind = "one npz file" if inferred == "npz" else "one picture (grid)"
+        raise ConfigError(f"--out {out} means {kind}, but --format is {format}: change one of them")
+    if suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip") and not out.is_dir():
+        raise ConfigError(
+            f"--out {out} is nothing that can be written: give a folder, a file .npz or a file .png (a grid)"
+        )
+    layout = inferred or format or "png"
+    if layout == "png":
+        if len(steps) == 1:
+            return layout, [out]
+        if (out / "samples.json").is_file():
+            raise ConfigError(
+                f"{out} holds the samples of one run, and folders of others beside them confuse: choose another --out"
+            )
+        return layout, [out / f"steps-{count}" for count in steps]
+    file = out if inferred else out / {"npz": "samples.npz", "grid": "grid.png"}[layout]
+    if len(steps) == 1:
+        return layout, [file]
+    return layout, [file.with_name(f"{file.stem}-steps-{count}{file.suffix}") for count in steps]
+
+
+def _classes(text: str, config: ModelConfig) -> str | list[int]:
+    """`random`, `balanced`, or class numbers from a list of names and numbers. Raises ConfigError."""
+    if text in ("random", "balanced"):
+        return text
+    if config.num_classes == 0:
+        raise ConfigError("classes cannot be chosen: this model is unconditional")
+    names = config.class_names or []
+    number = {name.lower(): i for i, name in reversed(list(enumerate(names)))} | {
+        name: i for i, name in enumerate(names)
+    }
+    chosen = []
+    for word in (
+        [text] if text in number else [part.strip() for part in text.split(",")]
+    ):  # a name may have commas in it
+        found = number.get(word, number.get(word.lower()))
+        if found is None and word.isdecimal() and int(word) < config.num_classes:
+            found = int(word)
+        if found is None:
+            raise ConfigError(f"unknown class {word!r}: {_valid_classes(word, names, config.num_classes)}")
+        chosen.append(found)
+    return chosen
+
+
+def _valid_classes(word: str, names: list[str], count: int) -> str:
+    numbers = f"random, balanced, or numbers from 0 to {count - 1}"
+    if not names:
+        return f"this model knows {numbers}"
+    if len(names) <= 20:
+        return f"{nearest(word, names)}; also {numbers}"
+    close = nearest(word, names).split("? Valid:")
+    return f"{close[0]}? " * (len(close) > 1) + f"it has {count} names; also {numbers}"
+
+
+def _device(word: str) -> str:
+    import torch
+
+    if word == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU; use --device cpu, or install a torch that supports yours")
+    return "cuda" if word != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends with status 130 and SIGTERM with 143, after temporary files are gone."""
+
+    def terminate(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not in the main thread: whoever runs this there handles signals
+        before = None
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        typer.echo("interrupted: the same command continues with the images still missing", err=True)
+        raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _show(written: list[Written]) -> None:
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in ("steps", "NFE", "images", "drawn now"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    for one in written:
+        where = str(one.place) + "/" * one.place.is_dir()
+        table.add_row(str(one.record["steps"]), str(one.record["nfe"]), f"{one.num:,}", f"{one.drawn:,}", where)
+    # Where the output goes to a file, paths are not broken
+    Console(width=None if sys.stdout.isatty() else 1000).print(table, highlight=False, markup=False)

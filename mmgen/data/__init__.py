@@ -1,0 +1,52 @@
+"""Data sets: a word on the command line becomes uint8 images `[N, C, R, R]` and integer labels.
+
+    data = load("cifar10")                            # $MMGEN_DATA_DIR/cifar10, the hub's cache, or a download
+    data = load("photos/", resolution=64)             # a folder of images, one subfolder a class
+    data = load("user/name", split="test")            # any image data set of the Hugging Face hub
+
+`resolve` finds the place and `sources` recognises its layout; `decode` turns one encoded image into pixels; `cache`
+does so once for all of them. Importing this package imports neither torch nor datasets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .dataset import Dataset, DataShape
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["DataShape", "Dataset", "load"]
+
+
+def load(
+    word: str,
+    *,
+    resolution: int | None = None,  # None: the images' own, which must then be square and the same for all
+    channels: int | None = None,  # 1, 3, or None: 1 if the first images are all grey
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+    on_corrupt: str = "stop",  # or "skip": leave out images that cannot be read, and say so in the description
+    cache_dir: str | os.PathLike | None = None,  # None: $MMGEN_CACHE, else ~/.cache/mmgen
+    progress: Callable[[int, int], None] | None = None,  # called with (images decoded, images in all)
+) -> Dataset:
+    """Finds the data set that `word` means, decodes it once, and returns it.
+
+    `word`: `digits` (1,797 images of 8x8 that come with mmgen), `cifar10`, a file or folder, a name in $MMGEN_DATA_DIR,
+    or `user/name` on the Hugging Face hub. Images of another size are resized and centre-cropped as ADM does.
+    The digits are small enough to be decoded anew each time; everything else is decoded into the cache, and later calls
+    map that file. Raises DataError where there is no such data set, or it cannot be understood, read or cached.
+    """
+    from . import cache
+    from .resolve import DIGITS, resolve
+
+    cache.check_options(resolution, channels, on_corrupt)
+    source = resolve(word, split=split, image_column=image_column, label_column=label_column)
+    if word == DIGITS:
+        return cache.decode_in_memory(source, resolution, channels, on_corrupt=on_corrupt, progress=progress, word=word)
+    return cache.prepare(
+        source, resolution, channels, cache_dir=cache_dir, on_corrupt=on_corrupt, progress=progress, word=word
+    )

@@ -1,0 +1,103 @@
+"""Which column of a table holds the images, and which the labels."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import DataError, nearest
+
+if TYPE_CHECKING:
+    import pyarrow
+
+IMAGE_NAMES = ("image", "img", "jpg", "png", "pixel_values")
+LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class")
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str
+    kind: str  # "image": an Image feature; "bytes": may hold encoded images; "class": a ClassLabel; "integer"; "other"
+    type: str  # for messages
+    class_names: list[str] | None = None
+
+
+def columns_of(schema: pyarrow.Schema) -> list[Column]:
+    """Columns of an Arrow schema; `datasets` keeps its feature types as JSON in the schema's metadata."""
+    features = {}
+    if b"huggingface" in (schema.metadata or {}):
+        try:
+            features = json.loads(schema.metadata[b"huggingface"])["info"]["features"] or {}
+        except (ValueError, KeyError, TypeError):
+            features = {}  # another version's metadata: the Arrow types still say enough
+    return [_column(field, features.get(field.name)) for field in schema]
+
+
+def _column(field: pyarrow.Field, feature: object) -> Column:
+    import pyarrow.types as types
+
+    kind = feature.get("_type") if isinstance(feature, dict) else None
+    if kind == "Image":
+        return Column(field.name, "image", "Image")
+    if types.is_integer(field.type):
+        if kind == "ClassLabel":
+            return Column(field.name, "class", "ClassLabel", feature.get("names") or None)
+        return Column(field.name, "integer", str(field.type))
+    if _holds_bytes(field.type):
+        return Column(field.name, "bytes", str(field.type))
+    return Column(field.name, "other", str(field.type))
+
+
+def _holds_bytes(kind: pyarrow.DataType) -> bool:
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return any(child.name == "bytes" and _holds_bytes(child.type) for child in kind)
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def choose_image(columns: list[Column], wanted: str | None, place: str) -> Column:
+    """The column of images: the one wanted, else the only Image feature, else one that holds bytes under a usual name.
+
+    Of several Image features (an image and its mask) the one with a usual name is meant; if that does not single one
+    out, or there is none, raises DataError.
+    """
+    possible = [c for c in columns if c.kind in ("image", "bytes")]
+    if wanted is not None:
+        return _wanted(columns, possible, wanted, place, "images", "--image-column")
+    candidates = [c for c in columns if c.kind == "image"]
+    if len(candidates) != 1:
+        usual = [c for c in candidates or possible if c.name in IMAGE_NAMES]
+        candidates = usual if len(usual) == 1 or not candidates else candidates
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        names = ", ".join(c.name for c in candidates)
+        raise DataError(f"{place} has several columns of images ({names}): choose one with --image-column")
+    listing = ", ".join(f"{c.name} ({c.type})" for c in columns)
+    hint = ": choose one with --image-column" if possible else ""
+    raise DataError(f"{place} has no column that is known to hold images; it has {listing or 'no columns'}{hint}")
+
+
+def choose_label(columns: list[Column], wanted: str | None, place: str) -> Column | None:
+    """The column of labels: the one wanted, else the first ClassLabel, else integers under a usual name, else None."""
+    possible = [c for c in columns if c.kind in ("class", "integer")]
+    if wanted is not None:
+        return _wanted(columns, possible, wanted, place, "integer labels", "--label-column")
+    for column in possible:
+        if column.kind == "class":
+            return column
+    by_name = {c.name: c for c in possible}
+    return next((by_name[name] for name in LABEL_NAMES if name in by_name), None)
+
+
+def _wanted(columns: list[Column], possible: list[Column], wanted: str, place: str, what: str, option: str) -> Column:
+    for column in possible:
+        if column.name == wanted:
+            return column
+    valid = nearest(wanted, [c.name for c in possible]) if possible else f"none of its columns holds {what}"
+    for column in columns:
+        if column.name == wanted:
+            raise DataError(f"{option}: column {wanted!r} of {place} is {column.type}, not {what}: {valid}")
+    raise DataError(f"{option}: {place} has no column {wanted!r}: {valid}")

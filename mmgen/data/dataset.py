@@ -1,0 +1,61 @@
+"""What every `--data` word becomes: uint8 images, integer labels, and where they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class DataShape:
+    """What a network must know of its data."""
+
+    resolution: int
+    channels: int
+    num_classes: int = 0  # 0: no labels
+    class_names: list[str] | None = None
+    class_counts: list[int] | None = None  # images of each class
+
+
+@dataclass(frozen=True)
+class Dataset:
+    word: str  # what the user wrote
+    images: np.ndarray  # uint8 [N, C, R, R], 0..255; read-only, memory-mapped where it comes from the cache
+    labels: np.ndarray | None  # int64 [N], 0 <= label < num_classes
+    class_names: list[str] | None
+    description: str  # one line: layout, number of images, columns, classes, resolution, what was left out
+    fingerprint: str  # SHA-256 of shape, pixels and labels: the same data has the same one wherever it lies
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def resolution(self) -> int:
+        return self.images.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        """0 without labels; else the larger of the highest label + 1 and the number of class names."""
+        if self.labels is None:
+            return 0
+        return max(int(self.labels.max()) + 1, len(self.class_names or []))
+
+    @property
+    def class_counts(self) -> list[int] | None:
+        """Images of each class, [num_classes]."""
+        if self.labels is None:
+            return None
+        import numpy as np
+
+        return np.bincount(self.labels, minlength=self.num_classes).tolist()
+
+    @property
+    def shape(self) -> DataShape:
+        return DataShape(self.resolution, self.channels, self.num_classes, self.class_names, self.class_counts)

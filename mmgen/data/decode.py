@@ -1,0 +1,120 @@
+"""One encoded image -> pixels, uint8 [C, R, R]."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from .image_source import CorruptImage
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit: beyond it, a small file may be made to fill the memory
+_GREY_MODES = ("1", "L", "LA", "La", "I")
+_ORIENTATION = 0x0112
+_UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(raw: bytes | Image.Image, resolution: int, channels: int) -> np.ndarray:
+    """An encoded image, or a PIL one -> uint8 [channels, resolution, resolution]. Raises CorruptImage."""
+    return to_pixels(open_image(raw), resolution, channels)
+
+
+def open_image(raw: bytes | Image.Image) -> Image.Image:
+    """Decodes an image fully and turns it upright as its EXIF orientation says.
+
+    Raises CorruptImage where the bytes are no image, are cut short, or are too many pixels.
+    """
+    try:
+        image = raw if isinstance(raw, Image.Image) else Image.open(io.BytesIO(raw))
+        _check_size(*image.size)  # before any pixel is decoded
+        image.load()
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        return image.transpose(turn) if turn is not None else image
+    except CorruptImage:
+        raise
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise CorruptImage(_reason(raw, error)) from error
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether nothing is lost in one channel: a grey mode, or red, green and blue equal at every pixel."""
+    if image.mode in _GREY_MODES or image.mode.startswith("I;16"):
+        return True
+    rgb = np.asarray(_to_mode(image, "RGB"))
+    return bool((rgb[..., :1] == rgb[..., 1:]).all())
+
+
+def to_pixels(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
+    """A loaded image of any mode and size -> uint8 [channels, resolution, resolution].
+
+    Transparency is dropped, not blended, as every code base of the field does (`convert("RGB")`). Raises CorruptImage
+    where the mode has no 8-bit meaning.
+    """
+    try:
+        image = centre_crop(_to_mode(image, "L" if channels == 1 else "RGB"), resolution)
+    except ValueError as error:  # Pillow knows no conversion, from LAB for instance
+        raise CorruptImage(f"mode {image.mode}: {error}") from error
+    pixels = np.asarray(image)
+    return pixels[None].copy() if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """ADM's preprocessing: halve while the short side is twice too long, resize it to `resolution`, crop the centre.
+
+    Halving averages 2x2 pixels (BOX); the last step is BICUBIC. An image of that size is returned untouched.
+    """
+    if image.size == (resolution, resolution):
+        return image
+    while min(image.size) >= 2 * resolution:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = resolution / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    _check_size(*size)  # a strip of 1 x 100,000 pixels enlarged
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """To "L" or "RGB", 8 bits."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _eight_bits(image)
+    if image.mode == "F":
+        raise CorruptImage("its pixels are floating-point numbers of unknown range")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colours; straight to RGB, Pillow warns about every image
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey -> 8-bit: round(v / 257), which maps 65535 to 255. Pillow's own conversion clips at 255."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise CorruptImage("its grey values do not fit 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _check_size(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise CorruptImage(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are safe to open")
+
+
+def _reason(raw: bytes | Image.Image, error: Exception) -> str:
+    if not isinstance(raw, bytes):
+        return str(error)
+    if not raw:
+        return "empty"
+    if raw.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the image itself: run `git lfs pull`"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow knows"
+    return str(error) or type(error).__name__

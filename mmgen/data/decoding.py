@@ -1,0 +1,115 @@
+"""All images of a source, in order, decoded by several threads, with only one chunk of them in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import DataError
+from .decode import is_grey, open_image, to_pixels
+from .image_source import CorruptImage, ImageSource
+
+PROBED = 16  # images that decide whether a source is grey
+_CHUNK_BYTES = 1 << 25
+_MOST_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    resolution: int
+    channels: int
+    same_size: bool  # the resolution is the first image's own: an image of another size is an error
+    only_grey: bool  # one channel was chosen because the first images are grey: a colour image is an error
+    skip_corrupt: bool
+
+
+@dataclass(frozen=True)
+class Chunk:
+    pixels: np.ndarray  # uint8 [n, C, R, R]
+    kept: list[int]  # which images of the source these are, [n]
+    skipped: list[str]  # names of those that cannot be read
+
+
+def settle(source: ImageSource, resolution: int | None, channels: int | None, on_corrupt: str) -> Plan:
+    """Fills in what was left open from the first images that can be read: the resolution from 1, the channels from 16.
+
+    Raises DataError where the first image is not square and no resolution is given, or no image can be read.
+    """
+    own_size, grey, colour = resolution, 0, False
+    for i in range(source.length):
+        if own_size is not None and (channels is not None or colour or i >= PROBED and grey):
+            break
+        try:
+            image = open_image(source.read(i))
+            if own_size is None:
+                if image.width != image.height:
+                    size = f"{image.width}x{image.height}"
+                    raise DataError(f"{source.names(i)} is {size}, not square: give --resolution to resize and crop")
+                own_size = image.width
+            colour = colour or not is_grey(image)
+            grey += not colour
+        except CorruptImage as error:
+            if on_corrupt != "skip":
+                raise _stop(source.names(i), error) from error
+    if own_size is None or channels is None and not (colour or grey):
+        raise DataError(f"none of the {source.length:,} images can be read")
+    return Plan(
+        resolution=own_size,
+        channels=channels or (3 if colour else 1),
+        same_size=resolution is None,
+        only_grey=channels is None and not colour,
+        skip_corrupt=on_corrupt == "skip",
+    )
+
+
+def decode_all(source: ImageSource, plan: Plan, progress: Callable[[int, int], None] | None = None) -> Iterator[Chunk]:
+    """Yields all images of a source in order. Raises DataError, naming the image, where one does not fit the plan."""
+    size = min(max(_CHUNK_BYTES // (plan.channels * plan.resolution**2), 16), 1024)
+    found = False
+    with ThreadPoolExecutor(min(_cores(), _MOST_THREADS)) as threads:
+        for start in range(0, source.length, size):
+            numbers = range(start, min(start + size, source.length))
+            decoded = list(threads.map(lambda i: _pixels(source, i, plan), numbers))
+            kept = [i for i, pixels in zip(numbers, decoded) if pixels is not None]
+            skipped = [source.names(i) for i, pixels in zip(numbers, decoded) if pixels is None]
+            found = found or bool(kept)
+            if kept:
+                yield Chunk(np.stack([pixels for pixels in decoded if pixels is not None]), kept, skipped)
+            else:
+                yield Chunk(np.empty((0, plan.channels, plan.resolution, plan.resolution), np.uint8), kept, skipped)
+            if progress is not None:
+                progress(numbers.stop, source.length)
+    if not found:
+        raise DataError(f"none of the {source.length:,} images can be read")
+
+
+def _pixels(source: ImageSource, i: int, plan: Plan) -> np.ndarray | None:
+    """Image i, uint8 [C, R, R]; None where it cannot be read and may be skipped."""
+    try:
+        image = open_image(source.read(i))
+        if plan.same_size and image.size != (plan.resolution, plan.resolution):
+            first = f"{plan.resolution}x{plan.resolution}"
+            raise DataError(
+                f"{source.names(i)} is {image.width}x{image.height}, but the first image is {first}: "
+                "give --resolution to resize and crop all of them"
+            )
+        if plan.only_grey and not is_grey(image):
+            raise DataError(f"{source.names(i)} is in colour, but the first images are grey: give --channels 3, or 1")
+        return to_pixels(image, plan.resolution, plan.channels)
+    except CorruptImage as error:
+        if plan.skip_corrupt:
+            return None
+        raise _stop(source.names(i), error) from error
+
+
+def _stop(name: str, error: CorruptImage) -> DataError:
+    return DataError(f"{name} cannot be read as an image ({error}): mend it, or leave such out with --on-corrupt skip")
+
+
+def _cores() -> int:
+    """Cores this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,94 @@
+"""What a `--data` word means: the embedded digits, a path, a name in $MMGEN_DATA_DIR, or a data set of the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DataError, nearest
+from . import hub
+from .image_source import ImageSource, fingerprint
+from .sources import open_source
+from .splits import canonical, no_split
+
+DIGITS = "digits"
+SHORT_NAMES = {"cifar10": "uoft-cs/cifar10"}  # words that stand for a data set of the hub
+_NAME = re.compile(r"^\w[\w.-]*$")
+_HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
+
+
+def resolve(
+    word: str, *, split: str = "train", image_column: str | None = None, label_column: str | None = None
+) -> ImageSource:
+    """Finds the data set that `word` means, without decoding it. The first of these that is there:
+
+    1. `digits`: comes with mmgen (a folder of that name is `./digits`);
+    2. `cifar10`: continues as `uoft-cs/cifar10`;
+    3. an existing file or folder;
+    4. `user/name` or `name` below $MMGEN_DATA_DIR (of `user/name` also `name` alone);
+    5. `user/name` in the hub's cache, else on the hub.
+
+    Raises DataError, in one sentence that says where it looked.
+    """
+    columns = {"image_column": image_column, "label_column": label_column}
+    if word == DIGITS:
+        return open_digits(split, **columns)
+    looked = []
+    name = SHORT_NAMES.get(word, word)
+    for place in _places(word, name):
+        if place.exists():
+            return open_source(place, split=split, **columns)
+        looked.append(str(place))
+    if _HUB_ID.match(name):
+        return open_source(hub.fetch(name, split, looked), split=split, **columns)
+    if _NAME.match(word):
+        known = [DIGITS, *SHORT_NAMES, *_names_in(_data_dir())]
+        raise DataError(f"no data set {word!r}: {nearest(word, known)}; or give a path, or user/name of the hub")
+    raise DataError(f"there is no file or folder {word}")
+
+
+def open_digits(split: str = "train", image_column: str | None = None, label_column: str | None = None) -> ImageSource:
+    """The digits in digits.npz as 8x8 grey images. Raises DataError for another split, or columns."""
+    from PIL import Image
+
+    if canonical(split) != "train":
+        raise no_split(DIGITS, split, ["train"])
+    if image_column is not None or label_column is not None:
+        raise DataError("digits has no columns: leave --image-column and --label-column out")
+    with resources.files(__package__).joinpath("digits.npz").open("rb") as file:
+        with np.load(file, allow_pickle=False) as stored:
+            values, labels = stored["images"], stored["labels"].astype(np.int64)
+    images = np.round(values * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
+    return ImageSource(
+        description=f"UCI handwritten digits: {len(images):,} images, 10 classes",
+        names=lambda i: f"digit {i}",
+        length=len(images),
+        read=lambda i: Image.fromarray(images[i]),
+        labels=labels,
+        class_names=[str(digit) for digit in range(10)],
+        fingerprint=fingerprint(DIGITS, []),
+    )
+
+
+def _places(word: str, name: str) -> list[Path]:
+    """Where a word may lie on this machine, most specific first."""
+    places = [] if word in SHORT_NAMES else [Path(word).expanduser()]
+    folder = _data_dir()
+    if folder is not None and (_HUB_ID.match(name) or _NAME.match(name)):
+        places += [folder / name, folder / name.split("/")[-1]]
+    return list(dict.fromkeys(places))
+
+
+def _data_dir() -> Path | None:
+    folder = os.environ.get("MMGEN_DATA_DIR")
+    return Path(folder).expanduser() if folder else None
+
+
+def _names_in(folder: Path | None) -> list[str]:
+    if folder is None or not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and _NAME.match(p.name))

@@ -1,0 +1,50 @@
+"""The errors a user can cause or meet: each carries one sentence that says what to do, and an exit status."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MmgenError(Exception):
+    """Base of all errors that the command line reports as one sentence, without a traceback."""
+
+    exit_status = 1
+
+
+class ConfigError(MmgenError):
+    """A setting is unknown, of the wrong type, or impossible."""
+
+    exit_status = 2
+
+
+class DataError(MmgenError):
+    """A data set cannot be found, read or understood."""
+
+    exit_status = 3
+
+
+class ModelError(MmgenError):
+    """A model file cannot be found, read or understood."""
+
+    exit_status = 4
+
+
+class TrainingError(MmgenError):
+    """Training cannot go on: a loss that is not finite, a damaged checkpoint, a run folder of another run."""
+
+    exit_status = 5
+
+
+def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:
+    """Ends a refusal: the most similar words, then all valid ones, each shown with `prefix` before it.
+
+    >>> nearest("laplac", ["laplace", "rbf"])
+    "did you mean 'laplace'? Valid: laplace, rbf"
+    """
+    valid = list(valid)
+    close = difflib.get_close_matches(word, valid, n=3, cutoff=0.5)
+    if not close:  # a dotted key whose last part matches, such as k for loss.k
+        close = [v for v in valid if v.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+    listing = "Valid: " + ", ".join(prefix + v for v in valid)
+    return f"did you mean {' or '.join(repr(prefix + c) for c in close)}? {listing}" if close else listing

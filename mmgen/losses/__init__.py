@@ -1,0 +1,1 @@
+"""Training objectives, one a file. They know networks and schedules, never a data set."""

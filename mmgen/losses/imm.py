@@ -1,0 +1,157 @@
+"""The loss of Inductive Moment Matching (Zhou et al., arXiv:2503.07565): a kernel MMD between a model's outputs from two times.
+
+Groups of M particles share (s, r, t). From t and from r < t the model jumps to s; the maximum mean discrepancy between the
+two sets of M outputs is the loss, and its gradient flows through the jumps from t only (eqs. 8, 12, 67).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..diffusion import per_image
+from ..flow_map import FlowMapSettings, coefficients
+from ..random import uniform
+from .mmd import group_mmd
+
+
+@dataclass(frozen=True)
+class ImmSettings:
+    """The loss of IMM. Defaults are the paper's for CIFAR-10 (table 5)."""
+
+    group_size: int = 4  # M, particles that share (s, r, t); 1 is a consistency model
+    kernel: Literal["laplace", "rbf"] = "laplace"
+    distance_floor: float = 1e-8  # smallest distance in the Laplace kernel; the public training code has 1e-4
+    a: float = 1.0  # power of alpha_t in the weight; 2 for fp16 (table 8)
+    b: float = 5.0  # shift of the log-SNR in the weight; the public training code has 4 for CIFAR-10
+    weighting: Literal["full", "elbo_alpha", "elbo", "none"] = "full"  # terms of the weight, for the ablation of table 4
+    mapping: Literal["eta", "t", "log_snr", "inverse_eta"] = "eta"  # in what r(s, t) is a constant step back from t
+    k: float = 15.0  # the step is the range of that quantity divided by 2^k
+    eta_range: Literal["paper", "exact"] = "paper"  # mapping eta: [0, 160], or eta at t_min and t_max (public code)
+    min_gap: float = 0.0  # least t - r where s allows it; 1e-4 for fp16 (appendix I.6)
+    time_distribution: Literal["uniform", "lognormal"] = "uniform"  # of t and s; lognormal: log eta is normal
+    lognormal_mean: float = -1.1  # mean of log eta
+    lognormal_std: float = 2.0  # standard deviation of log eta
+    target_labels: Literal["dropped", "undropped"] = "dropped"  # what the target sees where a label was dropped
+
+
+ETA_RANGE = (0.0, 160.0)  # eta_min and eta_max of appendix C.6
+
+
+def documented_times(mapping: str, schedule_t_max: float) -> tuple[float, float]:
+    """(t_min, t_max) that the paper gives for a mapping r(s, t) on pixels (appendices C.6 and C.7); latents have t_min 0."""
+    return {
+        "eta": (0.006, schedule_t_max),
+        "t": (0.0, 1.0),
+        "log_snr": (0.001, schedule_t_max),
+        "inverse_eta": (0.005, 1.0),
+    }[mapping]
+
+
+def draw_times(settings: ImmSettings, flow: FlowMapSettings, key: Tensor) -> tuple[Tensor, Tensor]:
+    """(s, t), float64 [G], one pair per key int64 [G]: t in (t_min, t_max) and s in (t_min, t) (appendix C.7)."""
+    first, second = uniform(key, (2,)).unbind(1)
+    if settings.time_distribution == "uniform":
+        t = flow.t_min + (flow.t_max - flow.t_min) * first
+        return flow.t_min + (t - flow.t_min) * second, t
+    # log eta ~ N(mean, std^2), cut to the range exactly: a uniform draw between the cumulative probabilities of the ends
+    schedule = flow.get_schedule()
+    low, high = (_eta_probability(settings, schedule.eta(torch.tensor(end, dtype=torch.float64, device=key.device)))
+                 for end in (flow.t_min, flow.t_max))  # fmt: skip
+    p_t = low + (high - low) * first
+    p_s = low + (p_t - low) * second
+    t, s = (schedule.eta_inverse(torch.exp(settings.lognormal_mean + settings.lognormal_std * torch.special.ndtri(p)))
+            for p in (p_t, p_s))  # fmt: skip
+    return s.clamp(flow.t_min), t.clamp(flow.t_min, flow.t_max)
+
+
+def _eta_probability(settings: ImmSettings, eta: Tensor) -> Tensor:
+    return torch.special.ndtr((eta.log() - settings.lognormal_mean) / settings.lognormal_std)
+
+
+def earlier_time(settings: ImmSettings, flow: FlowMapSettings, s: Tensor, t: Tensor) -> Tensor:
+    """r(s, t) in [s, t], float64 [G]: a constant step back from t in eta, t, log-SNR or 1/eta (appendix C.6).
+
+    As printed, the rule in log-SNR has the wrong sign: the log-SNR rises where t falls.
+    """
+    schedule = flow.get_schedule()
+    ends = torch.tensor([flow.t_min, flow.t_max], dtype=torch.float64, device=t.device)
+    cells = 2.0**settings.k
+    if settings.mapping == "t":
+        r = t - (flow.t_max - flow.t_min) / cells
+    elif settings.mapping == "log_snr":
+        high, low = schedule.log_snr(ends)
+        r = schedule.log_snr_inverse(schedule.log_snr(t) + (high - low) / cells)
+    elif settings.mapping == "inverse_eta":
+        high, low = 1 / schedule.eta(ends)
+        r = schedule.eta_inverse(1 / (1 / schedule.eta(t) + (high - low) / cells))
+    else:
+        low, high = schedule.eta(ends) if settings.eta_range == "exact" else ends.new_tensor(ETA_RANGE)
+        r = schedule.eta_inverse((schedule.eta(t) - (high - low) / cells).clamp(min=0))
+    if settings.min_gap > 0:
+        r = torch.minimum(r, t - settings.min_gap)
+    return torch.maximum(r, s)
+
+
+def loss_weight(settings: ImmSettings, flow: FlowMapSettings, t: Tensor) -> Tensor:
+    """w(s, t) = 1/2 sigmoid(b - lambda_t) (-d lambda_t/dt) alpha_t^a / (alpha_t^2 + sigma_t^2), float64 [G] (eq. 13).
+
+    Since exp(lambda) = alpha^2 / sigma^2, the first three factors are
+    sigma (alpha sigma' - sigma alpha') alpha^(a-1) / (sigma^2 + alpha^2 exp(-b)), which has no 0/0 at the ends of the path.
+    """
+    if settings.weighting == "none":
+        return torch.ones_like(t)
+    schedule = flow.get_schedule()
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    a = 0.0 if settings.weighting == "elbo" else settings.a
+    wronskian = alpha * schedule.d_sigma(t) - sigma * schedule.d_alpha(t)
+    weight = sigma * wronskian * alpha ** (a - 1) / (sigma**2 + alpha**2 * math.exp(-settings.b))
+    if settings.weighting == "full":
+        weight = weight / (alpha**2 + sigma**2)
+    return weight
+
+
+def kernel_weight(flow: FlowMapSettings, s: Tensor, t: Tensor) -> Tensor:
+    """w~(s, t) = 1 / |c_out(s, t)|, float64 [G] (appendix C.8); (s, t) serve all three terms of the MMD."""
+    _, c_out = coefficients(flow, s, t)
+    return 1 / c_out.abs().clamp(min=1e-12)  # s = t has no output to compare: keep it finite
+
+
+def jump_difference(
+    flow: FlowMapSettings, s: Tensor, r: Tensor, t: Tensor, x: Tensor, noise: Tensor, out_t: Tensor, out_r: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(y_t - y_r, y_r) from the data, the noise and the network's raw outputs at t and at r; all [N, ...], times float64 [N].
+
+    y_t = f_{s,t}(x_t) and y_r = f_{s,r}(x_r) share x and the noise, so their difference is a combination of x, noise, the
+    output at t and the change of the output, whose coefficients are small and computed in float64: the images may be float32
+    however close t and r are, where subtracting y_r from y_t would leave rounding errors only.
+    """
+    schedule = flow.get_schedule()
+    skip_t, outer_t = coefficients(flow, s, t)
+    skip_r, outer_r = coefficients(flow, s, r)
+    x_t, noise_t = skip_t * schedule.alpha(t), skip_t * schedule.sigma(t)
+    x_r, noise_r = skip_r * schedule.alpha(r), skip_r * schedule.sigma(r)
+
+    y_r = per_image(x_r, x) * x + per_image(noise_r, noise) * noise + per_image(outer_r, out_r) * out_r
+    from_data = per_image(x_t - x_r, x) * x + per_image(noise_t - noise_r, noise) * noise
+    from_network = per_image(outer_t - outer_r, out_r) * out_r + per_image(outer_t, out_t) * (out_t - out_r)
+    return from_data + from_network, y_r
+
+
+def imm_loss(
+    settings: ImmSettings, flow: FlowMapSettings, s: Tensor, r: Tensor, t: Tensor, difference: Tensor, y_r: Tensor
+) -> Tensor:
+    """The weighted loss of each group, float64 [G] (eq. 67); its mean over the batch is what training descends.
+
+    s, r, t: float64 [G], one per group of M = `group_size` consecutive particles. difference = y_t - y_r and y_r:
+    [G M, ...], float32 or float64, y_r without gradient.
+    """
+    groups = (len(t), settings.group_size, -1)
+    mmd = group_mmd(
+        difference.reshape(groups), y_r.reshape(groups), kernel_weight(flow, s, t), settings.kernel, settings.distance_floor
+    )
+    return loss_weight(settings, flow, t) * mmd

@@ -1,0 +1,1 @@
+"""Figures of merit: feature statistics, the Fréchet distance, and what else compares two sets of images."""

@@ -1,0 +1,211 @@
+"""A model: network, flow map and what is known of its data, in one .safetensors file that samples years later."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .errors import ConfigError, ModelError
+from .files import replacing
+from .flow_map import FlowMapSettings, flow_map
+from .networks import NetworkSettings, build_network
+from .settings import from_dict
+
+METADATA_KEY = "mmgen"
+FORMAT = 1
+MODEL_FILE = "model.safetensors"
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Pixels in [-1, 1] to 0..255: x * 127.5 + 128, clipped, truncated, as behind the published FIDs. Any shape."""
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]: x / 127.5 - 1. Any shape."""
+    return images.float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a model is sampled unless the command says otherwise."""
+
+    sampler: str = "pushforward"  # pushforward or restart
+    grid: str = "default"  # times: default, uniform, edm or eta; see `samplers.time_grid`
+    guidance: float = 1.0  # w of classifier-free guidance; 1 is none
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything beside the weights. Stored as JSON in the header of the model file."""
+
+    network: NetworkSettings
+    flow: FlowMapSettings
+    resolution: int
+    channels: int
+    num_classes: int = 0  # 0: unconditional
+    augment_dim: int = 0  # width of the augmentation label that the network was trained with; 0: none
+    class_names: list[str] | None = None
+    class_counts: list[int] | None = None  # images per class in the training data
+    data: str = ""  # the --data word of the training data
+    sampling: SamplingSettings = SamplingSettings()
+    training: dict[str, Any] = field(default_factory=dict)  # provenance: settings, images seen, which EMA
+
+
+class Model(nn.Module):
+    """A flow map with its network: `model.f(x, s, t)` jumps from t to s, `model.sample(...)` draws images."""
+
+    def __init__(self, config: ModelConfig, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.network = network or build_network(
+            config.network,
+            resolution=config.resolution,
+            channels=config.channels,
+            num_classes=config.num_classes,
+            augment_dim=config.augment_dim,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.config.channels, self.config.resolution, self.config.resolution
+
+    def f(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None, guidance: float = 1.0) -> Tensor:
+        """f_{s,t}(x): see `flow_map.flow_map`."""
+        return flow_map(self.network, self.config.flow, x, s, t, label, guidance)
+
+    def sample(self, num: int, **options: Any) -> Tensor:
+        """Draws images, uint8 [num, C, H, W] on the CPU. Options: those of `sampling.SampleSettings` (steps, seed, classes,
+        guidance, sampler, grid, batch_size ...)."""
+        from .sampling import SampleSettings, draw
+
+        return draw(self, SampleSettings(**options), range(num))[0]
+
+
+def save_model(path: str | os.PathLike, config: ModelConfig, state: dict[str, Tensor]) -> None:
+    """Writes one .safetensors file, atomically. `state`: the network's state dict."""
+    from safetensors.torch import save_file
+
+    header = {"format": FORMAT, "mmgen_version": __version__, "kind": "imm", "config": dataclasses.asdict(config)}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
+
+
+def read_config(path: str | os.PathLike) -> ModelConfig:
+    """The config in the header of a model file, without reading the weights. Raises ModelError with one sentence."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read as a .safetensors file: {error}") from error
+    if METADATA_KEY not in metadata:
+        raise ModelError(f"{path} is a .safetensors file, but not one of mmgen's: its header has no '{METADATA_KEY}' entry")
+    try:
+        header = json.loads(metadata[METADATA_KEY])
+        found = header["format"]
+        if found != FORMAT:
+            raise ModelError(f"{path} has model format {found}, this version of mmgen reads {FORMAT}: install a newer mmgen")
+        return from_dict(ModelConfig, header["config"])
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise ModelError(f"the config in the header of {path} is damaged: {error}") from error
+
+
+def load_model(path: str | os.PathLike, device: str | torch.device = "cpu") -> Model:
+    """The model in a file, in evaluation mode. Every tensor must be there with its shape, and none besides."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = read_config(path)
+    with torch.device("meta"):  # no time spent on initial weights
+        network = Model(config).network
+    try:
+        state = load_file(path, device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    check_state(network.state_dict(), state, str(path))
+    model = Model(config)
+    model.network.load_state_dict(state)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check_state(expected: dict[str, Tensor], found: dict[str, Tensor], name: str) -> None:
+    """Raises ModelError unless both have the same keys and shapes, naming the first differences."""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    shapes = [k for k in expected.keys() & found.keys() if expected[k].shape != found[k].shape]
+    problems = [
+        f"{what} {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+        for what, keys in (("it lacks", missing), ("it has unknown", extra), ("shapes differ for", sorted(shapes)))
+        if keys
+    ]
+    if problems:
+        raise ModelError(f"{name} does not fit its own config: {'; '.join(problems)}")
+
+
+def find_model(place: str | os.PathLike, ema: str | None = None) -> Path:
+    """The model file that a MODEL argument means: a file, a run folder, or a hub repository (user/name, hf://user/name).
+
+    `ema` picks another of the averages a run keeps, such as "0.9999": `model-ema-0.9999.safetensors` beside `model.safetensors`.
+    Raises ModelError saying where it looked.
+    """
+    name = f"model-ema-{ema}.safetensors" if ema else MODEL_FILE
+    path = Path(place)
+    if path.is_file():
+        if ema and path.name != name:
+            path = path.with_name(name)
+            if not path.is_file():
+                raise ModelError(f"{Path(place).parent} has no {name}; {_averages(Path(place).parent)}")
+        return path
+    if path.is_dir():
+        if (path / name).is_file():
+            return path / name
+        if ema:
+            raise ModelError(f"{place} has no {name}; {_averages(path)}")
+        raise ModelError(f"{place} is a folder without {MODEL_FILE}: it is not a run folder, or its run has not saved yet")
+    repository = str(place).removeprefix("hf://")
+    if str(place).startswith(("/", ".", "~")) or repository.count("/") != 1 or repository.endswith(".safetensors"):
+        raise ModelError(f"there is no model at {place}: give a .safetensors file, a run folder or a hub repository user/name")
+    return _download(repository, name)
+
+
+def _averages(folder: Path) -> str:
+    found = sorted(p.stem.removeprefix("model-ema-") for p in folder.glob("model-ema-*.safetensors"))
+    return f"its other averages: {', '.join(found)}" if found else "it keeps one average only"
+
+
+def _download(repository: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    looked = f"there is no file or folder {repository}, and the hub repository {repository}"
+    try:
+        return Path(hf_hub_download(repository, name))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(f"{looked} is not in the local cache and the hub cannot be reached") from error
+    except EntryNotFoundError as error:
+        raise ModelError(f"{looked} holds no {name}") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ModelError(f"{looked} cannot be read ({type(error).__name__}): check the name, or log in for a private one") from error
+
+
+def load(place: str | os.PathLike, *, ema: str | None = None, device: str | torch.device = "cpu") -> Model:
+    """Loads a model from a file, a run folder or a hub repository.
+
+    >>> model = mmgen.load("runs/digits-imm")
+    >>> images = model.sample(64, steps=2)  # uint8 [64, 1, 8, 8]
+    """
+    return load_model(find_model(place, ema), device)

@@ -1,0 +1,137 @@
+"""The record beside samples: how they were made, whether all are there, and whether others may join them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__
+from .errors import ConfigError, ModelError
+from .models import Model, find_model
+from .sampling import Plan
+
+FORMAT = 1
+
+# What an image depends on, in the order in which a difference is reported. Everything else (batch size, device, path of
+# the model, number of images) has no influence on image i.
+DECIDING = {
+    "model_sha256": "the model",
+    "steps": "steps",
+    "sampler": "sampler",
+    "grid": "grid",
+    "times": "times",
+    "guidance": "guidance",
+    "classes": "classes",
+    "seed": "seed",
+    "digits": "the number of digits in file names",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which file a model was loaded from."""
+
+    model: str  # the MODEL argument as given
+    file: Path
+    sha256: str
+    ema: str | None = None  # which average was asked for
+
+    @classmethod
+    def of(cls, place: str | os.PathLike, ema: str | None = None) -> Origin:
+        """Finds the file that a MODEL argument means, as `models.load` does, and hashes it. Raises ModelError."""
+        file = find_model(place, ema)
+        digest = hashlib.sha256()
+        try:
+            with open(file, "rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
+        return cls(str(place), file, digest.hexdigest(), ema)
+
+
+def make_record(model: Model, origin: Origin, chosen: Plan, num: int, **more: Any) -> dict[str, Any]:
+    """The record of `num` images, as JSON has it; `complete` is false until all are written."""
+    config = model.config
+    return {
+        "format": FORMAT,
+        "complete": False,
+        "num": num,
+        "model": origin.model,
+        "model_file": str(origin.file.absolute()),
+        "model_sha256": origin.sha256,
+        "ema": origin.ema,
+        "kind": "imm",
+        "data": config.data,  # what the model was trained on
+        "image": [config.channels, config.resolution, config.resolution],
+        "num_classes": config.num_classes,
+        "steps": chosen.steps,
+        "nfe": chosen.nfe,  # network evaluations per image
+        "sampler": chosen.sampler,
+        "grid": chosen.grid,
+        "times": chosen.times,
+        "guidance": chosen.guidance,
+        "classes": chosen.classes if config.num_classes else None,
+        "seed": chosen.seed,
+        "mmgen": __version__,
+        "torch": torch.__version__,
+        "device": str(model.device),
+        **more,
+    }
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a file, or None where there is no such file. Raises ConfigError where it is damaged."""
+    try:
+        record = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}): delete it with its samples, or choose another --out"
+        ) from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("num"), int):
+        raise ConfigError(f"{path} is no record of samples that this mmgen understands: choose another --out")
+    return record
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first setting in which two records' images differ, in words; None if image i is the same under both."""
+    for key, name in DECIDING.items():
+        if old.get(key) == new.get(key):
+            continue
+        if key == "grid" and old.get("times") == new.get("times"):  # another name for the same times
+            continue
+        if key == "model_sha256":
+            before = f"{old.get('model')} ({str(old.get(key))[:8]})"
+            return f"the model is {new['model']} (SHA-256 {new[key][:8]}), not {before}"
+        return f"{name} would be {_short(new.get(key))}, not {_short(old.get(key))}"
+    return None
+
+
+def may_continue(place: Path, old: dict[str, Any] | None, new: dict[str, Any], overwrite: bool) -> bool:
+    """True if images of `new` may join those of `old`, False if those have to go first and `overwrite` allows it.
+
+    Otherwise raises ConfigError naming the first setting that differs.
+    """
+    if old is None:
+        return True
+    what = difference(old, new)
+    if what is None and old["num"] > new["num"]:
+        what = f"--num is {new['num']}, but it holds {old['num']}"
+    if what is None or overwrite:
+        return what is None
+    raise ConfigError(
+        f"{place} holds samples of other settings: {what}; choose another --out, or replace them with --overwrite"
+    )
+
+
+def _short(value: Any) -> str:
+    text = ",".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

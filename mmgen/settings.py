@@ -1,0 +1,98 @@
+"""Settings as data classes: from plain dictionaries, with every unknown key and impossible value refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from .errors import ConfigError, nearest
+
+T = TypeVar("T")
+
+
+def from_dict(cls: type[T], content: dict[str, Any], prefix: str = "") -> T:
+    """A data class from a dictionary such as TOML or JSON gives. Missing keys keep their defaults.
+
+    Nested data classes, unions of data classes (told apart by `kind`), Literal, Optional, tuple[int, ...] and list[...] are
+    understood. Raises ConfigError naming the key, dotted, and the nearest valid ones.
+    """
+    if not isinstance(content, dict):
+        raise ConfigError(f"{prefix or 'the config'} must be a table, not {content!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values = {}
+    for key, value in content.items():
+        if key not in names:
+            section = f"{prefix}." if prefix else ""
+            raise ConfigError(f"unknown setting {section + key!r}: {nearest(key, names, section)}")
+        values[key] = convert(hints[key], value, _join(prefix, key))
+    missing = [
+        f.name for f in dataclasses.fields(cls)
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]  # fmt: skip
+    if missing:
+        raise ConfigError(f"missing settings: {', '.join(_join(prefix, name) for name in missing)}")
+    return cls(**values)
+
+
+def convert(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the type `hint`, or ConfigError naming the setting."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, name)
+    if origin is typing.Literal:
+        if value not in arguments:
+            raise ConfigError(f"{name} = {value!r} is not possible: {nearest(str(value), map(str, arguments))}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union([a for a in arguments if a is not type(None)], value, name, type(None) in arguments)
+    if origin in (tuple, list):
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{name} must be a list, such as [1, 2], not {value!r}")
+        return origin(convert(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(value))
+    if hint is bool and not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, not {value!r}")
+    if hint is int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name} must be a whole number, not {value!r}")
+    if hint is float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{name} must be a number, not {value!r}")
+        return float(value)
+    if hint is str and not isinstance(value, str):
+        raise ConfigError(f"{name} must be a text, not {value!r}")
+    return value
+
+
+def _convert_union(choices: list[Any], value: Any, name: str, optional: bool) -> Any:
+    if value is None and optional:
+        return None
+    if len(choices) == 1:
+        return convert(choices[0], value, name)
+    if isinstance(value, tuple(choices)):
+        return value
+    # Data classes that say what they are in `kind`
+    kinds = {typing.get_args(typing.get_type_hints(c)["kind"])[0]: c for c in choices}
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if kind not in kinds:
+        raise ConfigError(f"{name}.kind = {kind!r} is not possible: {nearest(str(kind), kinds)}")
+    return from_dict(kinds[kind], value, name)
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of nested dictionaries."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from flatten(value, _join(prefix, key))
+        else:
+            yield _join(prefix, key), value
+
+
+def _join(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key

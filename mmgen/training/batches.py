@@ -1,0 +1,77 @@
+"""Which images make up which part of which batch: a function of how many images were seen, so that a run resumes exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import Dataset
+
+
+@dataclass
+class Batch:
+    """A part of the global batch, on the device. Consecutive `group_size` images are a group."""
+
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor | None  # int64 [N]
+    index: Tensor  # int64 [N], the number of each image in the whole training; 0 is the first image of the first step
+    first: int  # index[0], known without asking the device
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How the global batch is cut: `rounds` passes of `size` images on each of `processes` devices."""
+
+    size: int
+    rounds: int
+    processes: int
+
+    def start(self, round_: int, process: int) -> int:
+        """Where in the global batch a part begins. Parts are the same whatever the number of devices if `size` is."""
+        return (round_ * self.processes + process) * self.size
+
+
+def split_batch(batch_size: int, group_size: int, processes: int, at_most: int) -> Parts | None:
+    """The largest equal parts of at most `at_most` images that hold whole groups; None where there are none."""
+    if batch_size % (processes * group_size):
+        return None
+    share = batch_size // processes
+    size = next(n for n in range(min(at_most, share), 0, -1) if share % n == 0 and n % group_size == 0)
+    return Parts(size, share // size, processes)
+
+
+@lru_cache(maxsize=2)  # a batch can straddle two epochs
+def _order(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+def data_indices(length: int, start: int, count: int, seed: int) -> np.ndarray:
+    """Rows of the data set, int64 [count], for images number start, start + 1, ... of the training: epoch after epoch, each in
+    an order of its own."""
+    position = np.arange(start, start + count)
+    epochs = position // length
+    rows = np.empty(count, dtype=np.int64)
+    for epoch in range(epochs[0], epochs[-1] + 1):
+        inside = epochs == epoch
+        rows[inside] = _order(length, seed, epoch)[position[inside] % length]
+    return rows
+
+
+def fetch(dataset: Dataset, first: int, count: int, seed: int, device: torch.device) -> Batch:
+    """Images number first to first + count - 1 of the training, copied to the device."""
+    rows = data_indices(len(dataset), first, count, seed)
+    images, labels = torch.from_numpy(dataset.images[rows]), None
+    if dataset.labels is not None:
+        labels = torch.from_numpy(dataset.labels[rows])
+    if device.type == "cuda":  # pinned memory lets the copy overlap with the pass before
+        images, labels = images.pin_memory(), None if labels is None else labels.pin_memory()
+    return Batch(
+        images.to(device, non_blocking=True),
+        None if labels is None else labels.to(device, non_blocking=True),
+        torch.arange(first, first + count, device=device),
+        first,
+    )

@@ -1,0 +1,43 @@
+"""Exponential moving averages of a network's parameters, several at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TrainSettings
+
+
+def ema_decays(train: TrainSettings) -> dict[str, float]:
+    """Name -> decay per step. A half-life of h images at batch size B decays by 0.5^(B / h) a step.
+
+    The first is the one that previews, figures and model.safetensors use.
+    """
+    decays = {f"{beta:g}": beta for beta in train.ema_betas}
+    decays |= {f"{images}img": 0.5 ** (train.batch_size / images) for images in train.ema_half_lives}
+    return decays
+
+
+class EMA:
+    """averages[name][parameter] <- decay averages + (1 - decay) parameter at every update. Buffers are not averaged."""
+
+    def __init__(self, network: nn.Module, decays: dict[str, float]) -> None:
+        self.decays = decays
+        self.parameters = dict(network.named_parameters())
+        self.network = network
+        self.averages = {name: {k: p.detach().clone() for k, p in self.parameters.items()} for name in decays}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        current = list(self.parameters.values())
+        for name, decay in self.decays.items():
+            torch._foreach_lerp_(list(self.averages[name].values()), current, 1 - decay)
+
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        """The network's state dict with averaged parameters."""
+        return {**self.network.state_dict(), **self.averages[name]}
+
+    def load(self, name: str, state: dict[str, Tensor]) -> None:
+        """Restores one average from a state dict with the same keys."""
+        for key, average in self.averages[name].items():
+            average.copy_(state[key])

@@ -1,0 +1,105 @@
+"""From settings to a run: the data, the devices, the folder, then the loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .. import data
+from ..config import DataSettings, ImmConfig
+from ..data import Dataset, DataShape
+from ..errors import ConfigError, DataError
+from .imm import imm_model_config, imm_task
+from .loop import Outcome, Reporter, Trainer
+from .run_folder import RunFolder
+
+
+def load_data(settings: DataSettings, progress: Callable[[int, int], None] | None = None) -> Dataset:
+    """The data set of a config. Raises DataError, or ConfigError where it contradicts the settings."""
+    if settings.channels not in (None, 1, 3):
+        raise DataError(f"{settings.name} has {settings.channels} channels, and this version of mmgen trains on pixels only")
+    dataset = data.load(
+        settings.name,
+        resolution=settings.resolution,
+        channels=settings.channels,
+        split=settings.split,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        on_corrupt=settings.on_corrupt,
+        progress=progress,
+    )
+    if settings.conditional and settings.num_classes not in (None, dataset.num_classes):
+        raise ConfigError(f"data.num_classes is {settings.num_classes}, but {settings.name} has {dataset.num_classes} classes")
+    return dataset
+
+
+def expected_shape(settings: DataSettings) -> DataShape | None:
+    """What the settings alone say of the data; None if not enough."""
+    if settings.resolution is None or settings.channels is None or (settings.conditional and settings.num_classes is None):
+        return None
+    return DataShape(settings.resolution, settings.channels, settings.num_classes or 0)
+
+
+def make_accelerator(config: ImmConfig, out: Path, device: str):
+    """accelerate's Accelerator: devices, processes, mixed precision, trackers. device: auto, cpu or cuda."""
+    from accelerate import Accelerator
+    from accelerate.utils import is_tensorboard_available, is_wandb_available
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU; use --device cpu, or install a torch that supports yours")
+    cpu = device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which the times need
+    precision = config.train.precision
+    if precision == "fp16" and cpu:
+        raise ConfigError("train.precision fp16 needs a GPU: use fp32 on a CPU")
+    for tracker, there in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
+        if tracker in config.run.log_with and not there():
+            raise ConfigError(f"run.log_with {tracker}: the package {tracker} is not installed; pip install {tracker}")
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=precision if precision in ("bf16", "fp16") else "no",
+        log_with=list(config.run.log_with) or None,
+        project_dir=str(out),
+        step_scheduler_with_optimizer=False,
+    )
+    return accelerator
+
+
+def train_imm(
+    config: ImmConfig,
+    out: Path,
+    reporter: Reporter,
+    *,
+    device: str = "auto",
+    max_seconds: float = math.inf,
+    progress: Callable[[int, int], None] | None = None,
+) -> Outcome:
+    """Trains, or resumes, the run in the folder `out` (`run_folder` says what is in it).
+
+    Raises ConfigError, DataError, TrainingError and MmgenError, each with one sentence.
+    """
+    accelerator = make_accelerator(config, out, device)
+    with accelerator.main_process_first():  # one process decodes, the others find the cache
+        dataset = load_data(config.data, progress if accelerator.is_main_process else None)
+    reporter.note(f"data: {dataset.description}")
+    model_config = imm_model_config(config, dataset.shape)
+    folder = RunFolder(out)
+    if accelerator.is_main_process:
+        folder.open(config, dataset)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("mmgen")
+    trainer = Trainer(
+        lambda: imm_task(config, model_config), config, dataset, folder, reporter, accelerator, max_seconds=max_seconds
+    )
+    parameters = sum(p.numel() for p in trainer.network.parameters())
+    parts = trainer.parts
+    reporter.note(
+        f"model: {parameters / 1e6:.2f}M parameters; batch {config.train.batch_size} = {parts.processes} device(s) x "
+        f"{parts.rounds} round(s) x {parts.size} images on {accelerator.device}, {config.train.precision}"
+    )
+    try:
+        return trainer.run()
+    finally:
+        accelerator.end_training()

@@ -1,0 +1,287 @@
+"""Networks against outputs of the original implementations, key by key, and the properties that training relies on."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from golden import arrays, settings, state
+from torch import nn
+
+from mmgen.checkpoints.imm import from_official
+from mmgen.errors import ModelError
+from mmgen.flow_map import FlowMapSettings
+from mmgen.models import Model, ModelConfig, check_state
+from mmgen.networks import DiTSettings, UNetSettings, build_network
+from mmgen.networks.dit import DIT_SIZES, grid_embedding
+from mmgen.networks.unet import downsample, upsample
+
+IMM = [
+    "imm_ddpmpp_simple_edm_fm",
+    "imm_ddpmpp_simple_edm_cosine_stride",
+    "imm_ddpmpp_identity_fm_cond",
+    "imm_dit_euler_fm_stride",
+]
+EDM = ["edm_ddpmpp_cond", "edm_ncsnpp_cond"]
+TINY_UNET = UNetSettings(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.2)
+TINY_DIT = DiTSettings(hidden_size=48, depth=2, num_heads=4)
+
+
+def network_settings(given: dict) -> UNetSettings | DiTSettings:
+    if "patch_size" in given:
+        return DiTSettings(**{name: given[name] for name in ("hidden_size", "depth", "num_heads", "patch_size")})
+    return UNetSettings(
+        model_channels=given["model_channels"], channel_mult=tuple(given["channel_mult"]), num_blocks=given["num_blocks"],
+        attn_resolutions=tuple(given["attn_resolutions"]), embedding=given.get("embedding", "positional"),
+        encoder=given.get("encoder", "standard"), resample="fir" if given.get("resample_filter") else "box",
+    )  # fmt: skip
+
+
+def golden_network(name: str, second_time: bool) -> nn.Module:
+    given = settings(name)
+    network = build_network(
+        network_settings(given), resolution=given["resolution"], channels=given["channels"], num_classes=given["num_classes"],
+        augment_dim=given.get("augment_dim", 0), second_time=second_time,
+    )  # fmt: skip
+    ours = from_official(state(name))
+    check_state(network.state_dict(), ours, name)
+    network.load_state_dict(ours)
+    return network.eval()
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the error of the worst image, relative to the output's. Measured: 1e-5 at most."""
+    rms = [v.double().flatten(1).pow(2).mean(1).sqrt() for v in (found.double() - expected, expected)]
+    return (rms[0] / rms[1]).max().item()
+
+
+@pytest.mark.parametrize("name", IMM)
+@torch.no_grad()
+def test_golden_imm(name):
+    # Where DiT's error is, 4e-6, a GELU of the exact kind would be seen: 2e-5. The U-Nets' is 8e-6 at most.
+    tolerance = 1e-5 if "dit" in name else 5e-5
+    given, g = settings(name), arrays(name)
+    flow = FlowMapSettings(
+        given["schedule"], given["parametrization"], given["second_time"], given["sigma_data"], float(given["time_scale"]),
+        given["eps"], given["T"],
+    )  # fmt: skip
+    network = golden_network(name, second_time=True)
+    config = ModelConfig(network.settings, flow, given["resolution"], given["channels"], given["num_classes"])
+    model = Model(config, network)
+    x, s, t, label = g["x"].double(), g["s"], g["t"], g.get("label")
+    assert error(model.f(x, s, t, label), g["f"]) < tolerance
+    if label is not None:
+        assert error(model.f(x, s, t), g["f_uncond"]) < tolerance
+        assert error(model.f(x, s, t, label, 0.0), g["f_uncond"]) < tolerance
+        assert error(model.f(x, s, t, torch.full_like(label, given["num_classes"])), g["f_uncond"]) < tolerance
+        assert error(model.f(x, s, t, label, 1.5), g["f_cfg1.5"]) < tolerance
+        assert error(g["f_uncond"], g["f"]) > 1e-2  # the label matters
+
+
+@pytest.mark.parametrize("name", EDM)
+@torch.no_grad()
+def test_golden_edm(name):
+    """EDM's preconditioning (Karras et al., table 1) around the same networks without a second time."""
+    g, network = arrays(name), golden_network(name, second_time=False)
+    sigma = g["sigma"].double()[:, None, None, None]
+    root = (sigma**2 + 0.25).sqrt()
+
+    def denoise(label):
+        output = network((g["z"] / root).float(), g["sigma"].double().log() / 4, label=label)
+        return 0.25 / root**2 * g["z"] + 0.5 * sigma / root * output
+
+    assert error(denoise(g["label"]), g["x_pred"]) < 2e-5
+    if "x_pred_uncond" in g:
+        assert error(denoise(None), g["x_pred_uncond"]) < 2e-5
+
+
+def test_position_is_the_published_one():
+    official = arrays("imm_dit_euler_fm_stride")["kept/model.pos_embed"]
+    torch.testing.assert_close(grid_embedding(48, 4).float(), official, rtol=0, atol=1e-6)  # float32 rounding
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def test_parameter_counts_of_cifar10():
+    with torch.device("meta"):
+        assert parameters(build_network(UNetSettings(), resolution=32, channels=3)) == 56_061_443
+        assert parameters(build_network(UNetSettings(), resolution=32, channels=3, augment_dim=9)) == 56_062_595
+
+
+@pytest.mark.parametrize(
+    "size, count", [("S", 33_203_728), ("B", 131_288_080), ("L", 459_399_184), ("XL", 676_735_504)]
+)
+def test_parameter_counts_of_imagenet(size, count):
+    hidden, depth, heads = DIT_SIZES[size]
+    with torch.device("meta"):
+        network = build_network(DiTSettings("dit", hidden, depth, heads), resolution=32, channels=4, num_classes=1000)
+    assert parameters(network) + network.position.numel() == count  # the original counts the position, which is fixed
+    assert len(network.state_dict()) == 16 + 10 * depth
+
+
+def test_unknown_keys_are_refused():
+    for key in ("model.dropout_rate", "model.enx.8x8_conv.weight", "logvar_fourier.freqs"):
+        with pytest.raises(ModelError, match=key.removeprefix("model.").replace(".", r"\.")):
+            from_official({key: torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    "taps", [[0.25, 0.75], [1.0, 1.0], [0.25, 0.25, 0.25, 0.25], [0.25, 0.5, 0.25], [0.125, 0.375, 0.375, 0.125]]
+)
+def test_filters_are_checked(taps):
+    """Only [1, 1] / 2 and [1, 3, 3, 1] / 8 are what our U-Net computes; of these only the last is given here."""
+    kernel = torch.tensor(taps).outer(torch.tensor(taps))[None, None]
+    filters = {"model.enc.4x4_down.conv0.resample_filter": kernel}
+    if len(taps) == 4 and taps[0] == 0.125:
+        assert from_official(filters) == {}
+    else:
+        with pytest.raises(ModelError, match="4x4_down"):
+            from_official(filters)
+
+
+def test_every_tensor_of_a_network_comes_from_an_official_key():
+    """No two official keys share one of ours."""
+    for name in IMM + EDM:
+        official = {key: value for key, value in state(name).items() if not key.endswith("resample_filter")}
+        assert len(from_official(official)) == len(official)
+
+
+# Properties
+
+
+def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights of an ordinary size everywhere, as layers that start as zero would hide what is behind them."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / max(p[0].numel(), 16) ** 0.5)
+    return network
+
+
+def tiny(kind: str, num_classes: int = 5, **options) -> nn.Module:
+    chosen = dataclasses.replace(TINY_UNET if kind == "unet" else TINY_DIT, **options)
+    return randomised(build_network(chosen, resolution=8, channels=3, num_classes=num_classes))
+
+
+def inputs(count: int = 6):
+    generator = torch.Generator().manual_seed(1)
+    x, times = (
+        torch.randn(count, 3, 8, 8, generator=generator),
+        torch.rand(2, count, dtype=torch.float64, generator=generator),
+    )
+    return x, 1000 * times[0], 1000 * times[1], torch.arange(count) % 6
+
+
+both = pytest.mark.parametrize("kind", ["unet", "dit"])
+
+
+@both
+@torch.no_grad()
+def test_images_do_not_influence_each_other(kind):
+    """Alone or in a batch: the same to rounding, 1e-6 of outputs of order 1."""
+    network, given = tiny(kind).eval(), inputs()
+    together = network(*given)
+    alone = torch.cat([network(*(v[i : i + 1] for v in given)) for i in range(6)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    torch.testing.assert_close(network(*(v[order] for v in given)), together[order], rtol=1e-4, atol=1e-5)
+
+
+@both
+@torch.no_grad()
+def test_every_input_has_an_effect(kind):
+    """Each of x, t, s and the label, by far more than rounding."""
+    network, given = tiny(kind).eval(), inputs()
+    output = network(*given)
+    for position, change in ((0, given[0].flip(0)), (1, given[1] + 20), (2, given[2] + 20), (3, (given[3] + 1) % 6)):
+        changed = [*given[:position], change, *given[position + 1 :]]
+        assert (network(*changed) - output).abs().mean() > 1e-3 * output.abs().mean(), position
+
+
+@both
+@torch.no_grad()
+def test_null_label(kind):
+    """The null class is no label; and a network without classes takes no notice of labels."""
+    network, (x, t, s, _) = tiny(kind).eval(), inputs()
+    assert torch.equal(network(x, t, s, torch.full((6,), 5)), network(x, t, s, None))
+    unconditional = tiny(kind, num_classes=0).eval()
+    assert torch.equal(unconditional(x, t, s, torch.zeros(6, dtype=torch.int64)), unconditional(x, t, s))
+
+
+@both
+@torch.no_grad()
+def test_close_times_are_told_apart(kind):
+    """t - r = 1e-6 on the scale of 1000 t is below float32's resolution at 994; the float64 embedding still moves."""
+    network, (x, t, s, label) = tiny(kind).eval(), inputs()
+    embedded = []
+    for module in (network.time_mlp,):
+        module.register_forward_pre_hook(lambda _, arguments: embedded.append(arguments[0]))
+    network(x, torch.full_like(t, 994.0), s, label)
+    network(x, torch.full_like(t, 994.0 + 2e-6), s, label)
+    assert (embedded[0] != embedded[1]).any()
+
+
+@torch.no_grad()
+def test_dropout_masks_follow_the_seed():
+    """What the loss relies on: the same torch seed before two passes gives the same masks."""
+    network, given = tiny("unet"), inputs()
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(network(*given))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2], rtol=1e-3)
+    assert torch.equal(network.eval()(*given), network(*given))
+
+
+@both
+def test_gradient_checkpointing_changes_no_gradient(kind):
+    """Dropout included, as the masks are drawn again from the same state."""
+    results = []
+    for checkpointing in (False, True):
+        network = tiny(kind, gradient_checkpointing=checkpointing)
+        torch.manual_seed(3)
+        network(*inputs()).pow(2).mean().backward()
+        results.append([p.grad for p in network.parameters()])
+    assert all(gradient is not None for gradient in results[0])
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("resample", ["box", "fir"])
+def test_resampling(resample):
+    """Sides halve and double; constants stay (away from the border, which the wider filter sees as zero); the two are adjoint,
+    up to the factor 4 of the area."""
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    small, large = downsample(x, resample), upsample(x, resample)
+    assert small.shape == (2, 3, 4, 4) and large.shape == (2, 3, 16, 16)
+    ones = torch.ones_like(x)
+    torch.testing.assert_close(
+        downsample(ones, resample)[:, :, 1:-1, 1:-1], torch.ones(2, 3, 2, 2, dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        upsample(ones, resample)[:, :, 1:-1, 1:-1], torch.ones(2, 3, 14, 14, dtype=torch.float64)
+    )
+    y = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(4 * (small * y).sum(), (x * upsample(y, resample)).sum(), rtol=1e-12, atol=0)
+
+
+def test_initial_outputs():
+    """DiT starts as exactly zero, the U-Net as 1e-5 of its input."""
+    given = inputs()
+    assert (build_network(TINY_DIT, resolution=8, channels=3, num_classes=5)(*given) == 0).all()
+    unet = build_network(TINY_UNET, resolution=8, channels=3, num_classes=5)(*given)
+    assert 0 < unet.abs().max() < 1e-3
+
+
+def test_augment_label():
+    """None is the label of images that were not augmented, zero; DiT has no such input."""
+    network = randomised(build_network(TINY_UNET, resolution=8, channels=3, augment_dim=9)).eval()
+    x, t, s, _ = inputs()
+    with torch.no_grad():
+        assert torch.equal(network(x, t, s), network(x, t, s, None, torch.zeros(6, 9)))
+        assert not torch.allclose(network(x, t, s), network(x, t, s, None, torch.ones(6, 9)), rtol=1e-3)
+    with pytest.raises(ValueError, match="augment"):
+        tiny("dit")(x, t, s, None, torch.zeros(6, 9))

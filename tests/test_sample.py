@@ -1,0 +1,440 @@
+"""`mmgen sample`: the same images as `model.sample`, files whole or not at all, interrupted runs continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import mmgen
+from mmgen import sample_drawing, sample_file
+from mmgen.cli.sample import sample
+from mmgen.errors import ConfigError, MmgenError, ModelError
+from mmgen.flow_map import FlowMapSettings
+from mmgen.models import Model, ModelConfig, save_model
+from mmgen.networks import UNetSettings
+
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+def make_model(path: Path, **config) -> Path:
+    """A tiny model with random weights, of which none is zero, so that images depend on times and labels."""
+    network = UNetSettings(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
+    flow = FlowMapSettings(t_min=0.006, t_max=0.994)
+    config = ModelConfig(network=network, flow=flow, resolution=8, data="digits", **config)
+    torch.manual_seed(0)
+    model = Model(config)
+    for weight in model.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.3)
+    save_model(path, config, model.network.state_dict())
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    return make_model(
+        folder / "model.safetensors", channels=1, num_classes=10, class_names=NAMES, class_counts=[5] * 10
+    )
+
+
+@pytest.fixture(scope="module")
+def colour_model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "model.safetensors", channels=3)
+
+
+def run(*arguments) -> str:
+    """The command's output; raises what it raises."""
+    app = typer.Typer()
+    app.command()(sample)
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=True)
+    if result.exception is not None:
+        raise result.exception
+    return result.output
+
+
+def pixels(folder: Path) -> np.ndarray:
+    """[N, H, W] or [N, H, W, C] of the PNG files in a folder, in the order of their names."""
+    return np.stack([np.array(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+def record(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal but for the last bit of rounding: batches of other sizes take other paths through the same sums."""
+    return a.shape == b.shape and np.abs(a.astype(int) - b.astype(int)).max() <= 1 and (a != b).mean() < 0.01
+
+
+def test_png_folder(model, tmp_path):
+    out = tmp_path / "out"
+    table = run(model, "--num", 20, "--out", out, "--seed", 3, "--steps", 2)
+    assert "20" in table and str(out) in table
+    expected = mmgen.load(model).sample(20, steps=2, seed=3)
+    assert np.array_equal(pixels(out), expected[:, 0].numpy())
+    assert sorted(p.name for p in out.glob("*.png")) == [f"{i:06d}.png" for i in range(20)]
+    found = record(out / "samples.json")
+    wanted = {
+        "complete": True,
+        "num": 20,
+        "steps": 2,
+        "nfe": 2,
+        "seed": 3,
+        "guidance": 1.0,
+        "data": "digits",
+        "kind": "imm",
+    }
+    assert wanted.items() <= found.items() and found["model"] == str(model) and len(found["times"]) == 3
+    assert {p.suffix for p in out.iterdir()} == {".png", ".json"}  # nothing temporary
+
+
+def test_labels_are_readable_as_a_data_set(model, tmp_path):
+    run(model, "--num", 25, "--out", tmp_path / "out", "--classes", "balanced")
+    listed = record(tmp_path / "out" / "dataset.json")["labels"]
+    assert listed == [[f"{i:06d}.png", i % 10] for i in range(25)]
+
+
+def test_colour_and_unconditional(colour_model, tmp_path):
+    run(colour_model, "--num", 5, "--out", tmp_path / "out")
+    assert np.array_equal(pixels(tmp_path / "out"), mmgen.load(colour_model).sample(5).permute(0, 2, 3, 1).numpy())
+    assert (
+        not (tmp_path / "out" / "dataset.json").exists()
+        and record(tmp_path / "out" / "samples.json")["classes"] is None
+    )
+
+
+def test_batch_size_has_no_influence(model, tmp_path):
+    run(model, "--num", 33, "--out", tmp_path / "a", "--batch-size", 33, "--steps", 4, "--sampler", "restart")
+    run(model, "--num", 33, "--out", tmp_path / "b", "--batch-size", 5, "--steps", 4, "--sampler", "restart")
+    assert same(pixels(tmp_path / "a"), pixels(tmp_path / "b"))
+
+
+def test_only_missing_images_are_drawn(model, tmp_path):
+    out = tmp_path / "out"
+    command = (model, "--num", 12, "--out", out, "--batch-size", 4)
+    run(*command)
+    before = {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in out.iterdir()}
+    content = pixels(out)
+    run(*command)
+    assert {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in out.glob("*.png")}.items() <= before.items()
+    assert before["samples.json"] == ((out / "samples.json").stat().st_mtime_ns, (out / "samples.json").stat().st_ino)
+    for i in (0, 7, 8):
+        (out / f"{i:06d}.png").unlink()
+    (out / ".tmp-killed.png").write_bytes(b"half a file")
+    run(*command)
+    changed = {p.name for p in out.glob("0*.png") if (p.stat().st_mtime_ns, p.stat().st_ino) != before[p.name]}
+    assert changed == {"000000.png", "000007.png", "000008.png"}
+    assert same(pixels(out), content) and not (out / ".tmp-killed.png").exists()
+
+
+def test_more_images_continue(model, tmp_path):
+    run(model, "--num", 4, "--out", tmp_path / "out")
+    old = (tmp_path / "out" / "000003.png").stat().st_mtime_ns
+    run(model, "--num", 9, "--out", tmp_path / "out", "--batch-size", 2)
+    assert (tmp_path / "out" / "000003.png").stat().st_mtime_ns == old
+    assert same(pixels(tmp_path / "out"), mmgen.load(model).sample(9)[:, 0].numpy())
+    assert record(tmp_path / "out" / "samples.json")["num"] == 9
+    assert len(record(tmp_path / "out" / "dataset.json")["labels"]) == 9
+    with pytest.raises(ConfigError, match="--num is 4, but it holds 9"):
+        run(model, "--num", 4, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("--seed", 1), "seed would be 1, not 0"),
+        (("--steps", 4), "steps would be 4, not 2"),
+        (("--guidance", 2), "guidance would be 2.0, not 1.0"),
+        (("--classes", "3"), "classes would be 3, not random"),
+        (("--sampler", "restart"), "sampler would be restart"),
+        (("--grid", "uniform"), "grid would be uniform"),
+        (("--eta", "2"), "grid would be eta"),
+    ],
+)
+def test_samples_of_other_settings_are_refused(model, tmp_path, change, said):
+    for out in (tmp_path / "out", tmp_path / "out.npz"):
+        run(model, "--num", 3, "--steps", 2, "--out", out)
+        with pytest.raises(ConfigError, match=said):
+            run(model, "--num", 3, "--steps", 2, "--out", out, *change)
+        run(model, "--num", 2, "--steps", 2, "--out", out, *change, "--overwrite")
+    assert len(pixels(tmp_path / "out")) == 2 and len(np.load(tmp_path / "out.npz")["arr_0"]) == 2
+
+
+def test_same_times_under_another_name_are_the_same_settings(model, tmp_path):
+    run(model, "--num", 2, "--steps", 2, "--out", tmp_path / "out")
+    run(model, "--num", 3, "--steps", 2, "--out", tmp_path / "out", "--eta", "1.4")
+    assert len(pixels(tmp_path / "out")) == 3
+
+
+def test_another_model_is_refused(model, tmp_path):
+    other = make_model(tmp_path / "other.safetensors", channels=1, num_classes=10)
+    run(model, "--num", 2, "--out", tmp_path / "out")
+    with pytest.raises(ConfigError, match="the model is .*other.safetensors"):
+        run(other, "--num", 2, "--out", tmp_path / "out")
+
+
+def test_foreign_pictures_are_neither_mixed_nor_deleted(model, tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"dear")
+    for more in ((), ("--overwrite",)):
+        with pytest.raises(ConfigError, match="photo.jpg"):
+            run(model, "--num", 2, "--out", tmp_path, *more)
+    assert [p.name for p in tmp_path.iterdir()] == ["photo.jpg"]
+    (tmp_path / "photo.jpg").rename(tmp_path / "notes.txt")
+    run(model, "--num", 2, "--out", tmp_path)
+    assert (tmp_path / "notes.txt").read_bytes() == b"dear"
+
+
+def test_npz(model, colour_model, tmp_path):
+    run(model, "--num", 10, "--out", tmp_path / "a.npz", "--classes", "balanced", "--batch-size", 4)
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
+        images, labels = found["arr_0"], found["arr_1"]
+    assert images.dtype == np.uint8 and labels.dtype == np.int64 and labels.tolist() == list(range(10))
+    expected = mmgen.load(model).sample(10, classes="balanced", batch_size=4)
+    assert np.array_equal(images, expected.permute(0, 2, 3, 1).numpy())
+    assert {p.name for p in tmp_path.iterdir()} == {"a.npz", "a.npz.json"}
+    run(colour_model, "--num", 3, "--format", "npz", "--out", tmp_path / "folder")
+    with np.load(tmp_path / "folder" / "samples.npz") as found:
+        assert found.files == ["arr_0"] and found["arr_0"].shape == (3, 8, 8, 3)
+
+
+def test_npz_continues_from_parts_and_grows(model, tmp_path, monkeypatch):
+    drawn = []
+
+    def failing(model, chosen, indices, real=sample_drawing.draw):
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        drawn.append(list(indices))
+        return real(model, chosen, indices)
+
+    file = tmp_path / "a.npz"
+    monkeypatch.setattr(sample_drawing, "draw", failing)
+    with pytest.raises(SystemExit) as stop:
+        run(model, "--num", 20, "--out", file, "--batch-size", 4)
+    assert stop.value.code == 130
+    assert not file.exists() and not record(tmp_path / "a.npz.json")["complete"]
+    assert len(list((tmp_path / "a.npz.parts").iterdir())) == 3
+    drawn.clear()
+    run(model, "--num", 20, "--out", file, "--batch-size", 8)
+    assert drawn == [list(range(12, 20))]
+    drawn.clear()
+    run(model, "--num", 20, "--out", file)
+    assert drawn == []
+    run(model, "--num", 23, "--out", file)
+    assert drawn == [[20, 21, 22]]
+    assert same(np.load(file)["arr_0"][..., 0], mmgen.load(model).sample(23)[:, 0].numpy())
+    assert {p.name for p in tmp_path.iterdir()} == {"a.npz", "a.npz.json"} and record(tmp_path / "a.npz.json")[
+        "num"
+    ] == 23
+
+
+def test_a_file_without_record_is_not_overwritten_unasked(model, tmp_path):
+    (tmp_path / "a.npz").write_bytes(b"results of a year")
+    with pytest.raises(ConfigError, match="without a record"):
+        run(model, "--num", 2, "--out", tmp_path / "a.npz")
+    run(model, "--num", 2, "--out", tmp_path / "a.npz", "--overwrite")
+    assert len(np.load(tmp_path / "a.npz")["arr_1"]) == 2
+
+
+def test_grid(model, tmp_path):
+    run(model, "--num", 30, "--out", tmp_path / "g.png", "--classes", "balanced")
+    picture = Image.open(tmp_path / "g.png")
+    assert picture.width > picture.height and picture.width >= 10 * 64  # one class per column, enlarged
+    assert {p.name for p in tmp_path.iterdir()} == {"g.png", "g.png.json"}
+    stamp = (tmp_path / "g.png").stat().st_mtime_ns
+    run(model, "--num", 30, "--out", tmp_path / "g.png", "--classes", "balanced")
+    assert (tmp_path / "g.png").stat().st_mtime_ns == stamp
+    run(model, "--num", 40, "--out", tmp_path / "g.png", "--classes", "balanced")
+    assert Image.open(tmp_path / "g.png").height > picture.height
+
+
+def test_several_steps(model, tmp_path):
+    run(model, "--num", 3, "--steps", "1,2,1", "--out", tmp_path / "out", "--guidance", 1.5)
+    loaded = mmgen.load(model)
+    for steps in (1, 2):
+        found = tmp_path / "out" / f"steps-{steps}"
+        expected = loaded.sample(3, steps=steps, guidance=1.5)
+        assert (
+            np.array_equal(pixels(found), expected[:, 0].numpy()) and record(found / "samples.json")["nfe"] == 2 * steps
+        )
+    run(model, "--num", 3, "--steps", "1,2", "--out", tmp_path / "a.npz")
+    assert (tmp_path / "a-steps-1.npz").is_file() and (tmp_path / "a-steps-2.npz.json").is_file()
+    with pytest.raises(ConfigError, match="steps-1"):
+        run(model, "--num", 3, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [("3,5", [3, 5, 3, 5]), ("nine,Zero, 4", [9, 0, 4, 9]), ("7", [7] * 4), ("balanced", [0, 1, 2, 3])],
+)
+def test_classes(model, tmp_path, classes, expected):
+    run(model, "--num", 4, "--out", tmp_path / "a.npz", "--classes", classes)
+    assert np.load(tmp_path / "a.npz")["arr_1"].tolist() == expected
+
+
+def test_random_classes_are_as_frequent_as_in_the_data(tmp_path):
+    path = make_model(tmp_path / "m.safetensors", channels=1, num_classes=3, class_counts=[0, 300, 100])
+    run(path, "--num", 200, "--out", tmp_path / "a.npz")
+    assert np.bincount(np.load(tmp_path / "a.npz")["arr_1"], minlength=3)[1:] == pytest.approx([150, 50], abs=20)
+
+
+def test_processes_share_the_work(model, tmp_path):
+    """Two members of a team, one after the other: the second must not redo what the first was to do."""
+    loaded, chosen = mmgen.load(model), mmgen.sampling.plan(mmgen.load(model).config, mmgen.sampling.SampleSettings())
+    shares = []
+    for index in (0, 1):
+        team = sample_drawing.Team(index, 2)
+        shares += [
+            i for indices, _ in sample_drawing.draw_missing(loaded, chosen, range(3, 20), 20, team) for i in indices
+        ]
+    assert sorted(shares) == list(range(3, 20))
+
+
+def test_progress_lines(model, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "mmgen",
+        "sample",
+        model,
+        "--num",
+        "8",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stderr.splitlines()[-1])
+    assert line["images"] == line["of"] == 8 and line["images_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--steps", "0"), "steps must be at least 1"),
+        (("--steps", "1,two"), "--steps must be whole numbers"),
+        (("--num", "0"), "--num must be at least 1"),
+        (("--classes", "10"), "unknown class '10'"),
+        (("--classes", "seeven"), "did you mean 'seven'"),
+        (("--guidance", "nan"), "finite"),
+        (("--sampler", "pushfoward"), "did you mean 'pushforward'"),
+        (("--grid", "edn"), "did you mean 'edm'"),
+        (("--eta", "nan", "--steps", "2"), "must descend"),
+        (("--eta", "1.4", "--steps", "4"), "3 intermediate eta values"),
+        (("--format", "jpg"), "unknown format"),
+        (("--format", "png", "--out", "x.npz"), "--format is png"),
+        (("--out", "x.jpg"), "nothing that can be written"),
+        (("--device", "gpu"), "unknown device"),
+        (("--batch-size", "0"), "batch size"),
+    ],
+)
+def test_impossible_values_are_refused(model, tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=said):
+        run(model, *options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_unconditional_models_have_no_guidance_and_no_classes(colour_model, tmp_path):
+    for options, said in ((("--guidance", 2), "class-conditional"), (("--classes", "balanced"), "unconditional")):
+        with pytest.raises(ConfigError, match=said):
+            run(colour_model, "--out", tmp_path / "out", *options)
+
+
+def test_what_is_no_model_is_refused(model, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(model.read_bytes()[:-1000])
+    save_file({"weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    (tmp_path / "empty").mkdir()
+    for name, said in {
+        "none.safetensors": "there is no model at",
+        "empty": "folder without model.safetensors",
+        "cut.safetensors": "cannot be read",
+        "foreign.safetensors": "not one of mmgen's",
+    }.items():
+        with pytest.raises(ModelError, match=said):
+            run(tmp_path / name, "--out", tmp_path / "out")
+    with pytest.raises(ModelError, match="no model-ema-0.5"):
+        run(model, "--ema", "0.5", "--out", tmp_path / "out")
+
+
+def test_places_that_cannot_be_written(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.npz").mkdir()
+    for out in ("file", "folder.npz"):
+        with pytest.raises(ConfigError, match="choose another --out"):
+            run(model, "--num", 2, "--out", tmp_path / out)
+    for out in ("file/deeper", "file/a.npz"):
+        with pytest.raises(MmgenError, match="cannot write"):
+            run(model, "--num", 2, "--out", tmp_path / out)
+
+
+def test_a_disk_that_fills_up(model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_file.np, "save", full)
+        with pytest.raises(MmgenError, match="No space left"):
+            run(model, "--num", 4, "--out", tmp_path / "a.npz")
+    assert not (tmp_path / "a.npz").exists() and not list((tmp_path / "a.npz.parts").iterdir())
+    run(model, "--num", 4, "--out", tmp_path / "a.npz")
+    assert len(np.load(tmp_path / "a.npz")["arr_0"]) == 4
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_leaves_whole_files_and_continues(model, tmp_path, stop):
+    out = tmp_path / "out"
+    command = ["sample", str(model), "--num", "150", "--out", str(out), "--batch-size", "1", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mmgen", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("0*.png"))) < 10 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGKILL: -9}[stop], errors
+    assert "Traceback" not in errors
+    if stop != signal.SIGKILL:
+        assert "continues" in errors and not list(out.glob(".tmp-*"))
+    there = sorted(out.glob("0*.png"))
+    assert 10 <= len(there) < 150 and not record(out / "samples.json")["complete"]
+    for path in there:
+        Image.open(path).load()
+    run(*command[1:])
+    assert record(out / "samples.json")["complete"] and not list(out.glob(".tmp-*"))
+    assert np.array_equal(pixels(out), mmgen.load(model).sample(150, batch_size=1)[:, 0].numpy())
+
+
+def test_exit_status_and_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "mmgen", "sample", str(tmp_path / "none.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert (
+        done.returncode == 4 and done.stderr.startswith("error: there is no model at") and done.stderr.count("\n") == 1
+    )
+
+
+def environment() -> dict[str, str]:
+    """Of a subprocess: this checkout's package, one thread."""
+    root = str(Path(mmgen.__file__).parents[1])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
