@@ -129,7 +129,9 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        same_kind = not (isinstance(old, dict) and isinstance(value, dict)) or value.get("kind", old.get("kind")) == old.get("kind")
+        same_kind = not (isinstance(old, dict) and isinstance(value, dict)) or value.get("kind", old.get("kind")) == old.get(
+            "kind"
+        )
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) and same_kind else value
     return merged
 
@@ -202,14 +204,29 @@ def _check(config: ImmConfig) -> None:
             f"train.batch_size {train.batch_size} must be a multiple of loss.group_size {loss.group_size}")  # fmt: skip
     require(run.batch_per_device >= loss.group_size,
             f"run.batch_per_device {run.batch_per_device} must hold a group of loss.group_size {loss.group_size}")  # fmt: skip
-    require(0 <= flow.t_min < flow.t_max <= 1, f"0 <= flow.t_min < flow.t_max <= 1 must hold, not {flow.t_min}, {flow.t_max}")
-    require(flow.parametrization != "euler_fm" or flow.schedule == "fm", "flow.parametrization euler_fm needs flow.schedule fm")
+    require(
+        0 <= flow.t_min < flow.t_max <= 1,
+        f"0 <= flow.t_min < flow.t_max <= 1 must hold, not {flow.t_min}, {flow.t_max}",
+    )
+    require(
+        flow.parametrization != "euler_fm" or flow.schedule == "fm",
+        "flow.parametrization euler_fm needs flow.schedule fm",
+    )
     require(loss.mapping not in ("eta", "log_snr") or flow.t_max < 1, f"loss.mapping {loss.mapping} needs flow.t_max < 1")
     require(loss.mapping not in ("log_snr", "inverse_eta") or flow.t_min > 0,
             f"loss.mapping {loss.mapping} needs flow.t_min > 0")  # fmt: skip
-    require(loss.a > 0 or flow.t_max < 1 or loss.weighting == "none", "loss.a = 0 needs flow.t_max < 1: the weight is infinite at 1")
-    require(loss.weighting != "elbo" or flow.t_max < 1, "loss.weighting elbo needs flow.t_max < 1: the weight is infinite at 1")
-    require(data.augment == 0 or isinstance(config.network, UNetSettings), "data.augment needs network.kind unet: a DiT takes no augmentation label")
+    require(
+        loss.a > 0 or flow.t_max < 1 or loss.weighting == "none",
+        "loss.a = 0 needs flow.t_max < 1: the weight is infinite at 1",
+    )
+    require(
+        loss.weighting != "elbo" or flow.t_max < 1,
+        "loss.weighting elbo needs flow.t_max < 1: the weight is infinite at 1",
+    )
+    require(
+        data.augment == 0 or isinstance(config.network, UNetSettings),
+        "data.augment needs network.kind unet: a DiT takes no augmentation label",
+    )
 
 
 def check_network(network: NetworkSettings, resolution: int, channels: int) -> None:
@@ -218,7 +235,9 @@ def check_network(network: NetworkSettings, resolution: int, channels: int) -> N
         if resolution % network.patch_size:
             raise ConfigError(f"network.patch_size {network.patch_size} does not divide the resolution {resolution}")
         if network.hidden_size % network.num_heads or network.hidden_size % 4:
-            raise ConfigError(f"network.hidden_size {network.hidden_size} must be a multiple of num_heads {network.num_heads} and of 4")
+            raise ConfigError(
+                f"network.hidden_size {network.hidden_size} must be a multiple of num_heads {network.num_heads} and of 4"
+            )
         return
     if not network.channel_mult:
         raise ConfigError("network.channel_mult needs at least one level")

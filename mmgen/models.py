@@ -199,7 +199,9 @@ def _download(repository: str, name: str) -> Path:
     except EntryNotFoundError as error:
         raise ModelError(f"{looked} holds no {name}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ModelError(f"{looked} cannot be read ({type(error).__name__}): check the name, or log in for a private one") from error
+        raise ModelError(
+            f"{looked} cannot be read ({type(error).__name__}): check the name, or log in for a private one"
+        ) from error
 
 
 def load(place: str | os.PathLike, *, ema: str | None = None, device: str | torch.device = "cpu") -> Model:

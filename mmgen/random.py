@@ -40,13 +40,21 @@ def keys(seed: int, index: Tensor | Sequence[int], purpose: int = 0) -> Tensor:
         purpose: keeps apart draws for different ends (noise, times, labels) at the same index.
     """
     index = torch.as_tensor(index, dtype=torch.int64)
-    word = _mix(torch.tensor([_wrap(seed)]) * _GAMMA + _wrap(purpose))
-    return _mix(_mix(word.to(index.device) + index * _GAMMA) + _MIX1)
+    word = _mix_int(seed * _GAMMA + purpose)  # a Python integer: nothing is copied to the device
+    return _mix(_mix(index * _GAMMA + word) + _MIX1)
 
 
 def _wrap(number: int) -> int:
     """A Python integer as a signed 64-bit one."""
     return (number + 2**63) % 2**64 - 2**63
+
+
+def _mix_int(x: int) -> int:
+    """`_mix` of one Python integer."""
+    x %= 2**64
+    x = (x ^ (x >> 30)) * _MIX1 % 2**64
+    x = (x ^ (x >> 27)) * _MIX2 % 2**64
+    return _wrap(x ^ (x >> 31))
 
 
 def bits(key: Tensor, shape: Sequence[int] = ()) -> Tensor:
@@ -76,7 +84,7 @@ def normal(key: Tensor, shape: Sequence[int] = (), dtype: torch.dtype = torch.fl
 
 def torch_seed(seed: int, *where: int) -> int:
     """An integer for `torch.manual_seed`, from a seed and the place it is used at (step, part of the batch)."""
-    word = torch.tensor([_wrap(seed)])
+    word = seed
     for number in where:
-        word = _mix(word * _GAMMA + _wrap(number) + 1)
-    return int(_mix(word)) & (2**63 - 1)
+        word = _mix_int(word * _GAMMA + number + 1)
+    return _mix_int(word) & (2**63 - 1)

@@ -58,8 +58,7 @@ def draw_missing(
             images, _ = draw(model, chosen, indices)
         except torch.OutOfMemoryError as error:
             raise MmgenError(
-                f"the GPU's memory is too small for {len(indices)} images at a time: lower --batch-size, "
-                "the images stay the same"
+                f"the GPU's memory is too small for {len(indices)} images at a time: lower --batch-size, the images stay the same"
             ) from error
         yield indices, images
         drawn += len(indices)

@@ -98,9 +98,7 @@ def write_grid(
     return _write(model, file, record, chosen, overwrite, progress, team, assemble)
 
 
-def _write(
-    model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, progress, team: Team, assemble
-) -> Written:
+def _write(model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, progress, team: Team, assemble) -> Written:
     """Draws the missing images into parts, then makes `file` of them with assemble(path)."""
     num, parts = record["num"], parts_folder(file)
     if team.is_main:
@@ -152,9 +150,7 @@ def _prepare(file: Path, record: dict[str, Any], overwrite: bool) -> None:
     old = read_record(record_file(file))
     if old is None:
         if file.exists() and not overwrite:
-            raise ConfigError(
-                f"{file} exists, without a record of samples: choose another --out, or replace it with --overwrite"
-            )
+            raise ConfigError(f"{file} exists, without a record of samples: choose another --out, or replace it with --overwrite")
         file.unlink(missing_ok=True)
         _remove_parts(file)  # nothing says what they are of
     elif not may_continue(file, old, record, overwrite):
@@ -179,9 +175,7 @@ def _sources(file: Path) -> list[tuple[int, int, Path]]:
                 np.lib.format.read_magic(stream)
                 found.append((0, np.lib.format.read_array_header_1_0(stream)[0][0], file))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise MmgenError(
-                f"{file} is damaged ({error}): delete it, the same command draws its images again"
-            ) from error
+            raise MmgenError(f"{file} is damaged ({error}): delete it, the same command draws its images again") from error
     if parts_folder(file).is_dir():
         for path in parts_folder(file).iterdir():
             if match := _PART.fullmatch(path.name):

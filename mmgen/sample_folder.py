@@ -103,9 +103,7 @@ def check_num(num: int) -> None:
 def check_pictures(config: ModelConfig) -> None:
     """Raises ConfigError where a model's images cannot be PNG files."""
     if config.channels not in (1, 3):
-        raise ConfigError(
-            f"this model's images have {config.channels} channels, and PNG files 1 or 3: use the format npz"
-        )
+        raise ConfigError(f"this model's images have {config.channels} channels, and PNG files 1 or 3: use the format npz")
 
 
 def all_labels(config: ModelConfig, chosen: Plan, num: int) -> list[int] | None:

@@ -93,9 +93,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}): delete it with its samples, or choose another --out"
-        ) from error
+        raise ConfigError(f"{path} cannot be read ({error}): delete it with its samples, or choose another --out") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("num"), int):
         raise ConfigError(f"{path} is no record of samples that this mmgen understands: choose another --out")
     return record
@@ -127,9 +125,7 @@ def may_continue(place: Path, old: dict[str, Any] | None, new: dict[str, Any], o
         what = f"--num is {new['num']}, but it holds {old['num']}"
     if what is None or overwrite:
         return what is None
-    raise ConfigError(
-        f"{place} holds samples of other settings: {what}; choose another --out, or replace them with --overwrite"
-    )
+    raise ConfigError(f"{place} holds samples of other settings: {what}; choose another --out, or replace them with --overwrite")
 
 
 def _short(value: Any) -> str:

@@ -78,7 +78,15 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
     evaluations = 1 if guidance in (0, 1) else 2
     times = time_grid(config.flow, settings.steps, grid, settings.etas)
     return Plan(
-        settings.steps, settings.seed, classes, guidance, sampler, grid, times, settings.steps * evaluations, settings.batch_size
+        settings.steps,
+        settings.seed,
+        classes,
+        guidance,
+        sampler,
+        grid,
+        times,
+        settings.steps * evaluations,
+        settings.batch_size,
     )
 
 

@@ -46,7 +46,11 @@ def test_presets_are_the_papers_table(name):
     ("name", "shape", "parameters"),
     [
         ("cifar10-imm", DataShape(32, 3), 56_062_595),  # 56.06M, with the augmentation's 9 x 128
-        ("imagenet256-imm-s", DataShape(32, 4, 1000), 33_203_728 - 256 * 384),  # the published counts hold the fixed positions
+        (
+            "imagenet256-imm-s",
+            DataShape(32, 4, 1000),
+            33_203_728 - 256 * 384,
+        ),  # the published counts hold the fixed positions
         ("imagenet256-imm-b", DataShape(32, 4, 1000), 131_288_080 - 256 * 768),
         ("imagenet256-imm-l", DataShape(32, 4, 1000), 459_399_184 - 256 * 1024),
         ("imagenet256-imm-xl", DataShape(32, 4, 1000), 676_735_504 - 256 * 1152),

@@ -45,9 +45,7 @@ def test_tabulated_values(schedule, parametrization, rows):
     flow = FlowMapSettings(schedule, parametrization)
     s, t = times(0.2, 0.006, 0.29), times(0.7, 0.994, 0.3)
     found = torch.stack([*coefficients(flow, s, t), kernel_weight(flow, s, t)], 1)
-    torch.testing.assert_close(
-        found, torch.tensor(rows, dtype=torch.float64), rtol=0, atol=6e-7
-    )  # six printed decimals
+    torch.testing.assert_close(found, torch.tensor(rows, dtype=torch.float64), rtol=0, atol=6e-7)  # six printed decimals
 
 
 @every_flow
@@ -57,9 +55,7 @@ def test_staying_is_the_identity(schedule, parametrization):
     torch.testing.assert_close(c_out, torch.zeros_like(T), rtol=0, atol=1e-16)
 
 
-@pytest.mark.parametrize(
-    "schedule, parametrization", [("fm", "simple_edm"), ("fm", "euler_fm"), ("vp_cosine", "simple_edm")]
-)
+@pytest.mark.parametrize("schedule, parametrization", [("fm", "simple_edm"), ("fm", "euler_fm"), ("vp_cosine", "simple_edm")])
 def test_ends_of_the_path(schedule, parametrization):
     """s = t = 0 is the identity too; from t = 1 to s = 0 nothing is divided by alpha."""
     c_skip, c_out = coefficients(FlowMapSettings(schedule, parametrization), times(0, 0), times(0, 1))
@@ -117,9 +113,7 @@ def test_ddim_is_self_consistent(schedule):
     torch.testing.assert_close(to_s[0] * to_r[1] + to_s[1], direct[1], rtol=1e-12, atol=1e-15)
     x, eps = torch.randn(2, 5, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     on_z, on_x = (c.reshape(-1, 1, 1, 1) for c in direct)
-    torch.testing.assert_close(
-        on_z * diffuse(path, x, eps, T) + on_x * x, diffuse(path, x, eps, S), rtol=1e-12, atol=1e-14
-    )
+    torch.testing.assert_close(on_z * diffuse(path, x, eps, T) + on_x * x, diffuse(path, x, eps, S), rtol=1e-12, atol=1e-14)
 
 
 @every_schedule
@@ -165,8 +159,7 @@ class ExactNetwork(nn.Module):
         self.seen.append((s[0].item(), t[0].item()))
         z = scaled.double() / input_scale(flow, t).reshape(-1, 1, 1, 1)
         (alpha_t, alpha_s, root) = (
-            v.reshape(-1, 1, 1, 1)
-            for v in (path.alpha(t), path.alpha(s), (variance(path, s) / variance(path, t)).sqrt())
+            v.reshape(-1, 1, 1, 1) for v in (path.alpha(t), path.alpha(s), (variance(path, s) / variance(path, t)).sqrt())
         )
         arrived = alpha_s * MEAN + root * (z - alpha_t * MEAN)
         c_skip, c_out = (c.reshape(-1, 1, 1, 1) for c in coefficients(flow, s, t))

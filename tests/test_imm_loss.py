@@ -29,9 +29,7 @@ def golden_case(case: str) -> tuple[ImmSettings, FlowMapSettings, dict[str, torc
     schedule, parametrization, a, b, k, gap = case.split("-")
     gap = 0.0 if gap == "gapNone" else float(gap[3:])
     t_max = 0.994 if schedule == "fm" else 0.996
-    settings = ImmSettings(
-        distance_floor=1e-4, a=float(a[1:]), b=float(b[1:]), k=float(k[1:]), eta_range="exact", min_gap=gap
-    )
+    settings = ImmSettings(distance_floor=1e-4, a=float(a[1:]), b=float(b[1:]), k=float(k[1:]), eta_range="exact", min_gap=gap)
     t_min = 0.0 if parametrization == "euler_fm" else 0.006  # latents and pixels
     flow = FlowMapSettings(schedule, parametrization, t_min=t_min, t_max=t_max)
     return settings, flow, {key.rsplit("/", 1)[1]: value for key, value in GOLDEN.items() if key.startswith(case + "/")}
@@ -97,9 +95,7 @@ def test_exchanged_arguments_are_noticed():
     settings, flow, g = golden_case("fm-simple_edm-a1-b5-k15-gapNone")
     s, r, t, y_t, y_r = (g[name] for name in ("s", "r", "t", "y_t", "y_r"))
     assert worst(loss_and_gradient(settings, flow, t, r, s, y_t, y_r)[0], g["loss"]) > 1e-2  # target time last
-    assert (
-        worst(loss_and_gradient(settings, flow, s, r, t, y_r, y_t)[1], g["grad_y_t"]) > 1e-2
-    )  # gradient to the target
+    assert worst(loss_and_gradient(settings, flow, s, r, t, y_r, y_t)[1], g["grad_y_t"]) > 1e-2  # gradient to the target
     shuffled = y_t[:, [1, 2, 3, 0]]  # particles matched with others
     assert worst(loss_and_gradient(settings, flow, s, r, t, shuffled, y_r)[0], g["loss"]) < 1e-6  # a set has no order
     for changed in (ImmSettings(b=4.0), ImmSettings(a=2.0), ImmSettings(kernel="rbf"), ImmSettings(weighting="none")):
@@ -180,9 +176,7 @@ def test_no_difference_gives_no_loss_and_no_gradient(group_size):
 def test_identical_particles_give_no_nan():
     y_r = torch.ones(2, 4, 3, 4, 4)
     for y_t in (y_r + 1e-3, y_r, torch.randn(2, 4, 3, 4, 4)):
-        loss, gradient = loss_and_gradient(
-            ImmSettings(), FlowMapSettings(), *(times(v, v) for v in (0.1, 0.4, 0.5)), y_t, y_r
-        )
+        loss, gradient = loss_and_gradient(ImmSettings(), FlowMapSettings(), *(times(v, v) for v in (0.1, 0.4, 0.5)), y_t, y_r)
         assert loss.isfinite().all() and gradient.isfinite().all()
 
 

@@ -64,9 +64,7 @@ def test_step_is_constant_in_its_quantity(mapping, schedule):
     flow, k = flow_for(mapping, schedule), 8.0
     path, t = flow.get_schedule(), times(0.2, 0.5, 0.8, 0.95)
     r = earlier_time(ImmSettings(mapping=mapping, k=k), flow, torch.full_like(t, flow.t_min), t)
-    quantity = {"eta": path.eta, "t": lambda v: v, "log_snr": path.log_snr, "inverse_eta": lambda v: 1 / path.eta(v)}[
-        mapping
-    ]
+    quantity = {"eta": path.eta, "t": lambda v: v, "log_snr": path.log_snr, "inverse_eta": lambda v: 1 / path.eta(v)}[mapping]
     low, high = quantity(times(flow.t_min, flow.t_max)).tolist() if mapping != "eta" else (0.0, 160.0)
     inside = r > flow.t_min
     assert inside.sum() >= 2
@@ -152,13 +150,7 @@ def test_lognormal_times(schedule, t_min, t_max):
     assert (s >= t_min).all() and (s <= t).all() and (t <= t_max).all() and s.isfinite().all() and t.isfinite().all()
 
     def probability(time: float) -> float:
-        eta = (
-            time / (1 - time)
-            if schedule == "fm" and time < 1
-            else math.tan(math.pi * time / 2)
-            if time < 1
-            else math.inf
-        )
+        eta = time / (1 - time) if schedule == "fm" and time < 1 else math.tan(math.pi * time / 2) if time < 1 else math.inf
         return 0.5 * (1 + math.erf((math.log(eta) + 0.5) / 1.5 / math.sqrt(2))) if eta > 0 else 0.0
 
     low, high = probability(t_min), probability(t_max)

@@ -116,9 +116,7 @@ def test_identical_particles(kernel, step):
 
 def test_groups_do_not_mix():
     first, second = particles(4, 64, 0.1), particles(4, 64, 1e-3, shared=True)
-    both = group_mmd(
-        *map(torch.stack, zip(first, second, strict=True)), torch.tensor([2.0, 90.0]).double(), "laplace", FLOOR
-    )
+    both = group_mmd(*map(torch.stack, zip(first, second, strict=True)), torch.tensor([2.0, 90.0]).double(), "laplace", FLOOR)
     for group, weight, value in zip((first, second), (2.0, 90.0), both, strict=True):
         alone = group_mmd(group[0][None], group[1][None], torch.tensor([weight]).double(), "laplace", FLOOR)
         torch.testing.assert_close(alone[0], value, rtol=1e-13, atol=0)

@@ -213,7 +213,10 @@ def test_settings_are_converted():
 @pytest.mark.parametrize(
     "content, message",
     [
-        ({"inner": {"widht": 3}}, r"unknown setting 'inner.widht': did you mean 'inner.width'\? Valid: inner.width, inner.kernel, inner.sides"),
+        (
+            {"inner": {"widht": 3}},
+            r"unknown setting 'inner.widht': did you mean 'inner.width'\? Valid: inner.width, inner.kernel, inner.sides",
+        ),
         ({"ratee": 1}, "unknown setting 'ratee': did you mean 'rate'"),
         ({"inner": {"kernel": "laplac"}}, "inner.kernel = 'laplac' is not possible: did you mean 'laplace'"),
         ({"inner": {"kernel": 3}}, "inner.kernel = 3 is not possible"),

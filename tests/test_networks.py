@@ -111,9 +111,7 @@ def test_parameter_counts_of_cifar10():
         assert parameters(build_network(UNetSettings(), resolution=32, channels=3, augment_dim=9)) == 56_062_595
 
 
-@pytest.mark.parametrize(
-    "size, count", [("S", 33_203_728), ("B", 131_288_080), ("L", 459_399_184), ("XL", 676_735_504)]
-)
+@pytest.mark.parametrize("size, count", [("S", 33_203_728), ("B", 131_288_080), ("L", 459_399_184), ("XL", 676_735_504)])
 def test_parameter_counts_of_imagenet(size, count):
     hidden, depth, heads = DIT_SIZES[size]
     with torch.device("meta"):
@@ -258,12 +256,8 @@ def test_resampling(resample):
     small, large = downsample(x, resample), upsample(x, resample)
     assert small.shape == (2, 3, 4, 4) and large.shape == (2, 3, 16, 16)
     ones = torch.ones_like(x)
-    torch.testing.assert_close(
-        downsample(ones, resample)[:, :, 1:-1, 1:-1], torch.ones(2, 3, 2, 2, dtype=torch.float64)
-    )
-    torch.testing.assert_close(
-        upsample(ones, resample)[:, :, 1:-1, 1:-1], torch.ones(2, 3, 14, 14, dtype=torch.float64)
-    )
+    torch.testing.assert_close(downsample(ones, resample)[:, :, 1:-1, 1:-1], torch.ones(2, 3, 2, 2, dtype=torch.float64))
+    torch.testing.assert_close(upsample(ones, resample)[:, :, 1:-1, 1:-1], torch.ones(2, 3, 14, 14, dtype=torch.float64))
     y = torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(4 * (small * y).sum(), (x * upsample(y, resample)).sum(), rtol=1e-12, atol=0)
 

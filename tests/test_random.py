@@ -44,12 +44,8 @@ def test_values_follow_from_the_words():
     pairs = [(w >> 32, w & 0xFFFFFFFF) for w in unsigned(bits(key, (2,)))]
     radius = [math.sqrt(-2 * math.log((high + 0.5) / 2**32)) for high, _ in pairs]
     angle = [2 * math.pi * low / 2**32 for _, low in pairs]
-    cosine = torch.tensor([r * math.cos(a) for r, a in zip(radius, angle, strict=True)], dtype=torch.float64).reshape(
-        50, 2
-    )
-    sine = torch.tensor([r * math.sin(a) for r, a in zip(radius, angle, strict=True)], dtype=torch.float64).reshape(
-        50, 2
-    )
+    cosine = torch.tensor([r * math.cos(a) for r, a in zip(radius, angle, strict=True)], dtype=torch.float64).reshape(50, 2)
+    sine = torch.tensor([r * math.sin(a) for r, a in zip(radius, angle, strict=True)], dtype=torch.float64).reshape(50, 2)
     expected = torch.cat([cosine, sine], 1)
     torch.testing.assert_close(normal(key, (4,), torch.float64), expected, rtol=1e-13, atol=1e-14)
     torch.testing.assert_close(normal(key, (3,), torch.float64), expected[:, :3], rtol=1e-13, atol=1e-14)

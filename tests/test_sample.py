@@ -46,9 +46,7 @@ def make_model(path: Path, **config) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    return make_model(
-        folder / "model.safetensors", channels=1, num_classes=10, class_names=NAMES, class_counts=[5] * 10
-    )
+    return make_model(folder / "model.safetensors", channels=1, num_classes=10, class_names=NAMES, class_counts=[5] * 10)
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +109,7 @@ def test_labels_are_readable_as_a_data_set(model, tmp_path):
 def test_colour_and_unconditional(colour_model, tmp_path):
     run(colour_model, "--num", 5, "--out", tmp_path / "out")
     assert np.array_equal(pixels(tmp_path / "out"), mmgen.load(colour_model).sample(5).permute(0, 2, 3, 1).numpy())
-    assert (
-        not (tmp_path / "out" / "dataset.json").exists()
-        and record(tmp_path / "out" / "samples.json")["classes"] is None
-    )
+    assert not (tmp_path / "out" / "dataset.json").exists() and record(tmp_path / "out" / "samples.json")["classes"] is None
 
 
 def test_batch_size_has_no_influence(model, tmp_path):
@@ -236,9 +231,7 @@ def test_npz_continues_from_parts_and_grows(model, tmp_path, monkeypatch):
     run(model, "--num", 23, "--out", file)
     assert drawn == [[20, 21, 22]]
     assert same(np.load(file)["arr_0"][..., 0], mmgen.load(model).sample(23)[:, 0].numpy())
-    assert {p.name for p in tmp_path.iterdir()} == {"a.npz", "a.npz.json"} and record(tmp_path / "a.npz.json")[
-        "num"
-    ] == 23
+    assert {p.name for p in tmp_path.iterdir()} == {"a.npz", "a.npz.json"} and record(tmp_path / "a.npz.json")["num"] == 23
 
 
 def test_a_file_without_record_is_not_overwritten_unasked(model, tmp_path):
@@ -267,9 +260,7 @@ def test_several_steps(model, tmp_path):
     for steps in (1, 2):
         found = tmp_path / "out" / f"steps-{steps}"
         expected = loaded.sample(3, steps=steps, guidance=1.5)
-        assert (
-            np.array_equal(pixels(found), expected[:, 0].numpy()) and record(found / "samples.json")["nfe"] == 2 * steps
-        )
+        assert np.array_equal(pixels(found), expected[:, 0].numpy()) and record(found / "samples.json")["nfe"] == 2 * steps
     run(model, "--num", 3, "--steps", "1,2", "--out", tmp_path / "a.npz")
     assert (tmp_path / "a-steps-1.npz").is_file() and (tmp_path / "a-steps-2.npz.json").is_file()
     with pytest.raises(ConfigError, match="steps-1"):
@@ -297,9 +288,7 @@ def test_processes_share_the_work(model, tmp_path):
     shares = []
     for index in (0, 1):
         team = sample_drawing.Team(index, 2)
-        shares += [
-            i for indices, _ in sample_drawing.draw_missing(loaded, chosen, range(3, 20), 20, team) for i in indices
-        ]
+        shares += [i for indices, _ in sample_drawing.draw_missing(loaded, chosen, range(3, 20), 20, team) for i in indices]
     assert sorted(shares) == list(range(3, 20))
 
 
@@ -406,6 +395,7 @@ def test_a_stopped_run_leaves_whole_files_and_continues(model, tmp_path, stop):
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it is ignored where the tests run in the background
     )
     deadline = time.monotonic() + 60
     while len(list(out.glob("0*.png"))) < 10 and process.poll() is None and time.monotonic() < deadline:
@@ -428,9 +418,7 @@ def test_a_stopped_run_leaves_whole_files_and_continues(model, tmp_path, stop):
 def test_exit_status_and_one_sentence(tmp_path):
     command = [sys.executable, "-m", "mmgen", "sample", str(tmp_path / "none.safetensors")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert (
-        done.returncode == 4 and done.stderr.startswith("error: there is no model at") and done.stderr.count("\n") == 1
-    )
+    assert done.returncode == 4 and done.stderr.startswith("error: there is no model at") and done.stderr.count("\n") == 1
 
 
 def environment() -> dict[str, str]:

@@ -107,9 +107,7 @@ def test_plan_takes_the_models_defaults():
     assert (chosen.sampler, chosen.grid, chosen.guidance, chosen.times[1]) == ("pushforward", "eta", 1.0, 0.75)
 
 
-@pytest.mark.parametrize(
-    "classes, guidance, evaluations", [(0, None, 1), (5, None, 1), (5, 1.0, 1), (5, 0.0, 1), (5, 1.5, 2)]
-)
+@pytest.mark.parametrize("classes, guidance, evaluations", [(0, None, 1), (5, None, 1), (5, 1.0, 1), (5, 0.0, 1), (5, 1.5, 2)])
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
 def test_the_stated_number_of_evaluations_is_what_happens(classes, guidance, evaluations, sampler):
     m = model(classes)
@@ -132,9 +130,7 @@ def test_restart_by_hand():
     assert expected.dtype == torch.float64
 
 
-@pytest.mark.parametrize(
-    "sampler, steps, expected", [("pushforward", 4, []), ("restart", 1, []), ("restart", 4, [1, 2, 3])]
-)
+@pytest.mark.parametrize("sampler, steps, expected", [("pushforward", 4, []), ("restart", 1, []), ("restart", 4, [1, 2, 3])])
 def test_noise_is_drawn_only_where_it_is_used(sampler, steps, expected):
     m, drawn = model(), []
 

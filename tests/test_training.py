@@ -91,13 +91,30 @@ def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path):
 
 def test_killed_at_any_moment_and_resumed_is_the_same_bit_for_bit(tmp_path):
     """SIGKILL in the middle of steps, saves and start-up; then the same command again."""
-    command = [sys.executable, "-m", "mmgen", "train-imm", "--device", "cpu", "--config", "tiny.toml", "--preset", "digits-imm"]
+    command = [
+        sys.executable,
+        "-m",
+        "mmgen",
+        "train-imm",
+        "--device",
+        "cpu",
+        "--config",
+        "tiny.toml",
+        "--preset",
+        "digits-imm",
+    ]
     (tmp_path / "tiny.toml").write_text(
         "[network]\nkind='unet'\nmodel_channels=8\nchannel_mult=[1,1]\nnum_blocks=1\nattn_resolutions=[4]\ndropout=0.1\n"
         "[train]\nbatch_size=16\nmax_images=1600\n[run]\ncheckpoint_every=32\neval_num=0\nlog_every=1\neval_steps=[1]\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    options = {"cwd": tmp_path, "env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    options = {
+        "cwd": tmp_path,
+        "env": environment,
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
     whole = subprocess.run([*command, "--out", "whole"], **options, timeout=120)
     assert whole.returncode == 0, whole.stderr
     log = tmp_path / "killed/log.jsonl"
@@ -138,7 +155,12 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     runs = {}
     for size in (4, 8, 16):
         AcceleratorState._reset_state(reset_partial_state=True)
-        changes = {"run.batch_per_device": size, "network.dropout": 0.0, "optimizer.name": "adam", "train.max_images": 48}
+        changes = {
+            "run.batch_per_device": size,
+            "network.dropout": 0.0,
+            "optimizer.name": "adam",
+            "train.max_images": 48,
+        }
         train_imm(tiny(**changes), tmp_path / str(size), Quiet(), device="cpu")
         log = [json.loads(line) for line in (tmp_path / str(size) / "log.jsonl").read_text().splitlines()]
         runs[size] = ([x["loss"] for x in log if "loss" in x], load_file(tmp_path / str(size) / "model.safetensors"))

@@ -1,24 +1,24 @@
 """Key names of the official IMM networks (and of EDM's, which they extend) against ours.
 
-    official                              ours                        note
-    model.map_layer0 / map_layer1         time_mlp.linear0 / .linear1
-    model.map_layer0_s / map_layer1_s     second_time_mlp....         absent in EDM's own networks
-    model.map_label, map_augment          label_embed, augment_embed
-    model.map_noise.freqs                 frequencies                 Fourier embedding only
-    model.enc.X, model.dec.X              encoder.X, decoder.X        blocks have the same names
-    model.enc.X_aux_residual.weight       encoder.X_aux_residual.conv.weight
-    model.dec.RxR_aux_norm / aux_conv     out_norm / out_conv
-    *.resample_filter                     (checked, not kept)         a constant of the architecture
-    model.t_embedder.mlp.0 / .2           time_mlp.linear0 / .linear1 DiT from here on
-    model.s_embedder.mlp.0 / .2           second_time_mlp....
-    model.x_embedder.proj                 patch_embed
-    model.y_embedder.embedding_table      label_embed
-    model.pos_embed                       position
-    model.blocks.N.attn.qkv / .proj       blocks.N.qkv / .proj
-    model.blocks.N.mlp.fc1 / .fc2         blocks.N.fc1 / .fc2
-    model.blocks.N.adaLN_modulation.1     blocks.N.modulation
-    model.final_layer.adaLN_modulation.1  out_modulation
-    model.final_layer.linear              out
+official                              ours                        note
+model.map_layer0 / map_layer1         time_mlp.linear0 / .linear1
+model.map_layer0_s / map_layer1_s     second_time_mlp....         absent in EDM's own networks
+model.map_label, map_augment          label_embed, augment_embed
+model.map_noise.freqs                 frequencies                 Fourier embedding only
+model.enc.X, model.dec.X              encoder.X, decoder.X        blocks have the same names
+model.enc.X_aux_residual.weight       encoder.X_aux_residual.conv.weight
+model.dec.RxR_aux_norm / aux_conv     out_norm / out_conv
+*.resample_filter                     (checked, not kept)         a constant of the architecture
+model.t_embedder.mlp.0 / .2           time_mlp.linear0 / .linear1 DiT from here on
+model.s_embedder.mlp.0 / .2           second_time_mlp....
+model.x_embedder.proj                 patch_embed
+model.y_embedder.embedding_table      label_embed
+model.pos_embed                       position
+model.blocks.N.attn.qkv / .proj       blocks.N.qkv / .proj
+model.blocks.N.mlp.fc1 / .fc2         blocks.N.fc1 / .fc2
+model.blocks.N.adaLN_modulation.1     blocks.N.modulation
+model.final_layer.adaLN_modulation.1  out_modulation
+model.final_layer.linear              out
 """
 
 from __future__ import annotations

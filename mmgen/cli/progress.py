@@ -34,9 +34,7 @@ def _bar(description: str, total: int, unit: str) -> Iterator[Update]:
     class Speed(ProgressColumn):
         def render(self, task) -> Text:
             speed = task.finished_speed or task.speed
-            return Text(
-                "" if speed is None else f"{speed:,.{0 if speed >= 100 else 1}f} {unit}/s", style="progress.data.speed"
-            )
+            return Text("" if speed is None else f"{speed:,.{0 if speed >= 100 else 1}f} {unit}/s", style="progress.data.speed")
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -54,15 +54,12 @@ def sample(
         str,
         typer.Option(
             metavar="random|balanced|3,5",
-            help="random: as often as in the training data. balanced: all in turn. Or a list of class names or "
-            "numbers, in turn.",
+            help="random: as often as in the training data. balanced: all in turn. Or a list of class names or numbers, in turn.",
         ),
     ] = "random",
     guidance: Annotated[
         float | None,
-        typer.Option(
-            help="w of classifier-free guidance; 1 is none, others cost twice the evaluations. Default: the model's."
-        ),
+        typer.Option(help="w of classifier-free guidance; 1 is none, others cost twice the evaluations. Default: the model's."),
     ] = None,
     sampler: Annotated[
         str | None,
@@ -91,9 +88,7 @@ def sample(
         str | None,
         typer.Option(metavar="NAME", help="Another of the run's weight averages, such as 0.9999. Default: the first."),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Images at a time: more need more memory. No influence on the images.")
-    ] = 256,
+    batch_size: Annotated[int, typer.Option(help="Images at a time: more need more memory. No influence on the images.")] = 256,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: the GPU if there is one.")] = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace samples of other settings in --out. Default: refuse.")
@@ -162,9 +157,7 @@ def _places(out: Path, format: str | None, steps: list[int]) -> tuple[str, list[
         kind = "one npz file" if inferred == "npz" else "one picture (grid)"
         raise ConfigError(f"--out {out} means {kind}, but --format is {format}: change one of them")
     if suffix in (".jpg", ".jpeg", ".webp", ".gif", ".npy", ".zip") and not out.is_dir():
-        raise ConfigError(
-            f"--out {out} is nothing that can be written: give a folder, a file .npz or a file .png (a grid)"
-        )
+        raise ConfigError(f"--out {out} is nothing that can be written: give a folder, a file .npz or a file .png (a grid)")
     layout = inferred or format or "png"
     if layout == "png":
         if len(steps) == 1:
@@ -187,13 +180,9 @@ def _classes(text: str, config: ModelConfig) -> str | list[int]:
     if config.num_classes == 0:
         raise ConfigError("classes cannot be chosen: this model is unconditional")
     names = config.class_names or []
-    number = {name.lower(): i for i, name in reversed(list(enumerate(names)))} | {
-        name: i for i, name in enumerate(names)
-    }
+    number = {name.lower(): i for i, name in reversed(list(enumerate(names)))} | {name: i for i, name in enumerate(names)}
     chosen = []
-    for word in (
-        [text] if text in number else [part.strip() for part in text.split(",")]
-    ):  # a name may have commas in it
+    for word in [text] if text in number else [part.strip() for part in text.split(",")]:  # a name may have commas in it
         found = number.get(word, number.get(word.lower()))
         if found is None and word.isdecimal() and int(word) < config.num_classes:
             found = int(word)

@@ -31,7 +31,8 @@ def train_imm(
         ),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A recipe; an unknown name lists them. Default: that of the data set.")
+        str | None,
+        typer.Option(metavar="NAME", help="A recipe; an unknown name lists them. Default: that of the data set."),
     ] = None,
     config: Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Settings over the preset's. Default: none.")] = None,
     set_: Annotated[
@@ -40,47 +41,64 @@ def train_imm(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The run's folder; a run that is there is resumed. Default: runs/PRESET, or with changed settings "
-                          "runs/PRESET-XXXXXX, the same for the same settings."),
+        typer.Option(
+            help="The run's folder; a run that is there is resumed. Default: runs/PRESET, or with changed settings "
+            "runs/PRESET-XXXXXX, the same for the same settings."
+        ),
     ] = None,
-    resolution: Annotated[int | None, typer.Option(help="Side to crop and resize to. Default: the preset's, or the images' own.")] = None,
-    channels: Annotated[int | None, typer.Option(help="1 grey or 3 colour. Default: the preset's, or grey if the images are.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side to crop and resize to. Default: the preset's, or the images' own.")
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option(help="1 grey or 3 colour. Default: the preset's, or grey if the images are.")
+    ] = None,
     conditional: Annotated[
-        bool | None, typer.Option("--conditional/--unconditional", help="Train on class labels or without. Default: the preset's.")
+        bool | None,
+        typer.Option("--conditional/--unconditional", help="Train on class labels or without. Default: the preset's."),
     ] = None,
     image_column: Annotated[str | None, typer.Option(help="Column of the images. Default: the first that holds images.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of the labels. Default: the first that holds classes.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the data set. Default: the preset's, train.")] = None,
     on_corrupt: Annotated[
         str | None,
-        typer.Option(metavar="stop|skip", help="An image that cannot be decoded stops the run before training, or is left out. "
-                                               "Default: the preset's, stop."),
+        typer.Option(
+            metavar="stop|skip",
+            help="An image that cannot be decoded stops the run before training, or is left out. Default: the preset's, stop.",
+        ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step, over all devices. Default: the preset's.")] = None,
     batch_per_device: Annotated[
-        int | None, typer.Option(help="At most so many images in one pass; smaller needs less memory. Default: the preset's.")
+        int | None,
+        typer.Option(help="At most so many images in one pass; smaller needs less memory. Default: the preset's."),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate. Default: the preset's.")] = None,
     max_images: Annotated[int | None, typer.Option(help="Images to train on, in all. Default: the preset's.")] = None,
     max_time: Annotated[
-        str | None, typer.Option(metavar="30m", help="End after this long (s, m, h, d), as if finished. Default: no limit.")
+        str | None,
+        typer.Option(metavar="30m", help="End after this long (s, m, h, d), as if finished. Default: no limit."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and noise. Default: the preset's, 0.")] = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="fp32|tf32|bf16|fp16", help="Arithmetic of the network. Default: the preset's.")
+        str | None,
+        typer.Option(metavar="fp32|tf32|bf16|fp16", help="Arithmetic of the network. Default: the preset's."),
     ] = None,
     compile: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the network. Default: the preset's, off.")
+        bool | None,
+        typer.Option("--compile/--no-compile", help="torch.compile the network. Default: the preset's, off."),
     ] = None,
     device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: the GPU if there is one.")] = "auto",
     checkpoint_every: Annotated[int | None, typer.Option(help="Images between checkpoints. Default: the preset's.")] = None,
     preview_every: Annotated[int | None, typer.Option(help="Images between sample grids. Default: the preset's.")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Images between measurements of FD-pixels. Default: the preset's.")] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Images between measurements of FD-pixels. Default: the preset's.")
+    ] = None,
     log_with: Annotated[
-        str | None, typer.Option(metavar="tensorboard|wandb", help="Also log there; both: tensorboard,wandb. Default: log.jsonl only.")
+        str | None,
+        typer.Option(metavar="tensorboard|wandb", help="Also log there; both: tensorboard,wandb. Default: log.jsonl only."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show settings, data, memory and cost per step; train nothing. Default: off.")
+        bool,
+        typer.Option("--dry-run", help="Show settings, data, memory and cost per step; train nothing. Default: off."),
     ] = False,
 ) -> None:
     """Train a one- to eight-step generator from images by Inductive Moment Matching (arXiv:2503.07565).
@@ -197,17 +215,30 @@ def _show_config(preset: str, config: ImmConfig, base: ImmConfig, folder: Path) 
     table = Table(title=f"preset {preset} -> {folder}", show_header=False, title_justify="left")
     changed = _differences(config, base)
     for section, values in config.to_dict().items():
-        shown = (f"{key}={_plain(value)}{'*' if f'{section}.{key}' in changed else ''}" for key, value in values.items() if value is not None)
+        shown = (
+            f"{key}={_plain(value)}{'*' if f'{section}.{key}' in changed else ''}"
+            for key, value in values.items()
+            if value is not None
+        )
         table.add_row(section, "  ".join(shown))
     _print(table, stderr=True)
     if changed:
         _print("* differs from the preset", stderr=True)
     if config.train.precision == "fp16" and (config.loss.min_gap < 1e-4 or config.flow.second_time != "t-s"):
-        _print("note: the paper trains fp16 with loss.min_gap=1e-4, flow.second_time=t-s and loss.a=2 (appendix I.6)", stderr=True)
+        _print(
+            "note: the paper trains fp16 with loss.min_gap=1e-4, flow.second_time=t-s and loss.a=2 (appendix I.6)",
+            stderr=True,
+        )
 
 
 def _plain(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        ",".join(map(str, value))
+        if isinstance(value, tuple | list)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _show_cost(config: ImmConfig) -> None:

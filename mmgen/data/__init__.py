@@ -47,6 +47,4 @@ def load(
     source = resolve(word, split=split, image_column=image_column, label_column=label_column)
     if word == DIGITS:
         return cache.decode_in_memory(source, resolution, channels, on_corrupt=on_corrupt, progress=progress, word=word)
-    return cache.prepare(
-        source, resolution, channels, cache_dir=cache_dir, on_corrupt=on_corrupt, progress=progress, word=word
-    )
+    return cache.prepare(source, resolution, channels, cache_dir=cache_dir, on_corrupt=on_corrupt, progress=progress, word=word)

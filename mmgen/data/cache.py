@@ -90,9 +90,7 @@ def decode_in_memory(
     labels = None if source.labels is None else source.labels[kept]
     digest = _digest(plan)
     digest.update(images)
-    return Dataset(
-        word, images, labels, source.class_names, _describe(source, plan, skipped), _fingerprint(digest, labels)
-    )
+    return Dataset(word, images, labels, source.class_names, _describe(source, plan, skipped), _fingerprint(digest, labels))
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:

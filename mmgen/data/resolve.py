@@ -21,9 +21,7 @@ _NAME = re.compile(r"^\w[\w.-]*$")
 _HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
-def resolve(
-    word: str, *, split: str = "train", image_column: str | None = None, label_column: str | None = None
-) -> ImageSource:
+def resolve(word: str, *, split: str = "train", image_column: str | None = None, label_column: str | None = None) -> ImageSource:
     """Finds the data set that `word` means, without decoding it. The first of these that is there:
 
     1. `digits`: comes with mmgen (a folder of that name is `./digits`);

@@ -12,9 +12,7 @@ from .walk import Listing, walk
 
 __all__ = ["ImageSource", "open_source"]
 
-LAYOUTS = (
-    "parquet files, a save_to_disk folder, folders of images (one a class), a flat folder of images, or an EDM zip"
-)
+LAYOUTS = "parquet files, a save_to_disk folder, folders of images (one a class), a flat folder of images, or an EDM zip"
 _TO_FOLDER = "unpack it into folders of images, one a class, and give the outer folder"
 _REFUSED = (  # (ends of file names, what the file is, what to do instead)
     ((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"), "a tar archive", _TO_FOLDER),

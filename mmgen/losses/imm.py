@@ -60,13 +60,17 @@ def draw_times(settings: ImmSettings, flow: FlowMapSettings, key: Tensor) -> tup
         return flow.t_min + (t - flow.t_min) * second, t
     # log eta ~ N(mean, std^2), cut to the range exactly: a uniform draw between the cumulative probabilities of the ends
     schedule = flow.get_schedule()
-    low, high = (_eta_probability(settings, schedule.eta(torch.tensor(end, dtype=torch.float64, device=key.device)))
-                 for end in (flow.t_min, flow.t_max))  # fmt: skip
+    low, high = _eta_probability(settings, schedule.eta(_ends(flow))).tolist()
     p_t = low + (high - low) * first
     p_s = low + (p_t - low) * second
     t, s = (schedule.eta_inverse(torch.exp(settings.lognormal_mean + settings.lognormal_std * torch.special.ndtri(p)))
             for p in (p_t, p_s))  # fmt: skip
     return s.clamp(flow.t_min), t.clamp(flow.t_min, flow.t_max)
+
+
+def _ends(flow: FlowMapSettings) -> Tensor:
+    """[t_min, t_max], float64 on the CPU: what is computed from them are numbers, not tensors on the device."""
+    return torch.tensor([flow.t_min, flow.t_max], dtype=torch.float64)
 
 
 def _eta_probability(settings: ImmSettings, eta: Tensor) -> Tensor:
@@ -79,18 +83,18 @@ def earlier_time(settings: ImmSettings, flow: FlowMapSettings, s: Tensor, t: Ten
     As printed, the rule in log-SNR has the wrong sign: the log-SNR rises where t falls.
     """
     schedule = flow.get_schedule()
-    ends = torch.tensor([flow.t_min, flow.t_max], dtype=torch.float64, device=t.device)
+    ends = _ends(flow)
     cells = 2.0**settings.k
     if settings.mapping == "t":
         r = t - (flow.t_max - flow.t_min) / cells
     elif settings.mapping == "log_snr":
-        high, low = schedule.log_snr(ends)
+        high, low = schedule.log_snr(ends).tolist()
         r = schedule.log_snr_inverse(schedule.log_snr(t) + (high - low) / cells)
     elif settings.mapping == "inverse_eta":
-        high, low = 1 / schedule.eta(ends)
+        high, low = (1 / schedule.eta(ends)).tolist()
         r = schedule.eta_inverse(1 / (1 / schedule.eta(t) + (high - low) / cells))
     else:
-        low, high = schedule.eta(ends) if settings.eta_range == "exact" else ends.new_tensor(ETA_RANGE)
+        low, high = schedule.eta(ends).tolist() if settings.eta_range == "exact" else ETA_RANGE
         r = schedule.eta_inverse((schedule.eta(t) - (high - low) / cells).clamp(min=0))
     if settings.min_gap > 0:
         r = torch.minimum(r, t - settings.min_gap)
@@ -152,6 +156,10 @@ def imm_loss(
     """
     groups = (len(t), settings.group_size, -1)
     mmd = group_mmd(
-        difference.reshape(groups), y_r.reshape(groups), kernel_weight(flow, s, t), settings.kernel, settings.distance_floor
+        difference.reshape(groups),
+        y_r.reshape(groups),
+        kernel_weight(flow, s, t),
+        settings.kernel,
+        settings.distance_floor,
     )
     return loss_weight(settings, flow, t) * mmd

@@ -179,9 +179,7 @@ class UNet(nn.Module):
             skips.append(current)
             for index in range(settings.num_blocks):
                 out = mult * width
-                self.encoder[f"{side}x{side}_block{index}"] = block(
-                    current, out, attention=side in settings.attn_resolutions
-                )
+                self.encoder[f"{side}x{side}_block{index}"] = block(current, out, attention=side in settings.attn_resolutions)
                 current = out
                 skips.append(current)
 

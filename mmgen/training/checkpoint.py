@@ -1,10 +1,10 @@
 """Checkpoints: folders of .safetensors files and one JSON, written beside and renamed. Nothing in them is a pickle.
 
-    checkpoints/000000512000/        images seen
-        network.safetensors          the weights that are trained
-        ema-NAME.safetensors         every average
-        optimizer.safetensors        tensors of the optimiser's state, "parameter number.name"
-        state.json                   images seen, seconds spent, the optimiser's other settings, the fp16 scaler
+checkpoints/000000512000/        images seen
+    network.safetensors          the weights that are trained
+    ema-NAME.safetensors         every average
+    optimizer.safetensors        tensors of the optimiser's state, "parameter number.name"
+    state.json                   images seen, seconds spent, the optimiser's other settings, the fp16 scaler
 """
 
 from __future__ import annotations

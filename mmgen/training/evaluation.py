@@ -31,7 +31,8 @@ def measure(
     """FD-pixels of `num` samples against the reference for each number of steps, from the same noise."""
     return {
         count: frechet_distance(
-            pixel_statistics(draw(model, SampleSettings(steps=count, seed=seed, batch_size=batch_size), range(num))[0]), reference
+            pixel_statistics(draw(model, SampleSettings(steps=count, seed=seed, batch_size=batch_size), range(num))[0]),
+            reference,
         )
         for count in steps
     }
@@ -40,11 +41,14 @@ def measure(
 def picture(model: Model, dataset: Dataset, steps: Sequence[int], seed: int) -> Image.Image:
     """Samples of each number of steps, from the same noise, above real images."""
     rows: list[tuple[str, Tensor | np.ndarray]] = [
-        (f"{count} step{'s' * (count > 1)}", draw(model, SampleSettings(steps=count, seed=seed, classes="balanced"), range(SHOWN))[0])
+        (
+            f"{count} step{'s' * (count > 1)}",
+            draw(model, SampleSettings(steps=count, seed=seed, classes="balanced"), range(SHOWN))[0],
+        )
         for count in steps
     ]
     chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), min(SHOWN, len(dataset)), replace=False))
-    return labelled_rows([*rows, ("real", dataset.images[chosen])], columns=15)
+    return labelled_rows([*rows, ("real", dataset.images[chosen])], columns=15, padding=4)
 
 
 def curves(log: Sequence[dict[str, Any]], fd_halves: float | None) -> Image.Image:

@@ -99,7 +99,14 @@ class ImmObjective(nn.Module):
         return label, batch.labels if self.config.loss.target_labels == "undropped" else label
 
     def _output(
-        self, batch: Batch, x: Tensor, noise: Tensor, s: Tensor, t: Tensor, label: Tensor | None, augment_label: Tensor | None
+        self,
+        batch: Batch,
+        x: Tensor,
+        noise: Tensor,
+        s: Tensor,
+        t: Tensor,
+        label: Tensor | None,
+        augment_label: Tensor | None,
     ) -> Tensor:
         """The network's raw output for x diffused to time t, to jump to s; float32 like x."""
         flow = self.config.flow

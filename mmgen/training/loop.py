@@ -105,7 +105,11 @@ class Trainer:
         self._resume()
         total = config.train.max_images
         self.reporter.start(self.progress.images, total)
-        started, seconds_before, logged_at = time.monotonic(), self.progress.seconds, (time.monotonic(), self.progress.images)
+        started, seconds_before, logged_at = (
+            time.monotonic(),
+            self.progress.seconds,
+            (time.monotonic(), self.progress.images),
+        )
         with StopRequest() as stop:
             while self.progress.images < total:
                 before = self.progress.images
@@ -211,7 +215,12 @@ class Trainer:
                 self._reference = pixel_statistics(self.dataset.images)
             run = self.config.run
             values = evaluation.measure(
-                self._averaged_model(), self._reference, run.eval_num, run.eval_steps, self.config.train.seed, run.batch_per_device
+                self._averaged_model(),
+                self._reference,
+                run.eval_num,
+                run.eval_steps,
+                self.config.train.seed,
+                run.batch_per_device,
             )
             self._log({"fd_pixels": {str(count): value for count, value in values.items()}, "num": run.eval_num})
         self.accelerator.wait_for_everyone()
@@ -256,7 +265,10 @@ class Trainer:
         if results is not None and results["images"] == self.progress.images:
             return results
         run, model = self.config.run, self._averaged_model()
-        save_png(self.folder.path / "samples.png", evaluation.picture(model, self.dataset, run.eval_steps, self.config.train.seed))
+        save_png(
+            self.folder.path / "samples.png",
+            evaluation.picture(model, self.dataset, run.eval_steps, self.config.train.seed),
+        )
         halves = None
         if evaluation.can_measure(self.dataset) and run.eval_num >= 2 and len(self.dataset) >= 4:
             if not (self.log_lines and "fd_pixels" in self.log_lines[-1]):

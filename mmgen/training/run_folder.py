@@ -1,11 +1,11 @@
 """The folder of a run: its settings, its log, and where everything else in it lies.
 
-    config.json              the resolved settings and the data they met
-    log.jsonl                one line per log interval and per measurement
-    checkpoints/             to resume from
-    model.safetensors        the (first) averaged weights at the last checkpoint; model-ema-NAME.safetensors: the others
-    previews/, curves.png    sample grids over training; loss and FD over training
-    samples.png, results.json   at the end: 1, 2, 4, 8 steps above real images, and the table
+config.json              the resolved settings and the data they met
+log.jsonl                one line per log interval and per measurement
+checkpoints/             to resume from
+model.safetensors        the (first) averaged weights at the last checkpoint; model-ema-NAME.safetensors: the others
+previews/, curves.png    sample grids over training; loss and FD over training
+samples.png, results.json   at the end: 1, 2, 4, 8 steps above real images, and the table
 """
 
 from __future__ import annotations
