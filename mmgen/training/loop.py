@@ -126,19 +126,23 @@ class Trainer:
                 ends = done or self._should_end(stop, time.monotonic() - started, step)
                 if ends or crossed(before, images, run.checkpoint_every):
                     self._save()
+                    self.accelerator.wait_for_everyone()
                 if ends:
                     break
                 if crossed(before, images, run.eval_every):
                     self._measure()
+                    self.accelerator.wait_for_everyone()
                     logged_at = (time.monotonic(), images)
                 if crossed(before, images, run.preview_every):
                     self._preview()
+                    self.accelerator.wait_for_everyone()
                     logged_at = (time.monotonic(), images)
-            self.accelerator.wait_for_everyone()
             finished = self.progress.images >= total
             if stop.signal is not None:
                 return Outcome(self.progress.images, signal=stop.signal)
-        return Outcome(self.progress.images, finished=finished, results=self._finish())
+        results = self._finish()
+        self.accelerator.wait_for_everyone()
+        return Outcome(self.progress.images, finished=finished, results=results)
 
     def _step(self) -> None:
         """One update of the weights, over the whole global batch."""
@@ -207,23 +211,16 @@ class Trainer:
         self.accelerator.log(scalars, step=self.progress.images)
 
     def _measure(self) -> None:
-        """FD-pixels for the configured numbers of steps, into the log."""
-        if not evaluation.can_measure(self.dataset) or self.config.run.eval_num < 2:
+        """FD-pixels for the configured numbers of steps, into the log. The main process alone; the others go on to wait."""
+        if not self.accelerator.is_main_process or not evaluation.can_measure(self.dataset) or self.config.run.eval_num < 2:
             return
-        if self.accelerator.is_main_process:
-            if self._reference is None:
-                self._reference = pixel_statistics(self.dataset.images)
-            run = self.config.run
-            values = evaluation.measure(
-                self._averaged_model(),
-                self._reference,
-                run.eval_num,
-                run.eval_steps,
-                self.config.train.seed,
-                run.batch_per_device,
-            )
-            self._log({"fd_pixels": {str(count): value for count, value in values.items()}, "num": run.eval_num})
-        self.accelerator.wait_for_everyone()
+        if self._reference is None:
+            self._reference = pixel_statistics(self.dataset.images)
+        run, model = self.config.run, self._averaged_model()
+        values = evaluation.measure(
+            model, self._reference, run.eval_num, run.eval_steps, self.config.train.seed, run.batch_per_device
+        )
+        self._log({"fd_pixels": {str(count): value for count, value in values.items()}, "num": run.eval_num})
 
     # ------------------------------------------------------------------ files
 
@@ -249,13 +246,11 @@ class Trainer:
                 file = MODEL_FILE if name == self.ema_name else f"model-ema-{name}.safetensors"
                 save_model(self.folder.path / file, self._model_config(name), self.ema.state_dict(name))
             save_png(self.folder.path / "curves.png", evaluation.curves(self.log_lines, None))
-        self.accelerator.wait_for_everyone()
 
     def _preview(self) -> None:
         if self.accelerator.is_main_process:
             image = evaluation.picture(self._averaged_model(), self.dataset, self.config.run.eval_steps, self.config.train.seed)
             save_png(self.folder.previews / f"{self.progress.images:012d}.png", image)
-        self.accelerator.wait_for_everyone()
 
     def _finish(self) -> dict[str, Any] | None:
         """The picture and the table at the end. They are made once for every number of images trained on."""
