@@ -20,6 +20,7 @@ from mmgen.training.start import train_imm
 
 STEPS = (1, 2, 8)
 SMALL = {
+    "flow.parametrization": "simple_edm",
     "network.model_channels": 16, "network.channel_mult": [1, 1], "train.batch_size": 64, "train.ema_betas": [0.99],
     "loss.k": 10.0, "run.eval_steps": list(STEPS), "run.eval_every": 10**9, "run.preview_every": 10**9,
     "run.checkpoint_every": 10**9, "run.log_every": 100,

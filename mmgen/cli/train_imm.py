@@ -133,8 +133,9 @@ def train_imm(
 
     report = TrainingReport(visible=main)
     try:
-        with progress_bar("decoding", 1) as progress:
-            outcome = run(resolved, folder, report, device=device, max_seconds=seconds, progress=progress)
+        outcome = run(
+            resolved, folder, report, device=device, max_seconds=seconds, data_progress=lambda: progress_bar("decoding", 1)
+        )
     finally:
         report.stop()
     if main:

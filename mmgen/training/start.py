@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -74,15 +76,17 @@ def train_imm(
     *,
     device: str = "auto",
     max_seconds: float = math.inf,
-    progress: Callable[[int, int], None] | None = None,
+    data_progress: Callable[[], AbstractContextManager] = contextlib.nullcontext,
 ) -> Outcome:
     """Trains, or resumes, the run in the folder `out` (`run_folder` says what is in it).
 
+    `data_progress()` is entered while the data are decoded, and yields what is told (images decoded, images in all).
     Raises ConfigError, DataError, TrainingError and MmgenError, each with one sentence.
     """
     accelerator = make_accelerator(config, out, device)
     with accelerator.main_process_first():  # one process decodes, the others find the cache
-        dataset = load_data(config.data, progress if accelerator.is_main_process else None)
+        with data_progress() if accelerator.is_main_process else contextlib.nullcontext() as progress:
+            dataset = load_data(config.data, progress)
     reporter.note(f"data: {dataset.description}")
     model_config = imm_model_config(config, dataset.shape)
     folder = RunFolder(out)
