@@ -129,10 +129,9 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
-        same_kind = not (isinstance(old, dict) and isinstance(value, dict)) or value.get("kind", old.get("kind")) == old.get(
-            "kind"
-        )
-        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) and same_kind else value
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("kind") in (None, old.get("kind")):
+            value = merge(old, value)
+        merged[key] = value
     return merged
 
 

@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ def from_uint8(images: Tensor) -> Tensor:
 class SamplingSettings:
     """How a model is sampled unless the command says otherwise."""
 
-    sampler: str = "pushforward"  # pushforward or restart
-    grid: str = "default"  # times: default, uniform, edm or eta; see `samplers.time_grid`
+    sampler: Literal["pushforward", "restart"] = "pushforward"
+    grid: Literal["default", "uniform", "edm"] = "default"  # of the times: see `samplers.time_grid`
     guidance: float = 1.0  # w of classifier-free guidance; 1 is none
 
 

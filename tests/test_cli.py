@@ -53,7 +53,7 @@ def test_train_then_sample_then_train_on(tmp_path):
     assert "FD-pixels" in first.stdout and "two halves of the data" in first.stdout and "mmgen sample run" in first.stdout
     assert "FID" not in first.stdout.replace("not FID", "")
     lines = [json.loads(line) for line in first.stderr.splitlines() if line.startswith("{")]
-    assert any("loss" in line for line in lines) and any("resum" not in str(line) for line in lines)
+    assert any("loss" in line for line in lines)
     picture = Image.open(tmp_path / "run/samples.png")
     assert min(picture.size) > 300
     again = mmgen("train-imm", *TINY, "--max-images", "64", "--out", "run", cwd=tmp_path)

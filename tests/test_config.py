@@ -115,6 +115,7 @@ def test_later_tables_win_and_another_kind_of_network_replaces():
         ({"run.eval_steps": [0]}, "more than 0"),
         ({"run.log_with": ["mlflow"]}, "tensorboard, wandb"),
         ({"optimizer.lr": float("nan")}, "must be a number"),
+        ({"sampling.sampler": "push"}, "pushforward, restart"),
         ({"network.kind": "dit", "data.augment": 0.12}, "augment needs network.kind unet"),
     ],
 )

@@ -14,8 +14,11 @@ from mmgen.errors import ModelError
 from mmgen.flow_map import FlowMapSettings
 from mmgen.models import Model, ModelConfig, check_state
 from mmgen.networks import DiTSettings, UNetSettings, build_network
-from mmgen.networks.dit import DIT_SIZES, grid_embedding
+from mmgen.networks.dit import grid_embedding
 from mmgen.networks.unet import downsample, upsample
+
+# hidden size, depth and heads of the sizes in arXiv:2212.09748, table 1
+DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 IMM = [
     "imm_ddpmpp_simple_edm_fm",

@@ -19,7 +19,12 @@ def launch(cwd, *launcher):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     out = launcher[-1]
     result = subprocess.run(
-        [sys.executable, *launcher[:-1], *TRAIN, "--out", out], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *launcher[:-1], *TRAIN, "--out", out],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     return load_file(cwd / out / "model.safetensors"), result

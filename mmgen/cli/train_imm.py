@@ -233,13 +233,10 @@ def _show_config(preset: str, config: ImmConfig, base: ImmConfig, folder: Path) 
 
 
 def _plain(value: Any) -> str:
-    return (
-        ",".join(map(str, value))
-        if isinstance(value, tuple | list)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+    """A value in short: lists without brackets, true and false as TOML writes them."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _show_cost(config: ImmConfig) -> None:

@@ -15,9 +15,6 @@ from .embeddings import TimeMLP, positional_frequencies, sinusoid
 EPSILON = 1e-6  # of every layer norm
 SINUSOID_DIM = 256
 
-# hidden_size, depth, num_heads of the sizes in the paper
-DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
-
 
 @dataclass(frozen=True)
 class DiTSettings:

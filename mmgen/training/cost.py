@@ -25,7 +25,6 @@ class Cost:
     optimizer: int  # bytes
     averages: int  # bytes: all EMA
     activations: int  # bytes kept for the backward pass, for one round
-    transfer: int  # bytes between devices per step, if there are several
 
     @property
     def total(self) -> int:
@@ -49,7 +48,6 @@ def estimate(config: ImmConfig, model_config: ModelConfig, parts: Parts) -> Cost
         optimizer=2 * 4 * parameters,
         averages=averages * 4 * parameters,
         activations=int(saved * parts.size),
-        transfer=4 * parameters if parts.processes > 1 else 0,
     )
 
 
