@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
+def replacing_folder(path: str | os.PathLike, keep: Callable[[], bool] = lambda: False) -> Iterator[Path]:
     """Like `replacing`, for a new folder: yields a temporary folder, renamed to `path` if the block succeeds.
 
-    A folder that already stands at `path` is replaced.
+    A folder that already stands at `path` is replaced, unless `keep()`, asked once the new one is complete, says that the
+    old one is as good. Then `path` is never missing, not even for a moment, for those who read it meanwhile.
     """
     path = Path(path)
     try:
@@ -62,17 +64,26 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
-        if path.exists():  # a folder cannot be renamed over another: move the old one out of the way first
+        while not _renamed_folder(temporary, path) and not keep():
             old = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
+            with contextlib.suppress(FileNotFoundError):  # another process moved it away first
+                os.replace(path, old / path.name)
             shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
     except OSError as error:
         raise MmgenError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _renamed_folder(source: Path, path: Path) -> bool:
+    """Renames a folder; False where one with content stands at `path`, which no system call replaces."""
+    try:
+        os.replace(source, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) or path.is_dir():  # Windows: access denied
+            return False
+        raise
+    return True
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -278,6 +278,20 @@ def test_finished_writing_replaces_the_old(tmp_path):
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["a.json", "b"]
 
 
+def test_a_folder_as_good_is_kept_and_never_missing(tmp_path):
+    path = tmp_path / "b"
+    path.mkdir()
+    (path / "first").write_text("x")
+    before = path.stat().st_ino
+    with replacing_folder(path, keep=lambda: (path / "first").exists()) as temporary:
+        (temporary / "second").write_text("x")
+    assert path.stat().st_ino == before and [p.name for p in path.iterdir()] == ["first"]
+    (path / "first").rename(path / "damaged")
+    with replacing_folder(path, keep=lambda: (path / "first").exists()) as temporary:
+        (temporary / "second").write_text("x")
+    assert [p.name for p in path.iterdir()] == ["second"] and [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
 def test_unseen_until_finished(tmp_path):
     with replacing(tmp_path / "a.bin") as temporary:
         temporary.write_bytes(b"1")

@@ -129,13 +129,13 @@ def _build(folder: Path, source: ImageSource, plan: Plan, progress: Progress | N
             "set MMGEN_CACHE to a folder with more room"
         )
     try:
-        with replacing_folder(folder) as temporary:
+        # Without locks another process may be first: its entry is as good, and may be in use already.
+        with replacing_folder(folder, keep=lambda: _open(folder) is not None) as temporary:
             _write(temporary, source, plan, progress)
     except DataError:
         raise
     except MmgenError as error:
-        if _open(folder) is None:  # else, without locks, another process was first, and its entry is as good
-            raise DataError(f"{error}: set MMGEN_CACHE to a folder that can be written and has room") from error
+        raise DataError(f"{error}: set MMGEN_CACHE to a folder that can be written and has room") from error
 
 
 def _write(folder: Path, source: ImageSource, plan: Plan, progress: Progress | None) -> None:
@@ -199,7 +199,7 @@ def _fingerprint(digest: hashlib._Hash, labels: np.ndarray | None) -> str:
 def _locked(root: Path, key: str) -> Iterator[None]:
     """Holds the lock of one cache entry; the system frees it if the process dies.
 
-    Where the file system has no locks, goes on without: two processes then decode the same and the later one is kept.
+    Where the file system has no locks, goes on without: two processes then decode the same and the first one is kept.
     """
     from filelock import FileLock  # comes with torch, datasets and huggingface_hub
 
