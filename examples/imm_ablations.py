@@ -58,7 +58,7 @@ def run(name: str, changes: dict, seed: int, images: int, samples: int, out: Pat
     settings = {**SMALL, **changes, "train.seed": seed, "train.max_images": images, "run.eval_num": samples}
     config = configs.resolve(configs.read_preset("digits-imm"), configs.nest(settings))
     folder = out / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
-    return train_imm(config, folder, Silent(), device="cpu").results["fd_pixels"]
+    return train_imm(config, folder, Silent(), device="cpu").results["values"]
 
 
 def spread(values: list[float]) -> str:

@@ -68,9 +68,10 @@ class RunSettings:
     checkpoint_every: int = 2_000_000  # images between checkpoints
     keep_checkpoints: int = 2
     preview_every: int = 2_000_000  # images between sample grids
-    eval_every: int = 10_000_000  # images between measurements of FD-pixels
-    eval_num: int = 2048  # samples per measurement
-    eval_steps: tuple[int, ...] = (1, 2, 4, 8)  # numbers of steps shown and measured
+    eval_every: int = 10_000_000  # images between measurements
+    eval_num: int = 10_000  # samples per measurement; 0: none
+    eval_steps: tuple[int, ...] = (1, 2, 4, 8)  # numbers of steps shown and measured; the first decides which model is best
+    eval_features: str = "auto"  # as `mmgen fid --features`; auto: Inception's (FID), or pixels where it is not at hand
     log_every: int = 100  # steps between log lines
     log_with: tuple[Literal["tensorboard", "wandb"], ...] = ()
 

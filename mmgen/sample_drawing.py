@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,32 +11,9 @@ from torch import Tensor
 from .errors import MmgenError
 from .models import Model
 from .sampling import Plan, draw
+from .team import Team
 
 Progress = Callable[[int, int], None]  # called with (images that are there, images in all), by the main process only
-
-
-@dataclass(frozen=True)
-class Team:
-    """The processes that share the work: this one's number, how many, and a way to wait for the others."""
-
-    index: int = 0
-    size: int = 1
-    wait: Callable[[], None] = lambda: None
-
-    @property
-    def is_main(self) -> bool:
-        return self.index == 0
-
-
-def find_team(cpu: bool = False) -> Team:
-    """The processes that `accelerate launch` started; this one alone without it. `cpu`: keep off the GPUs."""
-    from accelerate import PartialState
-    from accelerate.utils import get_int_from_env
-
-    if get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1) == 1:
-        return Team()
-    state = PartialState(cpu=cpu)
-    return Team(state.process_index, state.num_processes, state.wait_for_everyone)
 
 
 def draw_missing(

@@ -17,10 +17,11 @@ from .errors import ConfigError, MmgenError
 from .files import remove_leftovers, replacing, write_json
 from .images import grid
 from .models import Model
-from .sample_drawing import Progress, Team, contiguous, draw_missing, find_team
+from .sample_drawing import Progress, contiguous, draw_missing
 from .sample_folder import Written, all_labels, check_num, check_pictures, disk_errors, finish
 from .sample_record import Origin, make_record, may_continue, read_record
 from .sampling import Plan, SampleSettings, plan
+from .team import Team, find_team
 
 _PART = re.compile(r"(\d+)-(\d+)\.npy")
 _BLOCK = 1 << 24  # bytes copied at a time

@@ -17,9 +17,10 @@ from .errors import ConfigError, MmgenError
 from .files import remove_leftovers, replacing, write_json
 from .images import save_png
 from .models import Model, ModelConfig
-from .sample_drawing import Progress, Team, draw_missing, find_team
+from .sample_drawing import Progress, draw_missing
 from .sample_record import Origin, make_record, may_continue, read_record
 from .sampling import Plan, SampleSettings, draw_labels, plan
+from .team import Team, find_team
 
 RECORD = "samples.json"
 LABELS = "dataset.json"

@@ -13,7 +13,7 @@ import torch
 
 from . import __version__
 from .errors import ConfigError, ModelError
-from .models import Model, find_model
+from .models import Model, ModelConfig, find_model
 from .sampling import Plan
 
 FORMAT = 1
@@ -69,6 +69,7 @@ def make_record(model: Model, origin: Origin, chosen: Plan, num: int, **more: An
         "ema": origin.ema,
         "kind": "imm",
         "data": config.data,  # what the model was trained on
+        "data_options": data_options(config),
         "image": [config.channels, config.resolution, config.resolution],
         "num_classes": config.num_classes,
         "steps": chosen.steps,
@@ -84,6 +85,13 @@ def make_record(model: Model, origin: Origin, chosen: Plan, num: int, **more: An
         "device": str(model.device),
         **more,
     }
+
+
+def data_options(config: ModelConfig) -> dict[str, Any]:
+    """How the training data were read, as arguments of `data.load`, so that a scorer sees the same images."""
+    settings = config.training.get("config", {}).get("data", {})
+    kept = {key: settings[key] for key in ("split", "image_column", "label_column", "on_corrupt") if settings.get(key)}
+    return {**kept, "resolution": config.resolution, "channels": config.channels}
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

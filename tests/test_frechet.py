@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +88,69 @@ def test_agrees_with_scipy():
     assert frechet_distance(Gaussian(zero, a), Gaussian(zero, b)) == pytest.approx(expected, rel=1e-9)
 
 
+def from_features(x: torch.Tensor) -> Gaussian:
+    centred = x - x.mean(0)
+    return Gaussian(x.mean(0), centred.T @ centred / (len(x) - 1))
+
+
+def exact_distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """tr (S_a S_b)^(1/2) is the sum of the singular values of the centred X Y^T / root((N - 1)(M - 1)): no covariance."""
+    a, b = ((z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y))
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    return float((x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum() - 2 * cross)
+
+
+def spectral_features(count: int, variances: torch.Tensor, seed: int) -> torch.Tensor:
+    """Gaussian features with these variances along directions that are the same for every seed."""
+    size = len(variances)
+    basis, _ = torch.linalg.qr(random_covariance(size, size, 99))
+    x = torch.randn(count, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return x * variances.sqrt() @ basis.T
+
+
+@pytest.mark.parametrize("spectrum", ["power", "exponential", "flat", "graded", "constant features"])
+@pytest.mark.parametrize("counts", [(64, 64), (64, 400), (400, 64), (128, 129), (400, 300), (5, 130)])
+def test_singular_and_badly_scaled_covariances(spectrum, counts):
+    rank = torch.arange(1, 129, dtype=torch.float64)
+    variances = {"power": 20 * rank**-1.5, "exponential": 100 * 10 ** (-rank / 8)}.get(spectrum, torch.ones_like(rank))
+    x, y = (spectral_features(count, variances, seed) for seed, count in enumerate(counts))
+    if spectrum == "graded":
+        x, y = (z * 10 ** torch.linspace(-7, 1, 128, dtype=torch.float64) for z in (x, y))
+    if spectrum == "constant features":  # which leave the other set's no Cholesky factor: small variances must survive that
+        x = spectral_features(counts[0], 100 * 10 ** (-rank / 8), 0)
+        x[:, ::5] = 1.5
+    expected = exact_distance(x, y)
+    # What rounding costs is in proportion to the traces, of which the distance is what does not cancel.
+    scale = float(x.var(0).sum() * y.var(0).sum()) ** 0.5
+    assert expected > 0.001 * scale
+    assert frechet_distance(from_features(x), from_features(y)) == pytest.approx(expected, abs=1e-8 * scale)
+
+
+@pytest.mark.parametrize("rank", [40, 20])
+def test_closed_form_of_a_transported_gaussian(rank):
+    # If S_b = T S_a T for a symmetric positive T, then T transports one to the other, and tr (S_a S_b)^(1/2) = tr(T S_a).
+    scales = 10 ** torch.linspace(1, -7, 40, dtype=torch.float64)  # variances from 1e2 to 1e-14
+    covariance = random_covariance(40, rank, 1) / 40 * torch.outer(scales, scales)
+    transport = torch.rand(40, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 0.5
+    moved = covariance * torch.outer(transport, transport)
+    expected = float((covariance.diagonal() * (transport - 1).square()).sum())
+    zero = torch.zeros(40, dtype=torch.float64)
+    assert frechet_distance(Gaussian(zero, covariance), Gaussian(zero, moved)) == pytest.approx(expected, rel=1e-9)
+    assert frechet_distance(Gaussian(zero, moved), Gaussian(zero, covariance)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_covariances_rounded_to_float32():
+    variances = 20 * torch.arange(1, 129, dtype=torch.float64) ** -1.5
+    x, y = spectral_features(64, variances, 0), spectral_features(90, variances, 1)
+    a, b = (Gaussian(g.mean, g.covariance.float()) for g in (from_features(x), from_features(y)))
+    assert frechet_distance(a, b) == pytest.approx(exact_distance(x, y), rel=1e-4)
+
+
+def test_not_a_covariance():
+    with pytest.raises(StatisticsError, match="eigenvalues go from -1 to 3"):
+        frechet_distance(gaussian([0.0, 0], [[1.0, 2], [2, 1]]), gaussian([0.0, 0], [[1.0, 0], [0, 1]]))
+
+
 def test_statistics_match_numpy():
     x = features(5000, 6)  # more than one block
     result = statistics(x)
@@ -106,6 +171,42 @@ def test_merge_is_the_whole_in_any_order():
         torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
     assert parts[1].count == 100  # merging leaves the merged as they were
+
+
+def test_weights_are_repetitions():
+    x = features(5000, 6)  # more than one block
+    weights = torch.poisson(torch.ones(5000), generator=torch.Generator().manual_seed(3)).long()
+    weights[:4096] *= torch.arange(4096) % 3  # and zeros
+    result = GaussianStatistics()
+    result.update(x, weights)
+    repeated = statistics(x.repeat_interleave(weights, 0))
+    assert result.count == repeated.count == int(weights.sum())
+    torch.testing.assert_close(result.mean, repeated.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(result.covariance, repeated.covariance, rtol=1e-11, atol=1e-11)
+    result.update(x.numpy(), np.zeros(5000, np.int64))
+    assert result.count == repeated.count
+    for wrong in (torch.ones(5000), torch.ones(4999, dtype=torch.int64), torch.full((5000,), -1)):
+        with pytest.raises(StatisticsError, match="5000 integers of at least 0"):
+            result.update(x, wrong)
+
+
+def test_statistics_pickle_and_go_on():
+    x = features(30, 4)
+    copy = pickle.loads(pickle.dumps(statistics(x[:20])))
+    copy.update(x[20:])
+    torch.testing.assert_close(copy.covariance, statistics(x).covariance)
+    empty = pickle.loads(pickle.dumps(GaussianStatistics()))
+    empty.merge(copy)
+    assert empty.count == 30
+
+
+def test_is_singular():
+    assert statistics(features(4, 4)).is_singular
+    result = statistics(features(5, 4))
+    assert not result.is_singular
+    assert torch.linalg.matrix_rank(result.covariance) == 4
+    with pytest.raises(StatisticsError, match="no features"):
+        _ = GaussianStatistics().is_singular
 
 
 def test_large_offset_loses_nothing():

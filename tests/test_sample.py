@@ -16,31 +16,13 @@ import torch
 import typer
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_model import NAMES, make_model
 from typer.testing import CliRunner
 
 import mmgen
 from mmgen import sample_drawing, sample_file
 from mmgen.cli.sample import sample
 from mmgen.errors import ConfigError, MmgenError, ModelError
-from mmgen.flow_map import FlowMapSettings
-from mmgen.models import Model, ModelConfig, save_model
-from mmgen.networks import UNetSettings
-
-NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-
-
-def make_model(path: Path, **config) -> Path:
-    """A tiny model with random weights, of which none is zero, so that images depend on times and labels."""
-    network = UNetSettings(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
-    flow = FlowMapSettings(t_min=0.006, t_max=0.994)
-    config = ModelConfig(network=network, flow=flow, resolution=8, data="digits", **config)
-    torch.manual_seed(0)
-    model = Model(config)
-    for weight in model.parameters():
-        if not weight.any():
-            torch.nn.init.normal_(weight, std=0.3)
-    save_model(path, config, model.network.state_dict())
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -70,13 +70,13 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert outcome.finished and outcome.images == 160
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"config.json", "log.jsonl", "checkpoints", "model.safetensors", "model-ema-64img.safetensors", "previews", "curves.png",
-            "samples.png", "results.json"} == names  # fmt: skip
+            "samples.png", "results.json", "model-best.safetensors"} == names  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["images"] for line in lines if "loss" in line] == [32, 64, 96, 128, 160]
-    assert [line["images"] for line in lines if "fd_pixels" in line] == [64, 128, 160]
+    assert [line["images"] for line in lines if "values" in line] == [64, 128, 160]
     assert len(list((tmp_path / "run/previews").iterdir())) == 2
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 2  # keep_checkpoints
-    assert outcome.results["fd_pixels"].keys() == {"1", "2"}
+    assert outcome.results["values"].keys() == {"1", "2"}
 
 
 def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from .. import __version__
-from . import sample, train_imm
+from . import fid, sample, train_imm
 
 app = typer.Typer(
     name="mmgen",
@@ -36,3 +36,4 @@ def _mmgen(
 
 app.command("train-imm")(train_imm.train_imm)
 app.command("sample")(sample.sample)
+app.command("fid")(fid.fid)

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError, nearest
+from .options import check_device, choose_device, class_list, numbers
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..models import ModelConfig
     from ..sample_folder import Written
 
 FORMATS = {"png": "", "npz": ".npz", "grid": ".png"}  # and the suffix of the file, if it is one
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def sample(
@@ -105,28 +104,27 @@ def sample(
     With several GPUs: accelerate launch -m mmgen sample MODEL ...
     """
     with _interruptible():
-        step_counts = _numbers(steps, int, "--steps", "1,2,4")
+        step_counts = numbers(steps, int, "--steps", "1,2,4")
         layout, places = _places(out, format, step_counts)
-        if device not in DEVICES:
-            raise ConfigError(f"unknown device {device!r}: {nearest(device, DEVICES)}")
-        etas = tuple(_numbers(eta, float, "--eta", "1.4")) if eta is not None else ()
+        check_device(device)
+        etas = tuple(numbers(eta, float, "--eta", "1.4")) if eta is not None else ()
         if num < 1:
             raise ConfigError(f"--num must be at least 1, not {num}")
 
         from .. import sample_file, sample_folder, sampling
         from ..models import load_model, read_config
-        from ..sample_drawing import find_team
         from ..sample_record import Origin
+        from ..team import find_team
 
         origin = Origin.of(model, ema)
         config = read_config(origin.file)
-        common = {"seed": seed, "classes": _classes(classes, config), "guidance": guidance, "sampler": sampler}
+        common = {"seed": seed, "classes": class_list(classes, config), "guidance": guidance, "sampler": sampler}
         common |= {"grid": grid, "etas": etas, "batch_size": batch_size}
         settings = [sampling.SampleSettings(steps=count, **common) for count in step_counts]
         for one in settings:  # all are checked before the first is drawn
             sampling.plan(config, one)
         team = find_team(cpu=device == "cpu")
-        loaded = load_model(origin.file, _device(device))
+        loaded = load_model(origin.file, choose_device(device))
         write = {"png": sample_folder.write_png, "npz": sample_file.write_npz, "grid": sample_file.write_grid}[layout]
 
         written = []
@@ -136,15 +134,6 @@ def sample(
                 written.append(write(loaded, place, num, one, origin, overwrite=overwrite, progress=update, team=team))
         if team.is_main:
             _show(written)
-
-
-def _numbers(text: str, kind: type, option: str, example: str) -> list:
-    """Numbers separated by commas, without repetitions. Raises ConfigError."""
-    try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError:
-        what = "whole numbers" if kind is int else "numbers"
-        raise ConfigError(f"{option} must be {what} separated by commas, such as {example}, not {text!r}") from None
 
 
 def _places(out: Path, format: str | None, steps: list[int]) -> tuple[str, list[Path]]:
@@ -171,43 +160,6 @@ def _places(out: Path, format: str | None, steps: list[int]) -> tuple[str, list[
     if len(steps) == 1:
         return layout, [file]
     return layout, [file.with_name(f"{file.stem}-steps-{count}{file.suffix}") for count in steps]
-
-
-def _classes(text: str, config: ModelConfig) -> str | list[int]:
-    """`random`, `balanced`, or class numbers from a list of names and numbers. Raises ConfigError."""
-    if text in ("random", "balanced"):
-        return text
-    if config.num_classes == 0:
-        raise ConfigError("classes cannot be chosen: this model is unconditional")
-    names = config.class_names or []
-    number = {name.lower(): i for i, name in reversed(list(enumerate(names)))} | {name: i for i, name in enumerate(names)}
-    chosen = []
-    for word in [text] if text in number else [part.strip() for part in text.split(",")]:  # a name may have commas in it
-        found = number.get(word, number.get(word.lower()))
-        if found is None and word.isdecimal() and int(word) < config.num_classes:
-            found = int(word)
-        if found is None:
-            raise ConfigError(f"unknown class {word!r}: {_valid_classes(word, names, config.num_classes)}")
-        chosen.append(found)
-    return chosen
-
-
-def _valid_classes(word: str, names: list[str], count: int) -> str:
-    numbers = f"random, balanced, or numbers from 0 to {count - 1}"
-    if not names:
-        return f"this model knows {numbers}"
-    if len(names) <= 20:
-        return f"{nearest(word, names)}; also {numbers}"
-    close = nearest(word, names).split("? Valid:")
-    return f"{close[0]}? " * (len(close) > 1) + f"it has {count} names; also {numbers}"
-
-
-def _device(word: str) -> str:
-    import torch
-
-    if word == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU; use --device cpu, or install a torch that supports yours")
-    return "cuda" if word != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager

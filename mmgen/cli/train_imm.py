@@ -90,7 +90,13 @@ def train_imm(
     checkpoint_every: Annotated[int | None, typer.Option(help="Images between checkpoints. Default: the preset's.")] = None,
     preview_every: Annotated[int | None, typer.Option(help="Images between sample grids. Default: the preset's.")] = None,
     eval_every: Annotated[
-        int | None, typer.Option(help="Images between measurements of FD-pixels. Default: the preset's.")
+        int | None,
+        typer.Option(
+            help="Images between measurements: FID if Inception's weights are at hand, else FD-pixels. Default: the preset's."
+        ),
+    ] = None,
+    eval_num: Annotated[
+        int | None, typer.Option(help="Samples per measurement, 0 for none. Default: the preset's, or 10,000.")
     ] = None,
     log_with: Annotated[
         str | None,
@@ -114,7 +120,7 @@ def train_imm(
         "data.label_column": label_column, "train.batch_size": batch_size, "run.batch_per_device": batch_per_device,
         "optimizer.lr": lr, "train.max_images": max_images, "train.seed": seed, "train.precision": precision,
         "run.compile": compile, "run.checkpoint_every": checkpoint_every, "run.preview_every": preview_every,
-        "run.eval_every": eval_every, "run.log_with": log_with.split(",") if log_with else None,
+        "run.eval_every": eval_every, "run.eval_num": eval_num, "run.log_with": log_with.split(",") if log_with else None,
     }  # fmt: skip
     seconds = _seconds(max_time)
     if device not in ("auto", "cpu", "cuda"):
@@ -284,17 +290,19 @@ def _show_outcome(outcome: Outcome, folder: Path, config: ImmConfig) -> None:
         _print(f"stopped at {outcome.images:,} images and saved: the same command resumes", stderr=True)
         return
     results = outcome.results or {}
-    if results.get("fd_pixels"):
-        table = _table("steps", "FD-pixels")
-        for count, value in results["fd_pixels"].items():
+    if results.get("values"):
+        title = results["figure"]
+        table = _table("steps", title)
+        for count, value in results["values"].items():
             table.add_row(count, f"{value:.3f}")
-        halves = results["fd_pixels_between_halves"]
-        table.add_section()
-        table.add_row("two halves of the data", f"{halves:.3f}")
-        half = results["reference"] // 2
+        if results["between_halves"] is not None:
+            table.add_section()
+            table.add_row("two halves of the data", f"{results['between_halves']:.3f}")
         _print(table)
-        _print(f"{results['num']:,} samples against {results['reference']:,} images; the halves have {half:,} each.")
-        _print("FD-pixels is the Fréchet distance of raw pixels, not FID.")
+        halves = f"; the halves have {results['reference'] // 2:,} each" if results["between_halves"] is not None else ""
+        _print(f"{results['num']:,} samples against {results['reference']:,} images{halves}.")
+        if title.startswith("FD-pixels"):
+            _print("FD-pixels is the Fréchet distance of raw pixels, not FID.")
     total = config.train.max_images
     _print(f"trained on {outcome.images:,} of {total:,} images in {results.get('seconds', 0) / 60:.1f} minutes")
     _print(f"pictures:  {folder / 'samples.png'}  {folder / 'curves.png'}")

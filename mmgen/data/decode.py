@@ -28,8 +28,8 @@ def decode(raw: bytes | Image.Image, resolution: int, channels: int) -> np.ndarr
     return to_pixels(open_image(raw), resolution, channels)
 
 
-def open_image(raw: bytes | Image.Image) -> Image.Image:
-    """Decodes an image fully and turns it upright as its EXIF orientation says.
+def open_image(raw: bytes | Image.Image, upright: bool = True) -> Image.Image:
+    """Decodes an image fully and, if `upright`, turns it as its EXIF orientation says.
 
     Raises CorruptImage where the bytes are no image, are cut short, or are too many pixels.
     """
@@ -37,7 +37,7 @@ def open_image(raw: bytes | Image.Image) -> Image.Image:
         image = raw if isinstance(raw, Image.Image) else Image.open(io.BytesIO(raw))
         _check_size(*image.size)  # before any pixel is decoded
         image.load()
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1)) if upright else None
         return image.transpose(turn) if turn is not None else image
     except CorruptImage:
         raise

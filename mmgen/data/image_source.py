@@ -28,7 +28,7 @@ class ImageSource:
     description: str  # one line: layout, number of images, columns, classes
     names: Callable[[int], str]  # how image i is called in messages: its path, or "row 17 of train-00000.parquet"
     length: int
-    read: Callable[[int], "bytes | Image.Image"]  # image i, encoded where possible; safe to call from threads
+    read: Callable[[int], bytes | Image.Image]  # image i, encoded where possible; safe to call from threads
     labels: np.ndarray | None  # int64 [N]
     class_names: list[str] | None
     fingerprint: str  # of what was found: paths, sizes, times, columns, split; not of the content

@@ -47,20 +47,29 @@ class GaussianStatistics:
         self.scatter: Tensor | None = None
         self._mean: Tensor | None = None
 
-    def update(self, features: Tensor | np.ndarray) -> None:
-        """Adds features, floats [N, D]. Raises StatisticsError where one is not finite, or D differs from before."""
-        features = torch.as_tensor(features).detach()
-        if features.ndim != 2:
-            raise StatisticsError(f"features must be [N, D], not of shape {list(features.shape)}")
-        if not torch.isfinite(features).all():
-            broken = int((~torch.isfinite(features)).any(1).sum())
-            raise StatisticsError(f"{broken} of {len(features)} feature vectors hold a number that is not finite")
-        for block in features.split(_BLOCK):
-            block = block.to(torch.float64)
-            if len(block):
-                mean = block.mean(0)
+    def update(self, features: Tensor | np.ndarray, weights: Tensor | np.ndarray | None = None) -> None:
+        """Adds features, floats [N, D].
+
+        With weights, integers [N] of at least 0, feature i counts weights[i] times, as if it were repeated: for a bootstrap.
+
+        Raises StatisticsError where a feature is not finite, D differs from before, or the weights are none.
+        """
+        features = finite_features(features)
+        if weights is not None:
+            weights = _checked_weights(weights, features)
+        for start in range(0, len(features), _BLOCK):
+            block = features[start : start + _BLOCK].to(torch.float64)
+            if weights is None:
+                count, mean = len(block), block.mean(0)
                 centred = block - mean
-                self._join(len(block), mean, centred.T @ centred)
+            else:
+                times = weights[start : start + _BLOCK].to(torch.float64)
+                count = int(times.sum())
+                if count == 0:
+                    continue
+                mean = times @ block / count
+                centred = (block - mean) * times.sqrt()[:, None]
+            self._join(count, mean, centred.T @ centred)
 
     def merge(self, other: GaussianStatistics) -> None:
         """Adds what other statistics have seen, for example those of another process."""
@@ -84,6 +93,18 @@ class GaussianStatistics:
             raise StatisticsError(f"a covariance needs at least 2 samples, not {self.count}")
         return self.scatter / (self.count - 1)
 
+    @property
+    def is_singular(self) -> bool:
+        """Whether N <= D: fewer features than D + 1, so that the covariance has a determinant of zero.
+
+        Raises StatisticsError before the first feature.
+        """
+        return self.count <= len(self.mean)
+
+    def __getstate__(self) -> dict:
+        """Pickles with the tensors on the CPU: another process may not have this one's device."""
+        return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+
     def _join(self, count: int, mean: Tensor, scatter: Tensor) -> None:
         if not self.count:
             self.count, self._mean, self.scatter = count, mean.clone(), scatter.clone()
@@ -101,11 +122,16 @@ class GaussianStatistics:
 def frechet_distance(a: Gaussian | GaussianStatistics, b: Gaussian | GaussianStatistics) -> float:
     """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), in float64 on the CPU.
 
-    S_a S_b has the eigenvalues of the symmetric S_a^(1/2) S_b S_a^(1/2), so two symmetric eigendecompositions do;
-    singular covariances need no care. Rounding alone can make an eigenvalue or the distance negative: both are clipped
-    at zero.
+    With S_a = A A^T and S_b = B B^T, the trace of (S_a S_b)^(1/2) is the sum of the singular values of A^T B: real by
+    construction, whether the covariances are singular or not. Measured against features whose singular values give the
+    sum directly, in units of (tr S_a tr S_b)^(1/2): right to 1e-9, mostly to 1e-12, at D = 2048, with 64 to 6144 features
+    and spectra over up to 16 orders of magnitude. The worst case, eigenvalues that are real but below D eps in a
+    covariance without a Cholesky factor, is (D eps)^(1/2), 7e-7. A covariance rounded to float32, as some files hold, is
+    worth 1e-6 itself. Rounding can make the distance of equals negative: it is clipped at zero.
 
-    Raises StatisticsError where the sizes differ, a covariance needs more samples, or a number is not finite.
+    Returns a number from 0 (the Gaussians are the same), without an upper end; its unit is that of the features, squared.
+    Raises StatisticsError where the sizes differ, a covariance needs more samples or has negative eigenvalues, or a number
+    is not finite.
     """
     mean_a, mean_b, cov_a, cov_b = (
         torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (a.mean, b.mean, a.covariance, b.covariance)
@@ -115,12 +141,59 @@ def frechet_distance(a: Gaussian | GaussianStatistics, b: Gaussian | GaussianSta
     for part in (mean_a, mean_b, cov_a, cov_b):
         if not torch.isfinite(part).all():
             raise StatisticsError("a mean or covariance holds a number that is not finite")
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ cov_b @ root
-    cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    varying = (cov_a.diagonal() > 0) & (cov_b.diagonal() > 0)  # the others add nothing to the product, and stop Cholesky
+    factor_a, factor_b = (_factor(cov if varying.all() else cov[varying][:, varying]) for cov in (cov_a, cov_b))
+    cross = _singular_value_sum((factor_a.T @ factor_b).numpy())
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(0.0, float(distance))
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """F [D, R] with F F^T = S, float64 [D, D]: Cholesky's where there is one, else from the R eigenvalues that are not zero.
+
+    Eigenvalues below D eps times the largest cannot be told from the rounding of zeros, of which a thousand would show.
+    Cholesky's factor keeps small eigenvalues that are real, so no threshold on its pivots is needed.
+    """
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed:
+        return factor
+    values, vectors = np.linalg.eigh(covariance.numpy())  # NumPy's LAPACK is faster than torch's, on one thread and on two
+    if values[0] < -1e-3 * abs(values[-1]):
+        raise StatisticsError(f"not a covariance: its eigenvalues go from {values[0]:.3g} to {values[-1]:.3g}")
+    kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    return torch.from_numpy(vectors[:, kept] * np.sqrt(values[kept]))
+
+
+def _singular_value_sum(matrix: np.ndarray) -> float:
+    """By the eigenvalues of the Gram matrix, in half the time, unless their rounding would show in the sum.
+
+    An error of eps |G| in an eigenvalue is one of eps |G| / (2 s) in the singular value s, its root.
+    """
+    matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    squares = np.linalg.eigvalsh(matrix @ matrix.T) if matrix.size else np.zeros(0)
+    if (squares > 0).all():
+        values = np.sqrt(squares)
+        if np.finfo(np.float64).eps * squares.max(initial=0) * (0.5 / values).sum() <= 1e-8 * values.sum():
+            return float(values.sum())
+    return float(np.linalg.svd(matrix, compute_uv=False).sum())
+
+
+def finite_features(features: Tensor | np.ndarray) -> Tensor:
+    """The features as a tensor, if they are [N, D] and finite. Raises StatisticsError if not."""
+    features = torch.as_tensor(features).detach()
+    if features.ndim != 2:
+        raise StatisticsError(f"features must be [N, D], not of shape {list(features.shape)}")
+    if not torch.isfinite(features).all():
+        broken = int((~torch.isfinite(features)).any(1).sum())
+        raise StatisticsError(f"{broken} of {len(features)} feature vectors hold a number that is not finite")
+    return features
+
+
+def _checked_weights(weights: Tensor | np.ndarray, features: Tensor) -> Tensor:
+    weights = torch.as_tensor(weights, device=features.device)
+    if weights.shape != features.shape[:1] or weights.is_floating_point() or bool((weights < 0).any()):
+        raise StatisticsError(f"weights must be {len(features)} integers of at least 0, one for each feature vector")
+    return weights
 
 
 def pixel_features(images: Tensor | np.ndarray) -> Tensor:

@@ -1,8 +1,7 @@
-"""What a person looks at while a model trains: sample grids, FD-pixels, curves."""
+"""What a person looks at while a model trains: sample grids and curves."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,29 +12,10 @@ from torch import Tensor
 from ..charts import Panel, line_chart
 from ..data import Dataset
 from ..images import labelled_rows
-from ..metrics.frechet import GaussianStatistics, frechet_distance, pixel_statistics
 from ..models import Model
 from ..sampling import SampleSettings, draw
 
-LARGEST_PIXELS = 4096  # C H W up to which FD-pixels is measured: an eigendecomposition of that size takes half a minute
 SHOWN = 30  # images per number of steps in a picture
-
-
-def can_measure(dataset: Dataset) -> bool:
-    return math.prod(dataset.images.shape[1:]) <= LARGEST_PIXELS
-
-
-def measure(
-    model: Model, reference: GaussianStatistics, num: int, steps: Sequence[int], seed: int, batch_size: int
-) -> dict[int, float]:
-    """FD-pixels of `num` samples against the reference for each number of steps, from the same noise."""
-    return {
-        count: frechet_distance(
-            pixel_statistics(draw(model, SampleSettings(steps=count, seed=seed, batch_size=batch_size), range(num))[0]),
-            reference,
-        )
-        for count in steps
-    }
 
 
 def picture(model: Model, dataset: Dataset, steps: Sequence[int], seed: int) -> Image.Image:
@@ -51,23 +31,22 @@ def picture(model: Model, dataset: Dataset, steps: Sequence[int], seed: int) -> 
     return labelled_rows([*rows, ("real", dataset.images[chosen])], columns=15, padding=4)
 
 
-def curves(log: Sequence[dict[str, Any]], fd_halves: float | None) -> Image.Image:
-    """Loss and FD-pixels over the images seen, from the lines of the log."""
+def curves(log: Sequence[dict[str, Any]], halves: float | None = None) -> Image.Image:
+    """Loss and figure over the images seen, from the lines of the log. `halves`: what two halves of the data are apart."""
     losses = [(line["images"], line["loss"]) for line in log if "loss" in line]
     panels = [Panel("loss", "images", {"loss": _split(losses)}, log_y=True)]
-    measured = [line for line in log if "fd_pixels" in line]
-    if measured:
-        steps = list(measured[-1]["fd_pixels"])
+    measured = [line for line in log if "values" in line]
+    for name in dict.fromkeys(line["figure"] for line in measured):
+        lines = [line for line in measured if line["figure"] == name]
         series = {
             f"{count} step{'s' * (count != '1')}": _split(
-                [(line["images"], line["fd_pixels"][count]) for line in measured if count in line["fd_pixels"]]
+                [(line["images"], line["values"][count]) for line in lines if count in line["values"]]
             )
-            for count in steps
+            for count in lines[-1]["values"]
         }
-        if fd_halves is not None:
-            ends = [measured[0]["images"], measured[-1]["images"]]
-            series["two halves of the data"] = (ends, [fd_halves] * 2)
-        panels.append(Panel("FD-pixels", "images", series, log_y=True))
+        if halves is not None and name == measured[-1]["figure"]:
+            series["two halves of the data"] = ([lines[0]["images"], lines[-1]["images"]], [halves] * 2)
+        panels.append(Panel(name, "images", series, log_y=True))
     return line_chart(panels, width=600 * len(panels), height=400)
 
 

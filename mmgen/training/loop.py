@@ -10,7 +10,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,15 +20,19 @@ from ..config import ImmConfig
 from ..data import Dataset
 from ..errors import ConfigError, TrainingError
 from ..images import save_png
-from ..metrics.frechet import GaussianStatistics, halves_distance, pixel_statistics
+from ..metrics.frechet import halves_distance
 from ..models import MODEL_FILE, Model, ModelConfig, save_model
+from ..team import team_of
 from . import evaluation
 from .batches import fetch, split_batch
 from .checkpoint import Progress, list_checkpoints, load_checkpoint, remove_old, save_checkpoint
 from .ema import EMA, ema_decays
+from .figures import make_scorer
 from .optim import build_optimizer, learning_rate
 from .run_folder import RunFolder
 from .stopping import StopRequest
+
+BEST_FILE = "model-best.safetensors"  # the averaged weights with the least figure so far, at the first of run.eval_steps
 
 
 @dataclass
@@ -95,7 +99,8 @@ class Trainer:
         self.progress = Progress()
         self.log_lines: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []  # of the steps since the last log line, on the device
-        self._reference: GaussianStatistics | None = None
+        self.team = team_of(accelerator)
+        self.scorer = make_scorer(run, dataset, accelerator.device, self.team, reporter.note)
 
     # ------------------------------------------------------------------ a run
 
@@ -206,21 +211,26 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.folder.log(line)
             self.reporter.log(line)
-        scalars = {k: v for k, v in numbers.items() if not isinstance(v, dict)}
-        scalars |= {f"fd_pixels/{count}": value for count, value in numbers.get("fd_pixels", {}).items()}
+        scalars = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+        scalars |= {f"{numbers['figure']}/{count}": value for count, value in numbers.get("values", {}).items()}
         self.accelerator.log(scalars, step=self.progress.images)
 
     def _measure(self) -> None:
-        """FD-pixels for the configured numbers of steps, into the log. The main process alone; the others go on to wait."""
-        if not self.accelerator.is_main_process or not evaluation.can_measure(self.dataset) or self.config.run.eval_num < 2:
+        """The figure for the configured numbers of steps, into the log; all processes share the work. The best is kept."""
+        if self.scorer is None:
             return
-        if self._reference is None:
-            self._reference = pixel_statistics(self.dataset.images)
-        run, model = self.config.run, self._averaged_model()
-        values = evaluation.measure(
-            model, self._reference, run.eval_num, run.eval_steps, self.config.train.seed, run.batch_per_device
-        )
-        self._log({"fd_pixels": {str(count): value for count, value in values.items()}, "num": run.eval_num})
+        model, steps = self._averaged_model(), self.config.run.eval_steps
+        values = {str(count): value for count, value in self.scorer.measure(model, steps, self.config.train.seed).items()}
+        deciding, name = str(steps[0]), self.scorer.name
+        before = [line["values"][deciding] for line in self._measured() if deciding in line["values"]]
+        self._log({"figure": name, "values": values, "num": self.config.run.eval_num})
+        if self.accelerator.is_main_process and values[deciding] < min(before, default=math.inf):
+            config = self._model_config(self.ema_name, figures={name: values})
+            save_model(self.folder.path / BEST_FILE, config, self.ema.state_dict(self.ema_name))
+
+    def _measured(self) -> list[dict[str, Any]]:
+        """The lines of the log that hold this figure."""
+        return [line for line in self.log_lines if line.get("figure") == self.scorer.name]
 
     # ------------------------------------------------------------------ files
 
@@ -245,7 +255,7 @@ class Trainer:
             for name in self.ema.decays:
                 file = MODEL_FILE if name == self.ema_name else f"model-ema-{name}.safetensors"
                 save_model(self.folder.path / file, self._model_config(name), self.ema.state_dict(name))
-            save_png(self.folder.path / "curves.png", evaluation.curves(self.log_lines, None))
+            save_png(self.folder.path / "curves.png", evaluation.curves(self.log_lines))
 
     def _preview(self) -> None:
         if self.accelerator.is_main_process:
@@ -254,10 +264,13 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any] | None:
         """The picture and the table at the end. They are made once for every number of images trained on."""
-        if not self.accelerator.is_main_process:
-            return None
-        results = self.folder.read_results()
-        if results is not None and results["images"] == self.progress.images:
+        images, main = self.progress.images, self.accelerator.is_main_process
+        results = self.folder.read_results() if main else None
+        done = results is not None and results["images"] == images
+        measured = bool(self.log_lines) and "values" in self.log_lines[-1]
+        if self.team.gather((done, measured))[0] == (False, False):  # the main process decides: only it has the log
+            self._measure()
+        if done or not main:
             return results
         run, model = self.config.run, self._averaged_model()
         save_png(
@@ -265,27 +278,24 @@ class Trainer:
             evaluation.picture(model, self.dataset, run.eval_steps, self.config.train.seed),
         )
         halves = None
-        if evaluation.can_measure(self.dataset) and run.eval_num >= 2 and len(self.dataset) >= 4:
-            if not (self.log_lines and "fd_pixels" in self.log_lines[-1]):
-                self._measure()
+        if self.scorer is not None and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4:
             halves = halves_distance(self.dataset.images)
         save_png(self.folder.path / "curves.png", evaluation.curves(self.log_lines, halves))
-        measured = self.log_lines[-1] if self.log_lines and "fd_pixels" in self.log_lines[-1] else {}
+        last = self.log_lines[-1] if self.log_lines and "values" in self.log_lines[-1] else {}
         results = {
-            "images": self.progress.images,
+            "images": images,
             "seconds": round(self.progress.seconds, 1),
-            "fd_pixels": measured.get("fd_pixels"),
-            "num": measured.get("num"),
+            "figure": last.get("figure"),
+            "values": last.get("values"),
+            "num": last.get("num"),
             "reference": len(self.dataset),
-            "fd_pixels_between_halves": halves,
+            "between_halves": halves,
         }
         self.folder.write_results(results)
         return results
 
-    def _model_config(self, name: str) -> ModelConfig:
-        from dataclasses import replace
-
-        training = {"config": self.config.to_dict(), "images": self.progress.images, "ema": name}
+    def _model_config(self, name: str, **more: Any) -> ModelConfig:
+        training = {"config": self.config.to_dict(), "images": self.progress.images, "ema": name, **more}
         return replace(self.task.model_config, training=training)
 
     def _averaged_model(self) -> Model:

@@ -4,7 +4,8 @@ config.json              the resolved settings and the data they met
 log.jsonl                one line per log interval and per measurement
 checkpoints/             to resume from
 model.safetensors        the (first) averaged weights at the last checkpoint; model-ema-NAME.safetensors: the others
-previews/, curves.png    sample grids over training; loss and FD over training
+model-best.safetensors   the averaged weights with the least figure so far, at the first of run.eval_steps
+previews/, curves.png    sample grids over training; loss and figures over training
 samples.png, results.json   at the end: 1, 2, 4, 8 steps above real images, and the table
 """
 

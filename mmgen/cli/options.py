@@ -1,0 +1,64 @@
+"""What several subcommands understand alike: lists of numbers, classes by name, devices."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from ..models import ModelConfig
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def check_device(word: str) -> None:
+    """Raises ConfigError for an unknown word, before torch is loaded."""
+    if word not in DEVICES:
+        raise ConfigError(f"unknown device {word!r}: {nearest(word, DEVICES)}")
+
+
+def numbers(text: str, kind: type, option: str, example: str) -> list:
+    """Numbers separated by commas, without repetitions. Raises ConfigError."""
+    try:
+        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+    except ValueError:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ConfigError(f"{option} must be {what} separated by commas, such as {example}, not {text!r}") from None
+
+
+def class_list(text: str, config: ModelConfig) -> str | list[int]:
+    """`random`, `balanced`, or class numbers from a list of names and numbers. Raises ConfigError."""
+    if text in ("random", "balanced"):
+        return text
+    if config.num_classes == 0:
+        raise ConfigError("classes cannot be chosen: this model is unconditional")
+    names = config.class_names or []
+    number = {name.lower(): i for i, name in reversed(list(enumerate(names)))} | {name: i for i, name in enumerate(names)}
+    chosen = []
+    for word in [text] if text in number else [part.strip() for part in text.split(",")]:  # a name may have commas in it
+        found = number.get(word, number.get(word.lower()))
+        if found is None and word.isdecimal() and int(word) < config.num_classes:
+            found = int(word)
+        if found is None:
+            raise ConfigError(f"unknown class {word!r}: {_valid_classes(word, names, config.num_classes)}")
+        chosen.append(found)
+    return chosen
+
+
+def _valid_classes(word: str, names: list[str], count: int) -> str:
+    valid = f"random, balanced, or numbers from 0 to {count - 1}"
+    if not names:
+        return f"this model knows {valid}"
+    if len(names) <= 20:
+        return f"{nearest(word, names)}; also {valid}"
+    close = nearest(word, names).split("? Valid:")
+    return f"{close[0]}? " * (len(close) > 1) + f"it has {count} names; also {valid}"
+
+
+def choose_device(word: str) -> str:
+    import torch
+
+    if word == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU; use --device cpu, or install a torch that supports yours")
+    return "cuda" if word != "cpu" and torch.cuda.is_available() else "cpu"

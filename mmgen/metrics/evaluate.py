@@ -1,0 +1,266 @@
+"""`mmgen fid` as a library call: words and settings in, rows of figures out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, nearest
+from ..team import Team
+from .captions import read_captions
+from .features import Extractor, build_extractor
+from .image_sets import ImageSet
+from .reference_sets import ReferenceSet, collect_reference, file_reference
+from .references import write_statistics
+from .score import SINGLE, Score, ScoreSettings, check_metrics, score, summary
+from .subjects import Subject, image_subjects, is_model, model_subjects, own_reference, reference_images
+
+NUM = 50_000  # samples drawn from a model, as behind every published FID
+MODES = ("tf", "clean", "torch")
+METRICS = ("fid", "kid", "is", "pr", "dc", "clip")
+
+# Where captions alone are scored: images of any size, and no network for them.
+_NO_FEATURES = Extractor(
+    "none", "none", {"features": "none"}, False, True, lambda image: np.zeros((1, 1, 3), np.float32), lambda x: x.flatten(1), None
+)
+
+Bar = Callable[[str, int], AbstractContextManager]  # (what is done, images) -> update(done, images)
+
+
+@dataclass(frozen=True)
+class FidSettings:
+    """What `mmgen fid` is asked for; the command's options of the same names say what each does."""
+
+    ref: str | None = None
+    ref_num: int | None = None
+    ref_split: str = "train"
+    ref_mode: str | None = None
+    resolution: int | None = None  # of the reference's images
+    channels: int | None = None  # of the reference's images
+    mode: str | None = None  # None: tf
+    features: str = "inception"
+    inception: Path | None = None
+    metrics: tuple[str, ...] | None = ("fid",)  # None: all that are possible
+    num: int | None = None
+    repeat: int = 1
+    split: str | None = None  # of samples that are a data set; None: train
+    image_column: str | None = None
+    drawing: dict[str, Any] = field(default_factory=dict)  # of a model's samples: those of SampleSettings, `steps` a list; ema
+    clip: str | None = None
+    captions: Path | None = None
+    save_stats: Path | None = None
+    batch_size: int = 64
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what is impossible whatever the samples are."""
+        if self.mode is not None and self.mode not in MODES:
+            raise ConfigError(f"unknown mode {self.mode!r}: {nearest(self.mode, MODES)}")
+        for metric in self.metrics or ():
+            if metric not in METRICS:
+                raise ConfigError(f"unknown metric {metric!r}: {nearest(metric, METRICS)}; or all")
+        for option, value in (("--mode", self.mode), ("--inception", self.inception)):
+            if value is not None and self.features != "inception":
+                raise ConfigError(f"{option} is for Inception, and --features is {self.features}: leave one of them out")
+        for option, value in (
+            ("--repeat", self.repeat),
+            ("--batch-size", self.batch_size),
+            ("--num", 1 if self.num is None else self.num),
+        ):
+            if value < 1:
+                raise ConfigError(f"{option} must be at least 1, not {value}")
+        if self.metrics is not None and ("clip" in self.metrics) != (self.clip is not None):
+            raise ConfigError("the CLIP score needs both --metrics clip and --clip PLACE, a CLIP model of transformers")
+        if self.captions is not None and self.clip is None:
+            raise ConfigError("--captions are for the CLIP score: give --clip too")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set of samples, scored."""
+
+    subject: Subject
+    score: Score  # of several draws: their summary
+    draws: list[Score]
+
+
+@dataclass(frozen=True)
+class Report:
+    rows: list[Row]
+    reference: ReferenceSet | None
+    extractor: Extractor
+    notes: list[str]  # which figures were left out, and why
+
+
+def evaluate(
+    samples: Sequence[str],
+    settings: FidSettings,
+    *,
+    team: Team = Team(),
+    bar: Bar = lambda what, images: nullcontext(lambda done, of=None: None),
+) -> Report:
+    """Scores every set of samples that the words mean; writes statistics where they are asked for.
+
+    Raises ConfigError, DataError, ModelError and MmgenError, each with one sentence.
+    """
+    models = [is_model(word) for word in samples]
+    _check_options(samples, models, settings)
+    subjects: list[Subject] = []
+    for word, model in zip(samples, models, strict=True):
+        if model:
+            subjects += _drawn(word, settings)
+        else:
+            subjects += image_subjects(
+                word, split=settings.split or "train", image_column=settings.image_column, num=settings.num
+            )
+    if settings.save_stats is not None and len(subjects) > 1:
+        raise ConfigError(f"--save-stats writes the statistics of one set of samples, and there are {len(subjects)}: give one")
+    metrics = settings.metrics if settings.metrics is not None else METRICS
+    compared = any(metric in ("fid", *SINGLE) for metric in metrics)
+    if compared and settings.ref is None and settings.save_stats is None:
+        own_reference(subjects)  # nothing is downloaded if it is missing
+    if metrics == ("clip",):
+        extractor = _NO_FEATURES
+    else:
+        with bar("downloading Inception", 0) as update:
+            extractor = build_extractor(
+                settings.features, settings.mode or "tf", inception=settings.inception, device=settings.device, progress=update
+            )
+    reference = None
+    if compared and (settings.ref is not None or settings.save_stats is None):
+        reference = _reference(subjects, settings, extractor, any(metric in SINGLE for metric in metrics), team, bar)
+    elif compared:
+        metrics = tuple(metric for metric in metrics if metric not in ("fid", *SINGLE))  # only statistics are wanted
+    metrics, notes = _possible(metrics, settings, extractor, reference)
+    rows = [_score(subject, settings, extractor, metrics, reference, team, bar) for subject in subjects]
+    if settings.save_stats is not None and team.is_main:
+        _save(settings.save_stats, rows[0], extractor)
+    return Report(rows, reference, extractor, notes)
+
+
+def _check_options(samples: Sequence[str], models: Sequence[bool], settings: FidSettings) -> None:
+    """Raises ConfigError for an option that would be ignored."""
+    drawing = {key: value for key, value in settings.drawing.items() if value is not None}
+    reading = {"split": settings.split, "image-column": settings.image_column, "clip": settings.clip}
+    for options, there, what in ((drawing, any(models), "a model"), (reading, not all(models), "images")):
+        for option, value in options.items():
+            if value is not None and not there:
+                raise ConfigError(f"--{option} is for {what}, and {samples[0]} is none: leave it out")
+
+
+def _drawn(word: str, settings: FidSettings) -> list[Subject]:
+    from ..models import load_model, read_config
+    from ..sample_record import Origin
+    from ..sampling import SampleSettings, plan
+
+    given = {key: value for key, value in settings.drawing.items() if value is not None}
+    origin = Origin.of(word, given.pop("ema", None))
+    steps, classes = given.pop("steps", [1]), given.pop("classes", "random")
+    config = read_config(origin.file)
+    if callable(classes):  # names become numbers once the model is known
+        classes = classes(config)
+    common = {**given, "classes": classes, "batch_size": settings.batch_size}
+    each = [SampleSettings(steps=count, **common) for count in steps]
+    for one in each:  # before anything is loaded
+        plan(config, one)
+    return model_subjects(load_model(origin.file, settings.device), origin, each, settings.num or NUM, settings.repeat)
+
+
+def _reference(
+    subjects: Sequence[Subject], settings: FidSettings, extractor: Extractor, single: bool, team: Team, bar: Bar
+) -> ReferenceSet:
+    with bar("decoding the reference", 0) as update:
+        found = reference_images(
+            settings.ref,
+            subjects,
+            split=settings.ref_split,
+            resolution=settings.resolution,
+            channels=settings.channels,
+            num=settings.ref_num,
+            progress=update,
+        )
+    if isinstance(found, ImageSet):
+        if settings.ref_mode is not None:
+            raise ConfigError(f"--ref-mode is for a statistics file, and {found.name} holds images: leave it out")
+        with bar(f"reference {found.name}", found.length) as update:
+            return collect_reference(
+                found, extractor, keep=single, batch_size=settings.batch_size, device=settings.device, team=team, progress=update
+            )
+    with bar(f"reference {found.name}", 0) as update:
+        return file_reference(
+            found,
+            extractor,
+            keep=single,
+            ref_mode=settings.ref_mode,
+            batch_size=settings.batch_size,
+            device=settings.device,
+            team=team,
+            progress=update,
+        )
+
+
+def _possible(
+    metrics: Sequence[str], settings: FidSettings, extractor: Extractor, reference: ReferenceSet | None
+) -> tuple[tuple[str, ...], list[str]]:
+    """The metrics that can be had, and a note for each that `all` leaves out. One that was asked for by name is an error."""
+    kept, notes = [], []
+    for metric in metrics:
+        try:
+            if metric == "clip" and settings.clip is None:
+                raise ConfigError("the CLIP score needs --clip PLACE, and captions")
+            check_metrics([metric], extractor, reference)
+            kept.append(metric)
+        except ConfigError as error:
+            if settings.metrics is not None:
+                raise
+            notes.append(str(error))
+    return tuple(kept), notes
+
+
+def _score(
+    subject: Subject,
+    settings: FidSettings,
+    extractor: Extractor,
+    metrics: tuple[str, ...],
+    reference: ReferenceSet | None,
+    team: Team,
+    bar: Bar,
+) -> Row:
+    drawn = "seed" in subject.record and len(subject.draws) > 1
+    chosen = ScoreSettings(
+        metrics,
+        bootstrap=0 if drawn or settings.repeat == 1 else settings.repeat,
+        batch_size=settings.batch_size,
+        clip=_clip(settings) if "clip" in metrics else None,
+        captions=read_captions(subject.draws[0], settings.captions) if "clip" in metrics else None,
+    )
+    scores = []
+    for number, images in enumerate(subject.draws, 1):
+        steps = subject.record.get("steps")
+        what = subject.name + (f", {steps} step{'s' * (steps > 1)}" if steps else "")
+        what += f", draw {number} of {len(subject.draws)}" if len(subject.draws) > 1 else ""
+        with bar(what, images.length) as update:
+            scores.append(score(images, reference, extractor, chosen, device=settings.device, team=team, progress=update))
+    return Row(subject, summary(scores), scores)
+
+
+def _clip(settings: FidSettings):
+    from .pretrained import build_clip
+
+    return build_clip(settings.clip, settings.device)
+
+
+def _save(file: Path, row: Row, extractor: Extractor) -> None:
+    images, score = row.subject.draws[0], row.score
+    write_statistics(
+        file,
+        score.statistics,
+        {**extractor.protocol, "image": "x".join(map(str, score.image))},
+        source=images.description,
+        fingerprint=images.fingerprint() if images.fingerprint is not None else None,
+    )

@@ -1,0 +1,182 @@
+"""From images to the features that figures are computed of: one `Extractor` for each network and protocol.
+
+A figure is called FID if and only if its features come from the published Inception network. All others are Fréchet
+distances of other features and are named after them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, ModelError, nearest
+from .exported_program import ExportedProgram
+from .frechet import pixel_features
+from .inception import build_inception, load_torchscript, refusing
+from .network_file import EXPORTED, TORCHSCRIPT, content, sha256_of
+from .published_file import Progress
+
+WORDS = ("inception", "pixels", "dinov2")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE_SUFFIXES = (".pt", ".pt2", ".pth", ".ts", ".onnx", ".bin", ".safetensors", ".pkl")
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Turns uint8 images into feature vectors, by one protocol.
+
+    Attributes:
+        metric: the key of figures in JSON: "fid" if and only if it is the published Inception network, else "fd-pixels",
+            "fd-dinov2" or "fd-" and the file's name.
+        title: the same for people: "FID", "FD-pixels", "FD-DINOv2" or "FD-" and the file's name.
+        protocol: what a figure depends on, in JSON's types; figures and statistics of unequal protocols cannot be compared.
+        same_size: all images of a scoring must be of one size; False: `prepare` brings each to one size.
+        colour: grey images become colour by repetition before they get here.
+        prepare: one image uint8 [H, W, 3] to float32 [299, 299, 3] of 0 to 255, to be called in decoding threads; None:
+            nothing to do.
+        extract: a batch on the device, uint8 [N, C, H, W] or, prepared, float32 [N, 3, 299, 299], to features [N, D] there.
+            Raises ModelError where the network cannot take the images.
+        probabilities: features [N, D] to class probabilities [N, K], for the Inception Score; None: there are none.
+        warnings: sentences to be shown with every figure.
+    """
+
+    metric: str
+    title: str
+    protocol: dict[str, str]
+    same_size: bool
+    colour: bool
+    prepare: Callable[[np.ndarray], np.ndarray] | None
+    extract: Callable[[Tensor], Tensor]
+    probabilities: Callable[[Tensor], Tensor] | None
+    warnings: tuple[str, ...] = ()
+
+
+def build_extractor(
+    features: str = "inception",
+    mode: str = "tf",
+    *,
+    inception: Path | None = None,
+    device: torch.device | str = "cpu",
+    allow_download: bool = True,
+    progress: Progress | None = None,
+) -> Extractor:
+    """Finds, checks and loads the network of a protocol.
+
+    Args:
+        features: "inception", "pixels" (no network), "dinov2" or a folder or hub id of DINOv2 weights, or a file of a
+            TorchScript or exported program that takes uint8 [N, 3, H, W] to floats [N, D].
+        mode: of Inception only: "tf", "clean" or "torch" (see `inception`).
+        inception: the file of Inception's weights; None: looked for, or downloaded (see `inception.build_inception`).
+        device: where `extract` computes, always in full float32: TensorFloat-32 would move a figure by more than the
+            agreement between implementations of the same protocol.
+        allow_download: False: nothing is fetched.
+        progress: called with the bytes downloaded and their total, 0 where it is not known.
+
+    Raises ConfigError for an unknown word or mode, ModelError where a network is missing, damaged or of another kind.
+    """
+    if features == "inception":
+        extractor = _inception(mode, inception, device, allow_download, progress)
+    elif features == "pixels":
+        protocol = {"features": "pixels"}
+        return Extractor("fd-pixels", "FD-pixels", protocol, True, False, None, pixel_features, None)
+    elif Path(features).is_file():
+        extractor = _file(Path(features), device)
+    elif features == "dinov2" or Path(features).is_dir() or _is_hub_id(features):
+        extractor = _dinov2(features, device, allow_download)
+    elif Path(features).suffix in _FILE_SUFFIXES or Path(features).is_absolute():
+        raise ModelError(f"the file of features {features} does not exist")
+    else:
+        raise ConfigError(f"features {features!r} are unknown, and no file: {nearest(features, WORDS)}, or the path of a file")
+    return replace(
+        extractor,
+        extract=_precisely(extractor.extract),
+        probabilities=extractor.probabilities and _precisely(extractor.probabilities),
+    )
+
+
+def _inception(
+    mode: str, file: Path | None, device: torch.device | str, allow_download: bool, progress: Progress | None
+) -> Extractor:
+    network = build_inception(mode, device, file=file, allow_download=allow_download, progress=progress)
+    path, digest = network.weights.path, network.weights.sha256
+    protocol = {"features": "inception", "mode": mode, "network": path.name, "sha256": digest}
+    metric, title, warnings = "fid", "FID", ()
+    if not network.weights.published:
+        metric, title = f"fd-{path.stem}", f"FD-{path.stem}"
+        warnings = (f"{path} is not the published Inception network: the figure is not FID and is called {title}",)
+    prepared = network.prepare is not None
+    return Extractor(
+        metric, title, protocol, not prepared, True, network.prepare, network.extract, network.probabilities, warnings
+    )
+
+
+def _dinov2(place: str, device: torch.device | str, allow_download: bool) -> Extractor:
+    from .pretrained import build_dinov2
+
+    network = build_dinov2(place, device, allow_download=allow_download)
+    protocol = {"features": "dinov2", "network": network.name, "sha256": network.sha256}
+    word = "DINOv2" if network.is_large else network.name
+    metric = "fd-dinov2" if network.is_large else f"fd-{word}"
+    return Extractor(metric, f"FD-{word}", protocol, True, True, None, network.extract, None)
+
+
+def _file(path: Path, device: torch.device | str) -> Extractor:
+    kind = content(path)
+    if kind == EXPORTED:
+        network = ExportedProgram(path, device)
+    elif kind == TORCHSCRIPT:
+        network = load_torchscript(path, device)
+    else:
+        raise ModelError(f"{path} is {kind}: features come from {TORCHSCRIPT} or {EXPORTED} (torch.export.save)")
+
+    @torch.no_grad()
+    def extract(images: Tensor) -> Tensor:
+        with refusing(path, images):
+            return _checked(network(images), len(images), path)
+
+    protocol = {"features": path.stem, "network": path.name, "sha256": sha256_of(path)}
+    return Extractor(f"fd-{path.stem}", f"FD-{path.stem}", protocol, True, True, None, extract, None)
+
+
+def _checked(features: object, count: int, path: Path) -> Tensor:
+    """Features [N, D], also from [N, D, 1, 1], in float32 or float64; ModelError where they are something else."""
+    if not isinstance(features, Tensor):
+        raise ModelError(f"{path} returns a {type(features).__name__}: features are one tensor of floats [N, D]")
+    if features.ndim > 2 and features.shape[2:].numel() == 1:
+        features = features.flatten(1)
+    if features.ndim != 2 or len(features) != count or not features.is_floating_point():
+        shape = f"{features.dtype} {list(features.shape)}".removeprefix("torch.")
+        raise ModelError(f"{path} returns {shape} for {count} images: features are floats [{count}, D]")
+    return features if features.dtype in (torch.float32, torch.float64) else features.float()
+
+
+def _is_hub_id(word: str) -> bool:
+    return bool(_HUB_ID.fullmatch(word)) and not word.startswith(".") and Path(word).suffix not in _FILE_SUFFIXES
+
+
+def _precisely(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def precise(batch: Tensor) -> Tensor:
+        with _full_precision():
+            return function(batch)
+
+    return precise
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """Full float32 in products and convolutions, as a training in the same process may have allowed less."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

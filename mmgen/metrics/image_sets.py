@@ -1,0 +1,218 @@
+"""Images to be scored, wherever they come from: a folder, an npz, a data set, a model that draws them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ..data import Dataset
+from ..data.cache import cache_root
+from ..data.decode import open_image
+from ..data.image_source import CorruptImage, ImageSource
+from ..data.resolve import resolve
+from ..errors import DataError, MmgenError
+from ..files import write_json
+from ..sample_folder import RECORD
+from ..sample_record import read_record
+from .npz_images import NpzImages
+
+if TYPE_CHECKING:
+    from ..models import Model
+    from ..sampling import Plan
+
+_GREY = ("1", "L", "LA", "La")
+_THREADS = 8  # that read files to hash them
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images in a fixed order.
+
+    Attributes:
+        name: as the user called it.
+        description: one line: layout, number, classes.
+        length: how many.
+        read: (start, stop, colour) -> uint8 [n, C, H, W], or a list of uint8 [C, H, W] of any sizes. `colour` makes three
+            channels of grey images. Raises DataError naming an image that cannot be read.
+        names: what image i is called in messages.
+        threaded: whether `read` may run in several threads at once, and gains by it; else blocks are asked for in order.
+        fingerprint: () -> a digest of the content, for a cache; None where there is nothing to gain.
+        record: how samples were made, as `sample_record.make_record` has it; None if nothing says.
+        beside: the file that keeps their scores; None where there is no place for it.
+    """
+
+    name: str
+    description: str
+    length: int
+    read: Callable[[int, int, bool], np.ndarray | list[np.ndarray]]
+    names: Callable[[int], str]
+    threaded: bool = True
+    fingerprint: Callable[[], str] | None = None
+    record: dict[str, Any] | None = None
+    beside: Path | None = None
+
+    def first(self, num: int | None) -> ImageSet:
+        """The first `num` images. Raises DataError where there are fewer."""
+        if num is None or num == self.length:
+            return self
+        if num > self.length:
+            raise DataError(f"{self.name} has {self.length:,} images, fewer than the {num:,} asked for")
+        return replace(self, length=num, description=f"the first {num:,} of {self.description}")
+
+    def shape(self, colour: bool) -> tuple[int, ...]:
+        """(C, H, W) of the first image."""
+        return tuple(self.read(0, 1, colour)[0].shape)
+
+
+def image_set(
+    word: str, *, split: str = "train", image_column: str | None = None, record: dict[str, Any] | None = None
+) -> ImageSet:
+    """The images that a word means, each in its own size: an npz (`arr_0`), or anything that `--data` takes.
+
+    Images are decoded as the FID codes do: Pillow's `convert("RGB")`, no turning by EXIF, transparency dropped. Samples
+    that `mmgen sample` wrote bring their record with them. Raises DataError.
+    """
+    path = Path(word).expanduser()
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return _npz(word, path)
+    source = resolve(word, split=split, image_column=image_column)
+    found = read_record(path / RECORD) if path.is_dir() else None
+    if found is not None and not found.get("complete"):
+        raise DataError(f"{word} holds a part only of its {found['num']:,} samples: run the same `mmgen sample` command again")
+    beside = None
+    if path.is_dir():
+        beside = path / "scores.json"
+    elif path.is_file():
+        beside = path.with_name(path.name + ".scores.json")
+    return ImageSet(
+        name=word,
+        description=source.description,
+        length=source.length,
+        read=partial(_read_source, source),
+        names=source.names,
+        fingerprint=partial(_content, source),
+        record=found or record,
+        beside=beside,
+    )
+
+
+def dataset_images(dataset: Dataset) -> ImageSet:
+    """The images of a decoded data set: the pixels that training sees."""
+
+    def read(start: int, stop: int, colour: bool) -> np.ndarray:
+        return _coloured(np.asarray(dataset.images[start:stop]), colour)
+
+    return ImageSet(
+        name=dataset.word,
+        description=dataset.description,
+        length=len(dataset),
+        read=read,
+        names=lambda i: f"image {i} of {dataset.word}",
+        threaded=False,
+        fingerprint=lambda: dataset.fingerprint,
+    )
+
+
+def drawn_images(
+    model: Model, chosen: Plan, num: int, *, name: str, first: int = 0, record: dict[str, Any] | None = None,
+    beside: Path | None = None,
+) -> ImageSet:  # fmt: skip
+    """Images number `first` to `first + num - 1` of a model, drawn when they are asked for and kept nowhere."""
+    from ..sampling import draw
+
+    def read(start: int, stop: int, colour: bool) -> np.ndarray:
+        return _coloured(draw(model, chosen, range(first + start, first + stop))[0].numpy(), colour)
+
+    return ImageSet(
+        name=name,
+        description=f"{num:,} samples of {name}",
+        length=num,
+        read=read,
+        names=lambda i: f"sample {first + i} of {name}",
+        threaded=False,
+        record=record,
+        beside=beside,
+    )
+
+
+def _npz(word: str, path: Path) -> ImageSet:
+    file = NpzImages(path)
+    record = read_record(path.with_name(path.name + ".json"))
+    if record is not None and not record.get("complete"):
+        raise DataError(f"{word} is not complete: run the same `mmgen sample` command again")
+
+    def digest() -> str:
+        sha256 = hashlib.sha256(b"arr_0" + repr(file.shape).encode())
+        for start in range(0, file.length, 256):
+            sha256.update(np.ascontiguousarray(file.read(start, min(start + 256, file.length))))
+        return sha256.hexdigest()
+
+    channels, height, width = file.shape
+    return ImageSet(
+        name=word,
+        description=f"npz: {file.length:,} images of {width}x{height}, {channels} channel{'s' * (channels > 1)}",
+        length=file.length,
+        read=lambda start, stop, colour: _coloured(file.read(start, stop), colour),
+        names=lambda i: f"image {i} of {word}",
+        threaded=False,
+        fingerprint=digest,
+        record=record,
+        beside=path.with_name(path.name + ".scores.json"),
+    )
+
+
+def _read_source(source: ImageSource, start: int, stop: int, colour: bool) -> list[np.ndarray]:
+    return [_pixels(source, i, colour) for i in range(start, stop)]
+
+
+def _pixels(source: ImageSource, i: int, colour: bool) -> np.ndarray:
+    """Image i, uint8 [3, H, W], or [1, H, W] if it is grey and may stay so."""
+    try:
+        image = open_image(source.read(i), upright=False)
+        if image.mode.startswith(("I", "F")):  # Pillow's conversion would clip them at 255
+            raise CorruptImage(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8 bits, as you mean it")
+        return _plane(image, colour)
+    except (CorruptImage, ValueError) as error:
+        raise DataError(f"{source.names(i)} cannot be scored: {error}") from error
+
+
+def _plane(image: Image.Image, colour: bool) -> np.ndarray:
+    if image.mode in _GREY and not colour:
+        return np.asarray(image.convert("L"))[None]
+    return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+
+
+def _coloured(images: np.ndarray, colour: bool) -> np.ndarray:
+    return np.repeat(images, 3, axis=1) if colour and images.shape[1] == 1 else images
+
+
+def _content(source: ImageSource) -> str:
+    """SHA-256 over all encoded images, the same wherever they lie. Remembered for files that have not changed since."""
+    memory = cache_root() / "content" / f"{source.fingerprint}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):  # not known yet, or damaged: the images are read
+        return json.loads(memory.read_text())["sha256"]
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for start in range(0, source.length, 1024):
+            for one in threads.map(partial(_digest, source), range(start, min(start + 1024, source.length))):
+                digest.update(one)
+    with contextlib.suppress(MmgenError):  # a cache that cannot be written costs time only
+        write_json(memory, {"sha256": digest.hexdigest(), "images": source.length})
+    return digest.hexdigest()
+
+
+def _digest(source: ImageSource, i: int) -> bytes:
+    raw = source.read(i)
+    if isinstance(raw, Image.Image):
+        raw = repr((raw.mode, raw.size)).encode() + raw.tobytes()
+    return hashlib.sha256(raw).digest()

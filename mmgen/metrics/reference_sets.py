@@ -1,0 +1,138 @@
+"""What samples are scored against: the features of real images, collected once and kept in the cache, or a statistics file."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.cache import cache_root
+from ..errors import MmgenError
+from ..files import replacing
+from ..team import Team
+from .collect import Collected, Progress, Wanted, collect
+from .features import Extractor
+from .frechet import Gaussian, GaussianStatistics
+from .image_sets import ImageSet, image_set
+from .references import read_reference
+
+_CHEAP = 1e9  # multiply-adds of pixel statistics below which a cache would only be litter
+FORMAT = 1  # raise it when the same images give other features
+
+
+@dataclass(frozen=True)
+class ReferenceSet:
+    """A reference ready for comparison."""
+
+    name: str
+    source: str  # in words: which file or data set this is
+    num: int | None  # images behind it; None if the file does not say
+    gaussian: Gaussian | GaussianStatistics
+    kept: Tensor | None = None  # float32 [N, D]: features of single images, for KID, precision, recall, density, coverage
+    image: tuple[int, ...] | None = None  # (C, H, W) of its first image; None for a file
+    warnings: tuple[str, ...] = ()
+
+
+def collect_reference(
+    images: ImageSet,
+    extractor: Extractor,
+    *,
+    keep: bool = False,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    team: Team = Team(),
+    progress: Progress | None = None,
+) -> ReferenceSet:
+    """The features of reference images: from the cache, where these very images have been seen by this protocol.
+
+    `keep`: single features are needed as well. Raises as `collect.collect`.
+    """
+    file = _cache_file(images, extractor)
+    found = _read(file, keep) if file is not None and team.is_main else None
+    found = team.gather(found)[0]
+    if found is None:
+        collected = collect(
+            images, extractor, Wanted(keep=keep), batch_size=batch_size, device=device, team=team, progress=progress
+        )
+        gaussian = Gaussian(collected.statistics.mean.cpu(), collected.statistics.covariance.cpu())
+        found = gaussian, collected.kept
+        if file is not None and team.is_main:
+            _write(file, gaussian, collected)
+    gaussian, kept = found
+    return ReferenceSet(
+        images.name, images.description, images.length, gaussian, kept if keep else None, images.shape(extractor.colour)
+    )
+
+
+def file_reference(
+    path: Path,
+    extractor: Extractor,
+    *,
+    keep: bool = False,
+    ref_mode: str | None = None,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    team: Team = Team(),
+    progress: Progress | None = None,
+) -> ReferenceSet:
+    """The statistics in a file. `keep`: single features too, which ADM's files give through the images in them.
+
+    Raises DataError where it cannot be read or is for other features, ConfigError where it is of another protocol.
+    """
+    protocol = extractor.protocol
+    found = read_reference(
+        path,
+        features=protocol["features"],
+        mode=protocol.get("mode", "tf"),
+        dim=2048 if protocol["features"] == "inception" else None,
+        ref_mode=ref_mode,
+        extractor_protocol=protocol,
+        keep_features=keep,
+    )
+    kept = found.features
+    if keep and kept is None and found.has_images:
+        images = image_set(str(path))
+        kept = collect(
+            images, extractor, Wanted(keep=True), batch_size=batch_size, device=device, team=team, progress=progress
+        ).kept
+    return ReferenceSet(found.name, found.source, found.num, found.gaussian, kept, None, found.warnings)
+
+
+def _cache_file(images: ImageSet, extractor: Extractor) -> Path | None:
+    if images.fingerprint is None:
+        return None
+    if extractor.metric == "fd-pixels" and images.length * math.prod(images.shape(False)) ** 2 < _CHEAP:
+        return None
+    parts = [FORMAT, extractor.protocol, images.fingerprint(), images.length]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return cache_root() / "features" / f"{key}.safetensors"
+
+
+def _read(file: Path, keep: bool) -> tuple[Gaussian, Tensor | None] | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Any] = load_file(file)
+        if keep and "features" not in tensors:
+            return None
+        return Gaussian(tensors["mu"], tensors["sigma"]), tensors.get("features")
+    except (OSError, SafetensorError, KeyError):  # not there, or damaged: collected anew
+        return None
+
+
+def _write(file: Path, gaussian: Gaussian, collected: Collected) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"mu": gaussian.mean.contiguous(), "sigma": gaussian.covariance.contiguous()}
+    if collected.kept is not None:
+        tensors["features"] = collected.kept
+    with contextlib.suppress(MmgenError), replacing(file) as temporary:  # a full cache costs time, not the figure
+        save_file(tensors, temporary)

@@ -1,0 +1,193 @@
+"""From features to figures: each with the name that it may carry, and what is to be known before it is compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from ..errors import ConfigError
+from ..team import Team
+from .collect import Captioned, Collected, Progress, Wanted, collect
+from .features import Extractor
+from .frechet import GaussianStatistics, frechet_distance
+from .image_sets import ImageSet
+from .kid import kid
+from .neighbours import neighbour_metrics
+from .reference_sets import ReferenceSet
+
+FULL = 50_000  # samples behind a published FID
+SINGLE = {"kid": "KID", "pr": "precision and recall", "dc": "density and coverage"}  # need the features of single images
+
+
+@dataclass(frozen=True)
+class ScoreSettings:
+    metrics: tuple[str, ...] = ("fid",)
+    splits: int = 10  # of the Inception Score
+    bootstrap: int = 0  # resampled sets for a spread of the Fréchet distance
+    batch_size: int = 64  # images at a time; no influence on the figures
+    bias: bool = True  # estimate how much too high the distance is for want of samples
+    clip: Captioned | None = None  # scores images against captions
+    captions: Sequence[str] | None = None
+
+
+@dataclass
+class Score:
+    """The figures of one set of samples."""
+
+    num: int
+    image: tuple[int, ...]  # (C, H, W) of the first
+    figures: dict[str, float]  # by name, in the order of display
+    spreads: dict[str, float] = field(default_factory=dict)  # standard error or deviation, under the figure's name
+    excess: float | None = None  # how much higher the distance is than with 50,000 samples, about; None: not estimated
+    warnings: list[str] = field(default_factory=list)
+    statistics: GaussianStatistics | None = None  # of the features
+
+
+def check_metrics(metrics: Sequence[str], extractor: Extractor, reference: ReferenceSet | None) -> None:
+    """Raises ConfigError where a metric is impossible under these features or with this reference."""
+    for metric in metrics:
+        if metric == "is" and extractor.probabilities is None:
+            raise ConfigError(
+                f"the Inception Score needs Inception's classes, which {extractor.title} has not: --mode tf has them"
+            )
+        if metric in SINGLE and reference is not None and reference.kept is None:
+            raise ConfigError(
+                f"{SINGLE[metric]} compare single images, and the reference is a file of mean and covariance: "
+                "give --ref a data set or a folder of images, or leave the metric out"
+            )
+
+
+def figure_name(title: str, num: int) -> str:
+    """FID for 50,000 samples and more, fid10k for fewer; FD-pixels, or FD-pixels-1797 for fewer.
+
+    >>> figure_name("FID", 10_000), figure_name("FD-pixels", 1797), figure_name("FID", 50_000)
+    ('fid10k', 'FD-pixels-1797', 'FID')
+    """
+    if num >= FULL:
+        return title
+    number = f"{num // 1000}k" if num % 1000 == 0 else str(num)
+    return f"fid{number}" if title == "FID" else f"{title}-{number}"
+
+
+def score(
+    samples: ImageSet,
+    reference: ReferenceSet | None,
+    extractor: Extractor,
+    settings: ScoreSettings = ScoreSettings(),
+    *,
+    device: torch.device | str = "cpu",
+    team: Team = Team(),
+    progress: Progress | None = None,
+) -> Score:
+    """One pass over the samples, then all figures asked for. Without a reference: only those that need none.
+
+    Raises ConfigError where samples and reference do not fit together, and as `collect.collect`.
+    """
+    check_metrics(settings.metrics, extractor, reference)
+    image = samples.shape(extractor.colour)
+    warnings = _check_images(image, reference, extractor)
+    single = any(metric in SINGLE for metric in settings.metrics)
+    distance = reference is not None and "fid" in settings.metrics
+    wanted = Wanted(
+        keep=single,
+        splits=settings.splits if "is" in settings.metrics else 0,
+        halves=distance and settings.bias and 4 <= samples.length < FULL,
+        bootstrap=settings.bootstrap if distance else 0,
+        clip=settings.clip,
+        captions=None if settings.captions is None else list(settings.captions),
+    )
+    collected = collect(samples, extractor, wanted, batch_size=settings.batch_size, device=device, team=team, progress=progress)
+    result = Score(samples.length, image, {}, warnings=warnings, statistics=collected.statistics)
+    if distance:
+        _add_distance(result, collected, reference, extractor)
+    if reference is not None and single:
+        _add_comparisons(result, collected, reference, settings.metrics)
+    if collected.inception is not None:
+        mean, deviation = collected.inception.result()
+        result.figures["Inception Score"], result.spreads["Inception Score"] = mean, deviation
+    if collected.clip is not None:
+        result.figures["CLIP score"] = collected.clip
+    return result
+
+
+def _add_distance(result: Score, collected: Collected, reference: ReferenceSet, extractor: Extractor) -> None:
+    name = figure_name(extractor.title, collected.num)
+    value = frechet_distance(reference.gaussian, collected.statistics)
+    result.figures[name] = value
+    if collected.replicates:
+        draws = [frechet_distance(reference.gaussian, replicate) for replicate in collected.replicates]
+        result.spreads[name] = _deviation(draws)
+    if collected.statistics.is_singular:  # the rank is at most N - 1
+        result.warnings.append(
+            f"{collected.num:,} images and {len(collected.statistics.mean):,} features: the covariance is singular, and {name} "
+            "tells more of the number of images than of the images"
+        )
+    elif collected.num < FULL:
+        result.excess = _excess(collected, reference, value)
+        known = "" if result.excess is None else "; the excess in the table is estimated from random halves of them"
+        result.warnings.append(f"{name} is biased: fewer samples than 50,000 raise it{known}")
+    dim = len(collected.statistics.mean)
+    if reference.num is not None and reference.num <= dim:
+        result.warnings.append(f"the reference has {reference.num:,} images for {dim:,} features: its covariance is singular")
+
+
+def _excess(collected: Collected, reference: ReferenceSet, value: float) -> float | None:
+    """How much higher the distance is than with 50,000 samples: it falls as c / N (Chong and Forsyth, 2020, section 3).
+
+    c comes from two random halves of the samples; None where those are too few, or it comes out negative.
+    """
+    if collected.halves is None or any(half.is_singular for half in collected.halves):
+        return None
+    slopes = [
+        (frechet_distance(reference.gaussian, half) - value) / (1 / half.count - 1 / collected.num) for half in collected.halves
+    ]
+    excess = sum(slopes) / len(slopes) * (1 / collected.num - 1 / FULL)
+    return excess if excess > 0 else None
+
+
+def _add_comparisons(result: Score, collected: Collected, reference: ReferenceSet, metrics: Sequence[str]) -> None:
+    real, fake = reference.kept, collected.kept
+    if "kid" in metrics:
+        distance = kid(real, fake)
+        result.figures["KID"] = distance.mean
+        if distance.standard_error is not None:
+            result.spreads["KID"] = distance.standard_error
+    if "pr" in metrics or "dc" in metrics:
+        found = neighbour_metrics(real, fake)
+        if "pr" in metrics:
+            result.figures |= {"precision": found.precision, "recall": found.recall}
+        if "dc" in metrics:
+            result.figures |= {"density": found.density, "coverage": found.coverage}
+
+
+def _check_images(image: tuple[int, ...], reference: ReferenceSet | None, extractor: Extractor) -> list[str]:
+    """Raises ConfigError, or warns, where samples and reference are images of different sizes."""
+    if reference is None or reference.image is None or reference.image == image:
+        return list(extractor.warnings) + list(reference.warnings if reference else ())
+    mine, theirs = (f"{shape[2]}x{shape[1]}, {shape[0]} channel{'s' * (shape[0] > 1)}" for shape in (image, reference.image))
+    text = f"the samples are {mine}, the images of {reference.name} {theirs}"
+    if extractor.same_size:
+        raise ConfigError(f"{text}: --resolution {min(image[1:])} resizes and crops the reference as training does")
+    return [*extractor.warnings, *reference.warnings, f"{text}: the figure compares the resizing as well"]
+
+
+def summary(draws: Sequence[Score]) -> Score:
+    """Several draws of one model as one score: the least distance, as the papers report it, else the mean; and the spread."""
+    if len(draws) == 1:
+        return draws[0]
+    first = draws[0]
+    values = {name: [draw.figures[name] for draw in draws] for name in first.figures}
+    figures = {
+        name: min(found) if name.startswith(("FID", "fid", "FD-")) else sum(found) / len(found) for name, found in values.items()
+    }
+    spreads = {name: _deviation(found) for name, found in values.items()}
+    warnings = list(dict.fromkeys(w for draw in draws for w in draw.warnings))
+    return replace(first, figures=figures, spreads=spreads, warnings=warnings)
+
+
+def _deviation(values: Sequence[float]) -> float:
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))

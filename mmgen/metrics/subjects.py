@@ -1,0 +1,112 @@
+"""What the words of `mmgen fid` mean: which sets of samples are scored, and against which images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import data
+from ..errors import ConfigError, DataError
+from ..models import MODEL_FILE, Model
+from ..sample_folder import RECORD
+from ..sample_record import Origin, make_record
+from ..sampling import SampleSettings, plan
+from .image_sets import ImageSet, dataset_images, drawn_images, image_set
+from .references import TAKES, is_statistics
+
+SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One row of the table: a set of samples, or several draws of the same size from one model."""
+
+    name: str
+    draws: list[ImageSet]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return self.draws[0].record or {}
+
+
+def is_model(word: str) -> bool:
+    """Whether a word means a model: a .safetensors file, a run folder, or hf://user/name."""
+    path = Path(word).expanduser()
+    return word.startswith("hf://") or (path / MODEL_FILE).is_file() or (path.is_file() and path.suffix == ".safetensors")
+
+
+def model_subjects(model: Model, origin: Origin, settings: Sequence[SampleSettings], num: int, repeat: int = 1) -> list[Subject]:
+    """A row for each of `settings`. Draw r of `repeat` has images r num to (r + 1) num - 1, as EDM's seeds have it."""
+    if num < 2:
+        raise ConfigError(f"--num must be at least 2, not {num}")
+    beside = origin.file.with_name(origin.file.name + ".scores.json")
+    if origin.file.name == MODEL_FILE and Path(origin.model).is_dir():
+        beside = Path(origin.model) / SCORES
+    subjects = []
+    for one in settings:
+        chosen = plan(model.config, one)
+        record = make_record(model, origin, chosen, num)
+        draws = [
+            drawn_images(model, chosen, num, name=origin.model, first=r * num, record=record, beside=beside)
+            for r in range(repeat)
+        ]
+        subjects.append(Subject(origin.model, draws))
+    return subjects
+
+
+def image_subjects(word: str, *, split: str, image_column: str | None, num: int | None) -> list[Subject]:
+    """The images a word means: one row; or one for each folder of samples in a folder of such. Raises DataError."""
+    path = Path(word).expanduser()
+    words = [word]
+    if path.is_dir() and not (path / RECORD).is_file():
+        inner = [p for p in path.iterdir() if p.is_dir() and (p / RECORD).is_file()]
+        words = [str(p) for p in sorted(inner, key=lambda p: (len(p.name), p.name))] or words
+    return [Subject(one, [image_set(one, split=split, image_column=image_column).first(num)]) for one in words]
+
+
+def reference_images(
+    word: str | None,
+    subjects: Sequence[Subject],
+    *,
+    split: str,
+    resolution: int | None,
+    channels: int | None,
+    num: int | None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageSet | Path:
+    """The images to compare with, or the path of a statistics file. `word` None: what the samples' record names.
+
+    With a resolution, images are resized and cropped as for training (and cached); without, they stay as they are.
+    Raises ConfigError where nothing says what to compare with, DataError where it cannot be read.
+    """
+    if word is None:
+        name, options = own_reference(subjects)
+        try:
+            return dataset_images(data.load(name, progress=progress, **options)).first(num)
+        except DataError as error:
+            raise DataError(f"the samples' record names {name} as their training set: {error}; or give another --ref") from error
+    path = Path(word).expanduser()
+    if path.is_file() and is_statistics(path):
+        for option, value in (("--ref-num", num), ("--resolution", resolution)):
+            if value is not None:
+                raise ConfigError(f"{option} is for images, and {word} holds their statistics only: leave it out")
+        return path
+    if resolution is None and channels is None:
+        return image_set(word, split=split).first(num)
+    return dataset_images(data.load(word, resolution=resolution, channels=channels, split=split, progress=progress)).first(num)
+
+
+def own_reference(subjects: Sequence[Subject]) -> tuple[str, dict[str, Any]]:
+    """The training set that the samples' records name, as arguments of `data.load`. Raises ConfigError where none does."""
+    named = []
+    for subject in subjects:
+        word, options = subject.record.get("data"), subject.record.get("data_options")
+        if not word or not isinstance(options, dict):
+            raise ConfigError(f"nothing says what to compare {subject.name} with: give --ref. {TAKES}")
+        if (word, options) not in named:
+            named.append((word, options))
+    if len(named) > 1:
+        raise ConfigError(f"the samples are of models trained on {named[0][0]} and on {named[1][0]}: give --ref. {TAKES}")
+    return named[0]

@@ -1,0 +1,80 @@
+"""Figures while a model trains: those of `mmgen fid`, of the averaged weights, for each number of steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..config import RunSettings
+from ..data import Dataset
+from ..errors import ModelError
+from ..metrics.features import Extractor, build_extractor
+from ..metrics.image_sets import dataset_images, drawn_images
+from ..metrics.reference_sets import ReferenceSet, collect_reference
+from ..metrics.score import ScoreSettings, figure_name, score
+from ..models import Model
+from ..sampling import SampleSettings, plan
+from ..team import Team
+
+LARGEST_PIXELS = 4096  # C H W up to which FD-pixels is measured: its covariance has the square of that
+SMALLEST_FOR_INCEPTION = 32  # side of images; smaller ones are nothing that Inception has seen
+
+
+class Scorer:
+    """Scores models against the training set. Every process of `accelerate launch` has one, and they share the work.
+
+    Attributes:
+        name: what the figure may be called, with its number of samples: fid10k, FD-pixels-1797.
+    """
+
+    def __init__(self, extractor: Extractor, dataset: Dataset, run: RunSettings, device: torch.device, team: Team) -> None:
+        self.extractor, self.images, self.run, self.device, self.team = extractor, dataset_images(dataset), run, device, team
+        self.name = figure_name(extractor.title, run.eval_num)
+        self._reference: ReferenceSet | None = None
+
+    def measure(self, model: Model, steps: Sequence[int], seed: int) -> dict[int, float]:
+        """The figure for each number of steps, of the same `run.eval_num` images. To be called in all processes."""
+        batch = self.run.batch_per_device
+        if self._reference is None:
+            self._reference = collect_reference(self.images, self.extractor, batch_size=batch, device=self.device, team=self.team)
+        values = {}
+        for count in steps:
+            chosen = plan(model.config, SampleSettings(steps=count, seed=seed, batch_size=batch))
+            images = drawn_images(model, chosen, self.run.eval_num, name="the model")
+            found = score(
+                images,
+                self._reference,
+                self.extractor,
+                ScoreSettings(batch_size=batch, bias=False),
+                device=self.device,
+                team=self.team,
+            )
+            values[count] = found.figures[self.name]
+        return values
+
+
+def make_scorer(
+    run: RunSettings, dataset: Dataset, device: torch.device, team: Team, note: Callable[[str], None]
+) -> Scorer | None:
+    """What `run.eval_features` asks for, checked before training begins; None where nothing can or need be measured.
+
+    Raises ModelError where features that were named cannot be had. `auto` then falls back to pixels, and says so.
+    """
+    if run.eval_num < 2:
+        return None
+    word, small = run.eval_features, math.prod(dataset.images.shape[1:]) <= LARGEST_PIXELS
+    if word == "auto":
+        try:
+            word = "inception" if dataset.resolution >= SMALLEST_FOR_INCEPTION else "pixels"
+            extractor = build_extractor(word, device=device)
+        except ModelError as error:
+            instead = "FD-pixels is measured instead" if small else "nothing is measured"
+            note(f"no FID while training, {instead}: {error}")
+            word, extractor = "pixels", build_extractor("pixels", device=device)
+    else:
+        extractor = build_extractor(word, device=device)
+    if word == "pixels" and not small:
+        return None
+    return Scorer(extractor, dataset, run, device, team)

@@ -1,0 +1,169 @@
+"""Images to be scored: every kind of file, decoded as the FID codes do, or refused by name."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmgen.errors import DataError
+from mmgen.metrics.image_sets import image_set
+from mmgen.metrics.npz_images import NpzImages
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MMGEN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "images"
+    place.mkdir()
+    for i, image in enumerate(PIXELS):
+        Image.fromarray(image).save(place / f"{i}.png")
+    return place
+
+
+def whole(images, colour=True):
+    return images.read(0, images.length, colour)
+
+
+# ---- npz
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_is_read_in_any_order(tmp_path, save):
+    save(tmp_path / "a.npz", PIXELS, np.arange(5))
+    file = NpzImages(tmp_path / "a.npz")
+    assert (file.length, file.shape) == (5, (3, 6, 7))
+    for start, stop in ((0, 2), (2, 5), (4, 5), (1, 3), (0, 5)):
+        np.testing.assert_array_equal(file.read(start, stop), PIXELS[start:stop].transpose(0, 3, 1, 2))
+
+
+def test_npz_without_a_channel_axis_is_grey(tmp_path):
+    np.savez(tmp_path / "a.npz", PIXELS[..., 0])
+    images = image_set(str(tmp_path / "a.npz"))
+    np.testing.assert_array_equal(whole(images, colour=False), PIXELS[:, None, :, :, 0])
+    np.testing.assert_array_equal(whole(images), np.repeat(PIXELS[:, None, :, :, 0], 3, axis=1))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"arr_0": PIXELS / np.float32(255)}, "arr_0 .* is float32: save uint8 0..255"),
+        ({"arr_0": PIXELS.transpose(0, 3, 1, 2)}, r"shape \[5, 3, 6, 7\], not \[N, H, W, 3\]"),
+        ({"arr_0": np.asfortranarray(PIXELS)}, "Fortran"),
+        ({"images": PIXELS}, "holds images, but no arr_0"),
+        ({"arr_0": np.array([None, 1])}, "is object"),
+    ],
+)
+def test_npz_of_something_else_is_refused(tmp_path, content, message):
+    np.savez(tmp_path / "a.npz", **content)
+    with pytest.raises(DataError, match=message):
+        image_set(str(tmp_path / "a.npz"))
+
+
+def test_damaged_npz_is_named(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", PIXELS)
+    whole_file = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole_file[: len(whole_file) // 2])
+    with pytest.raises(DataError, match="cut.npz is damaged"):
+        image_set(str(tmp_path / "cut.npz"))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (9, 6, 7, 3)})
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + PIXELS.tobytes())
+    images = image_set(str(tmp_path / "short.npz"))
+    with pytest.raises(DataError, match="short.npz is damaged"):
+        images.read(0, 9, True)
+
+
+# ---- folders, as Pillow's convert("RGB") has it
+
+
+def test_folder_in_order_of_names(folder):
+    images = image_set(str(folder))
+    np.testing.assert_array_equal(np.stack(whole(images)), PIXELS.transpose(0, 3, 1, 2))
+    assert images.names(3).endswith("3.png") and images.beside == folder / "scores.json"
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
+def test_modes_become_rgb(tmp_path, folder, mode):
+    image = Image.fromarray(PIXELS[0]).convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(PIXELS[1, :, :, 0]))  # dropped, not blended
+    suffix = "tif" if mode == "CMYK" else "png"
+    image.save(folder / f"0.{suffix}")
+    if suffix != "png":
+        (folder / "0.png").unlink()
+    expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    np.testing.assert_array_equal(image_set(str(folder)).read(0, 1, True)[0], expected)
+    grey = image_set(str(folder)).read(0, 1, False)[0]
+    assert grey.shape[0] == (1 if mode in ("L", "LA", "1") else 3)
+
+
+def test_exif_orientation_is_ignored_as_the_protocols_do(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(PIXELS[0]).save(folder / "0.png", exif=exif)
+    assert image_set(str(folder)).shape(True) == (3, 6, 7)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_more_than_8_bits_are_refused_by_name(folder, dtype):
+    suffix = "png" if dtype == np.uint16 else "tif"
+    (folder / "0.png").unlink()
+    Image.fromarray(np.full((6, 7), 60_000, dtype)).save(folder / f"0.{suffix}")
+    with pytest.raises(DataError, match=rf"0\.{suffix} cannot be scored: .*more than 8 bits"):
+        image_set(str(folder)).read(0, 1, True)
+
+
+def test_unreadable_image_is_named(folder):
+    content = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(content[:40])
+    with pytest.raises(DataError, match="2.png cannot be scored"):
+        image_set(str(folder)).read(0, 5, True)
+
+
+def test_first_images(folder):
+    assert len(whole(image_set(str(folder)).first(3))) == 3
+    with pytest.raises(DataError, match="has 5 images, fewer than the 6 asked for"):
+        image_set(str(folder)).first(6)
+
+
+def test_samples_bring_their_record(folder):
+    record = {"format": 1, "num": 5, "complete": True, "steps": 2}
+    (folder / "samples.json").write_text(json.dumps(record))
+    assert image_set(str(folder)).record == record
+    (folder / "samples.json").write_text(json.dumps({**record, "complete": False}))
+    with pytest.raises(DataError, match="a part only of its 5 samples: run the same `mmgen sample` command again"):
+        image_set(str(folder))
+
+
+# ---- fingerprints
+
+
+def test_fingerprint_is_of_the_content(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    first = image_set(str(folder)).fingerprint()
+    assert image_set(str(tmp_path / "copy")).fingerprint() == first
+    assert image_set(str(folder)).fingerprint() == first  # now remembered
+    Image.fromarray(PIXELS[1]).save(folder / "0.png")
+    assert image_set(str(folder)).fingerprint() != first
+    assert image_set(str(tmp_path / "copy")).fingerprint() == first
+
+
+def test_fingerprint_of_npz_depends_on_pixels_and_shape_alone(tmp_path):
+    np.savez(tmp_path / "a.npz", PIXELS)
+    np.savez_compressed(tmp_path / "b.npz", PIXELS)
+    np.savez(tmp_path / "c.npz", PIXELS.reshape(5, 7, 6, 3))
+    a, b, c = (image_set(str(tmp_path / f"{name}.npz")).fingerprint() for name in "abc")
+    assert a == b != c
