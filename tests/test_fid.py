@@ -203,6 +203,29 @@ def test_reference_features_are_cached_by_content(published, tmp_path, monkeypat
     assert scores(tmp_path / "a" / "scores.json")[-1]["figures"] == first
 
 
+def test_images_of_several_sizes_where_the_mode_resizes_each(published, tmp_path):
+    write_images(tmp_path / "a", 6)
+    shutil.copytree("a", "b")
+    Image.open("a/00003.png").resize((20, 15)).save("a/00003.png")
+    with pytest.raises(DataError, match="00003.png is 20x15 colour, but the first image is 12x12 colour.*--mode clean"):
+        run(fid, "a", "--ref", "b", "--inception", published)
+    run(fid, "a", "--ref", "b", "--inception", published, "--mode", "clean")
+    (entry,) = scores(tmp_path / "a" / "scores.json")
+    assert entry["protocol"]["mode"] == "clean" and entry["figures"]["fid6"] > 0
+
+
+def test_without_a_network_the_message_says_what_to_do(model, tmp_path, monkeypatch):
+    from mmgen.metrics import published_file
+
+    def refuse(*arguments, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(published_file.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(inception, "_elsewhere", lambda name: [])
+    with pytest.raises(ModelError, match=r"fetch https://.*inception-2015-12-05.pt and put it at .*cache/.*--features pixels"):
+        run(fid, model, "--num", 4)
+
+
 def test_adm_batch_gives_precision_from_its_images_and_fid_from_its_statistics(published, tmp_path):
     write_images(tmp_path / "a", 30)
     pixels = write_images(tmp_path / "b", 40, seed=1)

@@ -95,10 +95,12 @@ def test_far_from_zero_and_outliers_cost_no_digits():
     real, fake = torch.from_numpy(grid(60, 4, 3, 0)), torch.from_numpy(grid(60, 4, 3, 1))
     expected = plain(real.numpy(), fake.numpy(), 3, 5)
     assert values(neighbour_metrics(real.float() + 2**20, fake.float() + 2**20)) == pytest.approx(expected)
-    for outlier in (real, fake):  # integers yet, so that the loops stay exact
-        outlier[-1] = 1e6
+    for far in (real, fake):
+        inlier = far[-1].clone()
+        far[-1] = torch.tensor([3e6, 3e5, 3e4, 3e3])  # integers yet, so that the loops stay exact
         expected = plain(real.numpy(), fake.numpy(), 3, 5)
         assert values(neighbour_metrics(real, fake)) == pytest.approx(expected)
+        far[-1] = inlier
 
 
 def test_refusals():

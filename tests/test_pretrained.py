@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_clip import save_clip
 
 from mmgen.errors import ConfigError, ModelError
 from mmgen.metrics import pretrained
@@ -20,7 +20,6 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers")
 
 DINO = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=14, mlp_ratio=2)
-WORDS = ["red", "blue", "a", "square", "dot"]
 
 
 def images(count: int, height: int = 20, width: int = 20) -> torch.Tensor:
@@ -114,27 +113,7 @@ def test_vit_l_14_is_called_dinov2(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
-    letters = sorted(set("".join(WORDS)))
-    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    last = len(tokens) - 1
-    text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=len(tokens))
-    text |= dict(max_position_embeddings=10, bos_token_id=last - 1, eos_token_id=last, pad_token_id=last)
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-        for parameter in model.parameters():
-            parameter.data.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    special = {"bos_token": "<|startoftext|>", **{f"{key}_token": "<|endoftext|>" for key in ("eos", "unk", "pad")}}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer", **special}))
-    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    transformers.CLIPImageProcessor(**sizes).save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip") / "tiny-clip")
 
 
 def own_processor(clip: Path, batch: torch.Tensor) -> torch.Tensor:

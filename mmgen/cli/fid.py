@@ -15,6 +15,13 @@ from .progress import progress_bar
 if TYPE_CHECKING:
     from ..metrics.evaluate import Report, Row
 
+_MODEL, _IMAGES, _REFERENCE, _FEATURES = (
+    "If SAMPLES is a model",
+    "If SAMPLES is a data set",
+    "Reference",
+    "Features",
+)  # of the help
+
 
 def fid(
     samples: Annotated[
@@ -28,13 +35,15 @@ def fid(
     ref: Annotated[
         str | None,
         typer.Option(
+            rich_help_panel=_REFERENCE,
             help="What to compare with: a data set (any --data word), a folder of images, an npz, or a statistics file (EDM, "
-            "EDM2, ADM, clean-fid, pytorch-fid, mmgen's own ...). Default: the training set that the samples' record names."
+            "EDM2, ADM, clean-fid, pytorch-fid, mmgen's own ...). Default: the training set that the samples' record names.",
         ),
     ] = None,
     mode: Annotated[
         str | None,
         typer.Option(
+            rich_help_panel=_FEATURES,
             metavar="tf|clean|torch",
             help="Inception's resizing and weights. tf: TensorFlow's, the protocol of EDM, ADM and IMM. clean: clean-fid's. "
             "torch: pytorch-fid's. Default: tf.",
@@ -43,6 +52,7 @@ def fid(
     features: Annotated[
         str,
         typer.Option(
+            rich_help_panel=_FEATURES,
             metavar="inception|pixels|dinov2|PATH",
             help="Of what network. pixels: none, for tiny images. PATH: a TorchScript or exported program from uint8 images to "
             "vectors, or a folder of DINOv2 weights; the figure is then called FD with its name.",
@@ -51,6 +61,7 @@ def fid(
     inception: Annotated[
         Path | None,
         typer.Option(
+            rich_help_panel=_FEATURES,
             metavar="FILE",
             help="Inception's weights. Default: $MMGEN_INCEPTION, mmgen's cache, clean-fid's place, else downloaded once.",
         ),
@@ -73,44 +84,58 @@ def fid(
             "resamplings of given images. 1: none."
         ),
     ] = 1,
-    ref_num: Annotated[int | None, typer.Option(help="The first so many images of the reference. Default: all.")] = None,
-    ref_split: Annotated[str, typer.Option(help="Split of the reference.")] = "train",
+    ref_num: Annotated[
+        int | None, typer.Option(rich_help_panel=_REFERENCE, help="The first so many images of the reference. Default: all.")
+    ] = None,
+    ref_split: Annotated[str, typer.Option(rich_help_panel=_REFERENCE, help="Split of the reference.")] = "train",
     ref_mode: Annotated[
         str | None,
         typer.Option(
+            rich_help_panel=_REFERENCE,
             metavar="tf|clean|torch",
             help="By which protocol a statistics file was made that does not say so itself. Default: --mode, with a warning.",
         ),
     ] = None,
     resolution: Annotated[
         int | None,
-        typer.Option(help="Resize and crop the reference's images to this side, as training does. Default: as they are."),
+        typer.Option(
+            rich_help_panel=_REFERENCE,
+            help="Resize and crop the reference's images to this side, as training does. Default: as they are.",
+        ),
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(help="1 or 3: read the reference's images as grey or colour. Default: as they are.")
+        int | None,
+        typer.Option(
+            rich_help_panel=_REFERENCE, help="1 or 3: read the reference's images as grey or colour. Default: as they are."
+        ),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Split, if SAMPLES is a data set. Default: train.")] = None,
+    split: Annotated[str | None, typer.Option(rich_help_panel=_IMAGES, help="Split. Default: train.")] = None,
     image_column: Annotated[
-        str | None, typer.Option(help="Column of the images, if SAMPLES is a table. Default: the first that holds images.")
+        str | None, typer.Option(rich_help_panel=_IMAGES, help="Column of the images. Default: the first that holds images.")
     ] = None,
     steps: Annotated[
         str | None,
-        typer.Option(help="Of a model: steps of its sampler; several, such as 1,2,4,8, give a table. Default: 1."),
+        typer.Option(rich_help_panel=_MODEL, help="Steps of its sampler; several, such as 1,2,4,8, give a table. Default: 1."),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of a model: seed of its samples. Default: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(rich_help_panel=_MODEL, help="Seed of its samples. Default: 0.")] = None,
     classes: Annotated[
-        str | None, typer.Option(metavar="random|balanced|3,5", help="Of a model: as in `mmgen sample`. Default: random.")
+        str | None,
+        typer.Option(rich_help_panel=_MODEL, metavar="random|balanced|3,5", help="As in `mmgen sample`. Default: random."),
     ] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Of a model: w of classifier-free guidance. Default: the model's.")
+        float | None, typer.Option(rich_help_panel=_MODEL, help="w of classifier-free guidance. Default: the model's.")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="Of a model: pushforward or restart. Default: the model's.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(rich_help_panel=_MODEL, help="pushforward or restart. Default: the model's.")
+    ] = None,
     grid: Annotated[
-        str | None, typer.Option(help="Of a model: times of the steps, as in `mmgen sample`. Default: the model's.")
+        str | None, typer.Option(rich_help_panel=_MODEL, help="Times of the steps, as in `mmgen sample`. Default: the model's.")
     ] = None,
-    eta: Annotated[str | None, typer.Option(help="Of a model: intermediate times, as in `mmgen sample`. Default: none.")] = None,
+    eta: Annotated[
+        str | None, typer.Option(rich_help_panel=_MODEL, help="Intermediate times, as in `mmgen sample`. Default: none.")
+    ] = None,
     ema: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of a run: another of its averages. Default: the first.")
+        str | None, typer.Option(rich_help_panel=_MODEL, metavar="NAME", help="Another of a run's averages. Default: the first.")
     ] = None,
     clip: Annotated[
         str | None,
@@ -198,7 +223,7 @@ def _keep(report: Report, out: Path | None) -> list[Path]:
     for row in report.rows:
         file = out or row.subject.draws[0].beside
         if file is not None and row.score.figures:
-            files.setdefault(file, []).append(entry(row, report.reference, report.extractor))
+            files.setdefault(file, []).append(entry(row, report))
     for file, entries in files.items():
         append(file, entries)
     return list(files)

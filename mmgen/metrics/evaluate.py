@@ -10,16 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, ModelError, nearest
 from ..team import Team
 from .captions import read_captions
 from .features import Extractor, build_extractor
 from .image_sets import ImageSet
+from .pretrained import ClipScore, build_clip
 from .reference_sets import ReferenceSet, collect_reference, file_reference
 from .references import write_statistics
 from .score import SINGLE, Score, ScoreSettings, check_metrics, score, summary
 from .subjects import Subject, image_subjects, is_model, model_subjects, own_reference, reference_images
 
+SMALLEST_FOR_INCEPTION = 32  # side of images; it has not seen smaller ones
 NUM = 50_000  # samples drawn from a model, as behind every published FID
 MODES = ("tf", "clean", "torch")
 METRICS = ("fid", "kid", "is", "pr", "dc", "clip")
@@ -95,6 +97,7 @@ class Report:
     reference: ReferenceSet | None
     extractor: Extractor
     notes: list[str]  # which figures were left out, and why
+    clip: dict[str, str] | None = None  # the network of the CLIP score
 
 
 def evaluate(
@@ -127,20 +130,18 @@ def evaluate(
     if metrics == ("clip",):
         extractor = _NO_FEATURES
     else:
-        with bar("downloading Inception", 0) as update:
-            extractor = build_extractor(
-                settings.features, settings.mode or "tf", inception=settings.inception, device=settings.device, progress=update
-            )
+        extractor = _extractor(subjects, settings, bar)
     reference = None
     if compared and (settings.ref is not None or settings.save_stats is None):
         reference = _reference(subjects, settings, extractor, any(metric in SINGLE for metric in metrics), team, bar)
     elif compared:
         metrics = tuple(metric for metric in metrics if metric not in ("fid", *SINGLE))  # only statistics are wanted
     metrics, notes = _possible(metrics, settings, extractor, reference)
-    rows = [_score(subject, settings, extractor, metrics, reference, team, bar) for subject in subjects]
+    clip = build_clip(settings.clip, settings.device) if "clip" in metrics else None
+    rows = [_score(subject, settings, extractor, metrics, reference, clip, team, bar) for subject in subjects]
     if settings.save_stats is not None and team.is_main:
         _save(settings.save_stats, rows[0], extractor)
-    return Report(rows, reference, extractor, notes)
+    return Report(rows, reference, extractor, notes, None if clip is None else {"network": clip.name, "sha256": clip.sha256})
 
 
 def _check_options(samples: Sequence[str], models: Sequence[bool], settings: FidSettings) -> None:
@@ -169,6 +170,17 @@ def _drawn(word: str, settings: FidSettings) -> list[Subject]:
     for one in each:  # before anything is loaded
         plan(config, one)
     return model_subjects(load_model(origin.file, settings.device), origin, each, settings.num or NUM, settings.repeat)
+
+
+def _extractor(subjects: Sequence[Subject], settings: FidSettings, bar: Bar) -> Extractor:
+    options = {"inception": settings.inception, "device": settings.device}
+    try:
+        with bar("downloading Inception", 0) as update:
+            return build_extractor(settings.features, settings.mode or "tf", **options, progress=update)
+    except ModelError as error:
+        if settings.features == "inception" and max(subjects[0].draws[0].shape(True)[1:]) < SMALLEST_FOR_INCEPTION:
+            raise ModelError(f"{error}; or take --features pixels, which suits images as small as these") from error
+        raise
 
 
 def _reference(
@@ -228,6 +240,7 @@ def _score(
     extractor: Extractor,
     metrics: tuple[str, ...],
     reference: ReferenceSet | None,
+    clip: ClipScore | None,
     team: Team,
     bar: Bar,
 ) -> Row:
@@ -236,8 +249,8 @@ def _score(
         metrics,
         bootstrap=0 if drawn or settings.repeat == 1 else settings.repeat,
         batch_size=settings.batch_size,
-        clip=_clip(settings) if "clip" in metrics else None,
-        captions=read_captions(subject.draws[0], settings.captions) if "clip" in metrics else None,
+        clip=clip,
+        captions=None if clip is None else read_captions(subject.draws[0], settings.captions),
     )
     scores = []
     for number, images in enumerate(subject.draws, 1):
@@ -247,12 +260,6 @@ def _score(
         with bar(what, images.length) as update:
             scores.append(score(images, reference, extractor, chosen, device=settings.device, team=team, progress=update))
     return Row(subject, summary(scores), scores)
-
-
-def _clip(settings: FidSettings):
-    from .pretrained import build_clip
-
-    return build_clip(settings.clip, settings.device)
 
 
 def _save(file: Path, row: Row, extractor: Extractor) -> None:

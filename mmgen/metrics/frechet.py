@@ -141,27 +141,45 @@ def frechet_distance(a: Gaussian | GaussianStatistics, b: Gaussian | GaussianSta
     for part in (mean_a, mean_b, cov_a, cov_b):
         if not torch.isfinite(part).all():
             raise StatisticsError("a mean or covariance holds a number that is not finite")
-    varying = (cov_a.diagonal() > 0) & (cov_b.diagonal() > 0)  # the others add nothing to the product, and stop Cholesky
-    factor_a, factor_b = (_factor(cov if varying.all() else cov[varying][:, varying]) for cov in (cov_a, cov_b))
-    cross = _singular_value_sum((factor_a.T @ factor_b).numpy())
+    cross = _singular_value_sum(_root_product(cov_a, cov_b).numpy())
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
     return max(0.0, float(distance))
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """F [D, R] with F F^T = S, float64 [D, D]: Cholesky's where there is one, else from the R eigenvalues that are not zero.
+def _root_product(a: Tensor, b: Tensor) -> Tensor:
+    """A^T B for some A A^T = a and B B^T = b, both float64 [D, D]; or a smaller matrix with the same singular values.
+
+    Cholesky's factors serve where there are both: they keep small eigenvalues that are real, so their pivots need no
+    threshold. Else, with a = V diag(w) V^T for the R eigenvalues w that are not zero, A = V w^(1/2) and A^T b A =
+    w^(1/2) (V^T b V) w^(1/2): a factor of the inner matrix, [R, R], does for V^T B.
+    """
+    varying = (a.diagonal() > 0) & (b.diagonal() > 0)  # other features add nothing, and would stop Cholesky
+    if not varying.all():
+        a, b = a[varying][:, varying], b[varying][:, varying]
+    (root_a, failed_a), (root_b, failed_b) = torch.linalg.cholesky_ex(a), torch.linalg.cholesky_ex(b)
+    if not failed_a and not failed_b:
+        return root_a.T @ root_b
+    if not failed_a or 0 < failed_b < failed_a:  # a is to be singular, and of the lower rank (about where Cholesky failed)
+        a, b = b, a
+    values, vectors = _nonzero_eigenvalues(a)
+    inner = vectors.T @ b @ vectors
+    root, failed = torch.linalg.cholesky_ex(inner)
+    if failed:
+        inner_values, inner_vectors = _nonzero_eigenvalues(inner)
+        root = inner_vectors * inner_values.sqrt()
+    return values.sqrt()[:, None] * root
+
+
+def _nonzero_eigenvalues(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """The R eigenvalues that are not zero, float64 [R], and their eigenvectors [D, R].
 
     Eigenvalues below D eps times the largest cannot be told from the rounding of zeros, of which a thousand would show.
-    Cholesky's factor keeps small eigenvalues that are real, so no threshold on its pivots is needed.
     """
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    if not failed:
-        return factor
     values, vectors = np.linalg.eigh(covariance.numpy())  # NumPy's LAPACK is faster than torch's, on one thread and on two
-    if values[0] < -1e-3 * abs(values[-1]):
+    if len(values) and values[0] < -1e-3 * abs(values[-1]):
         raise StatisticsError(f"not a covariance: its eigenvalues go from {values[0]:.3g} to {values[-1]:.3g}")
-    kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
-    return torch.from_numpy(vectors[:, kept] * np.sqrt(values[kept]))
+    kept = values > len(values) * np.finfo(np.float64).eps * values.max(initial=0)
+    return torch.from_numpy(values[kept]), torch.from_numpy(vectors[:, kept])
 
 
 def _singular_value_sum(matrix: np.ndarray) -> float:

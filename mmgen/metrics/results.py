@@ -13,8 +13,6 @@ import torch
 from .. import __version__
 from ..errors import DataError
 from ..files import write_json
-from .features import Extractor
-from .reference_sets import ReferenceSet
 
 if TYPE_CHECKING:
     from .evaluate import Report, Row
@@ -23,9 +21,9 @@ FORMAT = 1
 _MADE = ("model", "model_sha256", "ema", "data", "steps", "nfe", "sampler", "grid", "times", "guidance", "classes", "seed")
 
 
-def entry(row: Row, reference: ReferenceSet | None, extractor: Extractor) -> dict[str, Any]:
+def entry(row: Row, report: Report) -> dict[str, Any]:
     """One row of the table with all that it depends on."""
-    score, record = row.score, row.subject.record
+    score, record, reference = row.score, row.subject.record, report.reference
     result = {
         "scored": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "figures": score.figures,
@@ -38,7 +36,8 @@ def entry(row: Row, reference: ReferenceSet | None, extractor: Extractor) -> dic
             "image": list(score.image),
             **{key: record[key] for key in _MADE if key in record},
         },
-        "protocol": extractor.protocol,
+        "protocol": report.extractor.protocol,
+        "clip": report.clip,
         "reference": None,
         "warnings": score.warnings,
         "versions": versions(),
@@ -59,6 +58,8 @@ def explanation(report: Report) -> list[str]:
     if "sha256" in protocol:
         protocol["sha256"] = protocol["sha256"][:12]
     lines.append("features: " + ", ".join(f"{key} {value}" if key != "features" else value for key, value in protocol.items()))
+    if report.clip is not None:
+        lines.append(f"CLIP: {report.clip['network']}, sha256 {report.clip['sha256'][:12]}")
     made = []
     for row in report.rows:
         record = row.subject.record

@@ -10,6 +10,7 @@ import torch
 from ..config import RunSettings
 from ..data import Dataset
 from ..errors import ModelError
+from ..metrics.evaluate import SMALLEST_FOR_INCEPTION
 from ..metrics.features import Extractor, build_extractor
 from ..metrics.image_sets import dataset_images, drawn_images
 from ..metrics.reference_sets import ReferenceSet, collect_reference
@@ -19,7 +20,6 @@ from ..sampling import SampleSettings, plan
 from ..team import Team
 
 LARGEST_PIXELS = 4096  # C H W up to which FD-pixels is measured: its covariance has the square of that
-SMALLEST_FOR_INCEPTION = 32  # side of images; smaller ones are nothing that Inception has seen
 
 
 class Scorer:
