@@ -56,6 +56,17 @@ def test_every_way_to_give_captions(folder, tmp_path):
     assert read_captions(image_set("images")) == [text.upper() for text in CAPTIONS]  # a table comes first
 
 
+def test_captions_with_unicodes_line_separators_and_byte_order_marks(folder, tmp_path):
+    images, odd = image_set("images"), ["one\u2028line", "form\x0cfeed", "next\x85"]
+    (tmp_path / "a.txt").write_text("\n".join(odd) + "\n", "utf-8")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": text}, ensure_ascii=False) for i, text in enumerate(odd)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), "utf-8")
+    assert read_captions(images, tmp_path / "a.txt") == read_captions(images, tmp_path / "a.jsonl") == odd
+    rows = "file_name,text\n" + "".join(f"{i}.png,{text}\n" for i, text in enumerate(CAPTIONS[:2] + ["dot"]))
+    (tmp_path / "a.csv").write_text(rows, "utf-8-sig")
+    assert read_captions(images, tmp_path / "a.csv") == [*CAPTIONS[:2], "dot"]
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

@@ -13,7 +13,7 @@ from tiny_inception import write_inception
 import mmgen
 from mmgen import config as configs
 from mmgen.data import Dataset
-from mmgen.errors import ModelError
+from mmgen.errors import MmgenError, ModelError
 from mmgen.metrics import inception, published_file
 from mmgen.metrics.frechet import fd_pixels
 from mmgen.models import read_config
@@ -83,6 +83,20 @@ def test_best_model_is_kept_by_the_first_number_of_steps(tmp_path, monkeypatch):
     assert best["images"] == 64 and best["figures"] == {"FD-pixels-40": {"2": 3.0, "1": 1.0}}
 
 
+def test_best_model_is_there_once_its_figure_is_logged(tmp_path, monkeypatch):
+    log = loop.Trainer._log
+
+    def killed(self, numbers):
+        if "values" in numbers:
+            raise KeyboardInterrupt
+        log(self, numbers)
+
+    monkeypatch.setattr(loop.Trainer, "_log", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run")
+    assert read_config(tmp_path / "run" / loop.BEST_FILE).training["images"] == 32
+
+
 def test_best_is_remembered_when_a_run_is_resumed(tmp_path, monkeypatch):
     wanted = iter([5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
     monkeypatch.setattr("mmgen.training.figures.Scorer.measure", lambda self, model, steps, seed: {2: next(wanted), 1: 1.0})
@@ -109,6 +123,9 @@ def test_without_inception_auto_says_so_and_a_named_network_is_an_error(tmp_path
     def nothing(*arguments, **options):
         raise ModelError("no weights: fetch them and put them here")
 
+    def unwritable(*arguments, **options):
+        raise MmgenError("cannot write the cache")
+
     monkeypatch.setattr(published_file, "locate", nothing)
     monkeypatch.setattr(inception, "locate", nothing)
     notes = []
@@ -116,6 +133,10 @@ def test_without_inception_auto_says_so_and_a_named_network_is_an_error(tmp_path
     assert scorer.name == "FD-pixels-100"
     assert notes == ["no FID while training, FD-pixels is measured instead: no weights: fetch them and put them here"]
     assert make_scorer(configs.RunSettings(eval_num=100), images(64), torch.device("cpu"), Team(), notes.append) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(inception, "locate", unwritable)
+        assert make_scorer(configs.RunSettings(eval_num=100), images(32), torch.device("cpu"), Team(), notes.append) is not None
+        assert notes[-1].endswith("cannot write the cache")
     with pytest.raises(ModelError, match="no weights"):
         train(tmp_path / "run", **{"run.eval_features": "inception"})
     assert not (tmp_path / "run" / "log.jsonl").exists()  # before anything was trained

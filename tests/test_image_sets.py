@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import shutil
 import zipfile
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmgen.errors import DataError
@@ -63,6 +65,7 @@ def test_npz_without_a_channel_axis_is_grey(tmp_path):
         ({"arr_0": np.asfortranarray(PIXELS)}, "Fortran"),
         ({"images": PIXELS}, "holds images, but no arr_0"),
         ({"arr_0": np.array([None, 1])}, "is object"),
+        ({"arr_0": PIXELS[:0]}, "holds no images: its arr_0 is empty"),
     ],
 )
 def test_npz_of_something_else_is_refused(tmp_path, content, message):
@@ -167,3 +170,30 @@ def test_fingerprint_of_npz_depends_on_pixels_and_shape_alone(tmp_path):
     np.savez(tmp_path / "c.npz", PIXELS.reshape(5, 7, 6, 3))
     a, b, c = (image_set(str(tmp_path / f"{name}.npz")).fingerprint() for name in "abc")
     assert a == b != c
+
+
+# ---- the pass over them
+
+
+def test_grad_mode_of_the_caller_is_left_alone(folder):
+    from mmgen.metrics.features import build_extractor
+    from mmgen.metrics.stream import features_of
+
+    for _, features, _ in features_of(image_set(str(folder)), [range(0, 3), range(3, 5)], build_extractor("pixels"), "cpu"):
+        assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        assert not features.is_inference()
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_kept_features_are_in_the_order_of_the_images(folder, size):
+    from mmgen.metrics.collect import Wanted, collect
+    from mmgen.metrics.features import build_extractor
+    from mmgen.team import Team
+
+    images, parts = image_set(str(folder)), []
+    for index in range(size):  # the last process gets what all have seen, pickled as on the way between processes
+        team = Team(index, size, gather=lambda part: parts.append(pickle.dumps(part)) or [pickle.loads(p) for p in parts])
+        found = collect(images, build_extractor("pixels"), Wanted(keep=True), batch_size=1, team=team)
+    expected = PIXELS.transpose(0, 3, 1, 2).reshape(5, -1) / 127.5 - 1
+    np.testing.assert_allclose(found.kept.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(found.statistics.mean.numpy(), expected.mean(0), atol=1e-12)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import check_device, choose_device, class_list, numbers
+from .options import check_device, choose_device, class_list, home, numbers
 from .progress import progress_bar
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..metrics.evaluate import Report, Row
 
 _MODEL, _IMAGES, _REFERENCE, _FEATURES = (
@@ -21,6 +23,7 @@ _MODEL, _IMAGES, _REFERENCE, _FEATURES = (
     "Reference",
     "Features",
 )  # of the help
+_SHORTEST_NAME = 12  # characters a line of a table leaves to the name of the samples
 
 
 def fid(
@@ -87,7 +90,9 @@ def fid(
     ref_num: Annotated[
         int | None, typer.Option(rich_help_panel=_REFERENCE, help="The first so many images of the reference. Default: all.")
     ] = None,
-    ref_split: Annotated[str, typer.Option(rich_help_panel=_REFERENCE, help="Split of the reference.")] = "train",
+    ref_split: Annotated[
+        str | None, typer.Option(rich_help_panel=_REFERENCE, help="Split of the reference. Default: train.")
+    ] = None,
     ref_mode: Annotated[
         str | None,
         typer.Option(
@@ -176,6 +181,7 @@ def fid(
     With several GPUs: accelerate launch -m mmgen fid ...
     """
     check_device(device)
+    samples, (ref, features, clip) = [home(word) for word in samples], (home(word) for word in (ref, features, clip))
     drawing: dict[str, Any] = {"seed": seed, "guidance": guidance, "sampler": sampler, "grid": grid, "ema": ema}
     drawing["steps"] = None if steps is None else numbers(steps, int, "--steps", "1,2,4,8")
     drawing["etas"] = None if eta is None else tuple(numbers(eta, float, "--eta", "1.4"))
@@ -195,7 +201,7 @@ def fid(
         channels=channels,
         mode=mode,
         features=features,
-        inception=inception,
+        inception=home(inception),
         metrics=wanted,
         num=num,
         repeat=repeat,
@@ -203,33 +209,37 @@ def fid(
         image_column=image_column,
         drawing=drawing,
         clip=clip,
-        captions=captions,
-        save_stats=save_stats,
+        captions=home(captions),
+        save_stats=home(save_stats),
+        out=home(out),
         batch_size=batch_size,
         device=choose_device(device),
     )
     if team.is_main:
         report = evaluate(samples, settings, team=team, bar=progress_bar)
-        _show(report, _keep(report, out), save_stats)
+        _show(report, settings.save_stats)  # first: a full disk must not cost the figures
+        _keep(report, settings.out)
     else:
         evaluate(samples, settings, team=team)
 
 
-def _keep(report: Report, out: Path | None) -> list[Path]:
-    """Adds the scores to the files beside the samples; returns those files."""
+def _keep(report: Report, out: Path | None) -> None:
+    """Adds the scores to the files beside the samples, and says where, or that there is no place for them."""
     from ..metrics.results import append, entry
 
-    files: dict[Path, list[dict[str, Any]]] = {}
+    files: dict[Path | None, list[dict[str, Any]]] = {}
     for row in report.rows:
-        file = out or row.subject.draws[0].beside
-        if file is not None and row.score.figures:
-            files.setdefault(file, []).append(entry(row, report))
+        if row.score.figures:
+            files.setdefault(out or row.subject.draws[0].beside, []).append(entry(row, report))
     for file, entries in files.items():
-        append(file, entries)
-    return list(files)
+        if file is None:
+            print("note: samples of the hub have no place beside them: the scores are kept with --out FILE.json", file=sys.stderr)
+        else:
+            append(file, entries)
+            print(f"kept in: {file}")
 
 
-def _show(report: Report, places: list[Path], save_stats: Path | None) -> None:
+def _show(report: Report, save_stats: Path | None) -> None:
     from rich.console import Console
 
     from ..metrics.results import explanation
@@ -237,36 +247,54 @@ def _show(report: Report, places: list[Path], save_stats: Path | None) -> None:
     # Where the output goes to a file, lines are not broken
     console = Console(width=None if sys.stdout.isatty() else 1000)
     if any(row.score.figures for row in report.rows):
-        console.print(_table(report.rows), highlight=False, markup=False)
+        _print_table(console, report.rows)
     for line in explanation(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if save_stats is not None:
         console.print(f"statistics: {save_stats}", highlight=False, markup=False, soft_wrap=True)
-    for place in places:
-        console.print(f"kept in: {place}", highlight=False, markup=False, soft_wrap=True)
     notes = [warning for row in report.rows for warning in row.score.warnings] + report.notes
     for note in dict.fromkeys(notes):
         print(f"note: {note}", file=sys.stderr)
 
 
-def _table(rows: list[Row]):
+def _print_table(console: Console, rows: list[Row]) -> None:
+    """A line for each row; on a terminal too narrow for that, a column for each: names are folded, figures never cut."""
     from rich.table import Table
+    from rich.text import Text
 
+    lines = _cells(rows)
+    others = sum(max(map(len, column)) for column in list(zip(*lines, strict=True))[1:])
+    room = console.width - others - 3 * len(lines[0]) - 1  # beside the lines and spaces of the table
+    if room >= _SHORTEST_NAME:
+        lines = [[_folded(line[0], room), *line[1:]] for line in lines]
+    else:
+        lines = [[_folded(line[0], _SHORTEST_NAME), *line[1:]] for line in lines]
+        lines = [list(line) for line in zip(*lines, strict=True)]
     table = Table()
+    for number, name in enumerate(lines[0]):
+        table.add_column(Text(name), justify="left" if number == 0 else "right", no_wrap=True)
+    for line in lines[1:]:
+        table.add_row(*map(Text, line))
+    console.print(table, width=max(console.width, 1000), crop=False, soft_wrap=True)
+
+
+def _folded(text: str, width: int) -> str:
+    return "\n".join(text[i : i + width] for i in range(0, len(text), width))
+
+
+def _cells(rows: list[Row]) -> list[list[str]]:
+    """The names of the columns, then the text of each row."""
     drawn = any("steps" in row.subject.record for row in rows)
-    names = list(dict.fromkeys(name for row in rows for name in row.score.figures))
-    table.add_column("samples", overflow="fold")
-    for column in ("steps", "NFE", "guidance") if drawn else ():
-        table.add_column(column, justify="right", no_wrap=True)
     excess = any(row.score.excess is not None for row in rows)
-    for column in ("images", *names, *(["excess"] if excess else [])):
-        table.add_column(column, justify="right", no_wrap=True)
+    names = list(dict.fromkeys(name for row in rows for name in row.score.figures))
+    header = ["samples", *(["steps", "NFE", "guidance"] if drawn else []), "images", *names, *(["excess"] if excess else [])]
+    lines = [header]
     for row in rows:
         record = row.subject.record
         how = [f"{record[key]:g}" if key in record else "" for key in ("steps", "nfe", "guidance")] if drawn else []
         more = [f"about {row.score.excess:.2g}" if row.score.excess is not None else ""] if excess else []
-        table.add_row(row.subject.name, *how, f"{row.score.num:,}", *(_figure(row, name) for name in names), *more)
-    return table
+        lines.append([row.subject.name, *how, f"{row.score.num:,}", *(_figure(row, name) for name in names), *more])
+    return lines
 
 
 def _figure(row: Row, name: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 from ..errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from ..models import ModelConfig
 
+Place = TypeVar("Place", str, Path, None)
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -54,6 +57,13 @@ def _valid_classes(word: str, names: list[str], count: int) -> str:
         return f"{nearest(word, names)}; also {valid}"
     close = nearest(word, names).split("? Valid:")
     return f"{close[0]}? " * (len(close) > 1) + f"it has {count} names; also {valid}"
+
+
+def home(place: Place) -> Place:
+    """A word or path with ~ at its start read as the home folder: shells leave it as it is in --option=~/file."""
+    if place is None or not str(place).startswith("~"):
+        return place
+    return type(place)(os.path.expanduser(place))
 
 
 def choose_device(word: str) -> str:

@@ -30,7 +30,7 @@ def read_captions(images: ImageSet, file: Path | None = None) -> list[str]:
     beside = [Path(images.names(i)).with_suffix(".txt") for i in range(images.length)]
     if not beside[0].is_file():
         raise DataError(
-            f"{images.name} has no captions: give --captions FILE, a .txt with a line an image or a .jsonl with file_name and text"
+            f"{images.name} has no captions: give --captions FILE, a .txt with a line an image, or a .jsonl (file_name, text)"
         )
     return [_read(one).strip() for one in beside]
 
@@ -38,7 +38,7 @@ def read_captions(images: ImageSet, file: Path | None = None) -> list[str]:
 def _from_file(images: ImageSet, file: Path) -> list[str]:
     suffix = file.suffix.lower()
     if suffix == ".txt":
-        lines = _read(file).splitlines()
+        lines = _lines(file)
         if len(lines) != images.length:
             raise DataError(f"{file} has {len(lines):,} lines, and there are {images.length:,} images: one line an image")
         return lines
@@ -65,7 +65,7 @@ def _find(texts: dict[str, str], name: str, file: Path) -> str:
 
 def _json_lines(file: Path) -> list[dict]:
     try:
-        rows = [json.loads(line) for line in _read(file).splitlines() if line.strip()]
+        rows = [json.loads(line) for line in _lines(file) if line.strip()]
     except ValueError as error:
         raise DataError(f"{file} is not JSON lines: {error}") from error
     if not all(isinstance(row, dict) for row in rows):
@@ -73,8 +73,13 @@ def _json_lines(file: Path) -> list[dict]:
     return rows
 
 
+def _lines(file: Path) -> list[str]:
+    """By line feeds alone: `str.splitlines` would cut a caption at any of Unicode's separators too."""
+    return _read(file).removesuffix("\n").split("\n")
+
+
 def _read(file: Path) -> str:
     try:
-        return file.read_text("utf-8")
+        return file.read_text("utf-8-sig")  # spreadsheets begin a file with a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {file}: {error}") from error

@@ -94,20 +94,12 @@ class _Part:
         if wanted.splits:
             self.inception = InceptionScore(images.length, wanted.splits)
         self.chosen = _chosen(images.length) if wanted.keep else None
-        self.kept: list[tuple[int, np.ndarray]] = []
+        self.kept: list[tuple[np.ndarray, np.ndarray]] = []  # image numbers [n], their features [n, D]
         self.clip: Tensor | None = None
         self.waiting: list[tuple[range, Tensor]] = []
 
     def add(self, numbers: range, features: Tensor, batch: np.ndarray) -> None:
         self.waiting.append((numbers, features))
-        if self.inception is not None:
-            index = torch.arange(numbers.start, numbers.stop, device=features.device)
-            self.inception.update(index, self.extractor.probabilities(features))
-        if self.chosen is not None:
-            here = np.flatnonzero(self.chosen[numbers.start : numbers.stop])
-            if len(here):
-                rows = features[torch.from_numpy(here).to(features.device)].float().cpu().numpy()
-                self.kept.append((numbers.start, rows))
         if self.wanted.clip is not None:
             pixels = self.images.read(numbers.start, numbers.stop, True) if batch.dtype != np.uint8 else batch
             texts = self.wanted.captions[numbers.start : numbers.stop]
@@ -123,7 +115,7 @@ class _Part:
         return torch.cat(scores)  # one by one: their sizes may differ
 
     def flush(self) -> None:
-        """The waiting features join the statistics: in blocks, because a covariance is large."""
+        """The waiting features join all sums: in blocks, as a covariance is large and each look at them stops a GPU."""
         if not self.waiting:
             return
         features = torch.cat([f for _, f in self.waiting])
@@ -146,6 +138,12 @@ class _Part:
             ) from error
         for number, replicate in enumerate(self.replicates):
             replicate.update(features, weights=_poisson(index, number).to(features.device))
+        if self.inception is not None:
+            self.inception.update(index, self.extractor.probabilities(features))
+        if self.chosen is not None:
+            here = np.flatnonzero(self.chosen[index.numpy()])
+            rows = features[torch.from_numpy(here).to(features.device)].float().cpu().numpy()
+            self.kept.append((index.numpy()[here], rows))
         self.waiting.clear()
 
     def result(self) -> dict[str, Any]:
@@ -169,14 +167,15 @@ def _merged(parts: list[dict[str, Any]], num: int) -> Collected:
     statistics = GaussianStatistics()
     for half in first["sums"]:
         statistics.merge(half)
-    kept = sorted((entry for part in parts for entry in part["kept"]), key=lambda entry: entry[0])
+    kept = [entry for part in parts for entry in part["kept"]]
+    order = np.argsort(np.concatenate([numbers for numbers, _ in kept])) if kept else None
     clip = [part["clip"] for part in parts if part["clip"] is not None]
     return Collected(
         num=num,
         statistics=statistics,
         halves=tuple(first["sums"]) if len(first["sums"]) == 2 else None,
         replicates=first["replicates"],
-        kept=torch.from_numpy(np.concatenate([rows for _, rows in kept])) if kept else None,
+        kept=torch.from_numpy(np.concatenate([rows for _, rows in kept])[order]) if kept else None,
         inception=first["inception"],
         clip=sum(clip) / num if clip else None,
     )

@@ -18,6 +18,7 @@ from .image_sets import ImageSet
 from .pretrained import ClipScore, build_clip
 from .reference_sets import ReferenceSet, collect_reference, file_reference
 from .references import write_statistics
+from .results import earlier
 from .score import SINGLE, Score, ScoreSettings, check_metrics, score, summary
 from .subjects import Subject, image_subjects, is_model, model_subjects, own_reference, reference_images
 
@@ -25,6 +26,7 @@ SMALLEST_FOR_INCEPTION = 32  # side of images; it has not seen smaller ones
 NUM = 50_000  # samples drawn from a model, as behind every published FID
 MODES = ("tf", "clean", "torch")
 METRICS = ("fid", "kid", "is", "pr", "dc", "clip")
+COMPARING = ("fid", *SINGLE)  # those that need a reference
 
 # Where captions alone are scored: images of any size, and no network for them.
 _NO_FEATURES = Extractor(
@@ -40,7 +42,7 @@ class FidSettings:
 
     ref: str | None = None
     ref_num: int | None = None
-    ref_split: str = "train"
+    ref_split: str | None = None  # None: train
     ref_mode: str | None = None
     resolution: int | None = None  # of the reference's images
     channels: int | None = None  # of the reference's images
@@ -56,6 +58,7 @@ class FidSettings:
     clip: str | None = None
     captions: Path | None = None
     save_stats: Path | None = None
+    out: Path | None = None  # where scores are added; None: beside the samples
     batch_size: int = 64
     device: str = "cpu"
 
@@ -80,6 +83,33 @@ class FidSettings:
             raise ConfigError("the CLIP score needs both --metrics clip and --clip PLACE, a CLIP model of transformers")
         if self.captions is not None and self.clip is None:
             raise ConfigError("--captions are for the CLIP score: give --clip too")
+        if self.save_stats is not None and self.save_stats.suffix not in (".safetensors", ".npz"):
+            raise ConfigError(
+                f"statistics are written as .safetensors or .npz, by the end of the name: {self.save_stats} has neither"
+            )
+        for place in (self.out, self.save_stats):
+            if place is not None and place.is_dir():
+                raise ConfigError(f"{place} is a folder: name a file in it")
+        self._refuse_ignored()
+
+    def _refuse_ignored(self) -> None:
+        """Raises ConfigError for options that nothing would look at."""
+        if self.metrics is None:
+            return
+        compared = [metric for metric in self.metrics if metric in COMPARING]
+        given = {"--ref": self.ref, "--ref-num": self.ref_num, "--ref-split": self.ref_split, "--ref-mode": self.ref_mode}
+        for option, value in {**given, "--resolution": self.resolution, "--channels": self.channels}.items():
+            if value is not None and not compared:
+                raise ConfigError(f"{option} is for comparisons, and --metrics {','.join(self.metrics)} has none: leave it out")
+        if self.metrics == ("clip",) and self.save_stats is None:
+            for option, value in (("--mode", self.mode), ("--inception", self.inception)):
+                if value is not None:
+                    raise ConfigError(f"{option} is for Inception's figures, and --metrics clip has none of them: leave it out")
+        if self.save_stats is not None and self.ref is None:
+            if single := [metric for metric in compared if metric in SINGLE]:
+                raise ConfigError(f"{SINGLE[single[0]]} with --save-stats need something to compare with: give --ref")
+            if self.repeat > 1:
+                raise ConfigError("--repeat is for a spread of figures, and --save-stats without --ref gives none: leave it out")
 
 
 @dataclass(frozen=True)
@@ -123,11 +153,14 @@ def evaluate(
             )
     if settings.save_stats is not None and len(subjects) > 1:
         raise ConfigError(f"--save-stats writes the statistics of one set of samples, and there are {len(subjects)}: give one")
+    for subject in subjects:  # a file that cannot be added to is found before hours of work
+        if file := settings.out or subject.draws[0].beside:
+            earlier(file)
     metrics = settings.metrics if settings.metrics is not None else METRICS
-    compared = any(metric in ("fid", *SINGLE) for metric in metrics)
+    compared = any(metric in COMPARING for metric in metrics)
     if compared and settings.ref is None and settings.save_stats is None:
         own_reference(subjects)  # nothing is downloaded if it is missing
-    if metrics == ("clip",):
+    if metrics == ("clip",) and settings.save_stats is None:
         extractor = _NO_FEATURES
     else:
         extractor = _extractor(subjects, settings, bar)
@@ -135,7 +168,7 @@ def evaluate(
     if compared and (settings.ref is not None or settings.save_stats is None):
         reference = _reference(subjects, settings, extractor, any(metric in SINGLE for metric in metrics), team, bar)
     elif compared:
-        metrics = tuple(metric for metric in metrics if metric not in ("fid", *SINGLE))  # only statistics are wanted
+        metrics = tuple(metric for metric in metrics if metric not in COMPARING)  # only statistics are wanted
     metrics, notes = _possible(metrics, settings, extractor, reference)
     clip = build_clip(settings.clip, settings.device) if "clip" in metrics else None
     rows = [_score(subject, settings, extractor, metrics, reference, clip, team, bar) for subject in subjects]
@@ -152,6 +185,8 @@ def _check_options(samples: Sequence[str], models: Sequence[bool], settings: Fid
         for option, value in options.items():
             if value is not None and not there:
                 raise ConfigError(f"--{option} is for {what}, and {samples[0]} is none: leave it out")
+    if settings.repeat > 1 and not any(models) and settings.metrics is not None and "fid" not in settings.metrics:
+        raise ConfigError("--repeat of given images is a bootstrap of the Fréchet distance: add fid to --metrics")
 
 
 def _drawn(word: str, settings: FidSettings) -> list[Subject]:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ..sampling import Plan
 
 _GREY = ("1", "L", "LA", "La")
+_TYPES = {"model": str, "model_sha256": str, "sampler": str, "grid": str, "data": str | None, "data_options": dict,
+          "steps": int, "nfe": int, "guidance": int | float, "seed": int}  # fmt: skip
 _THREADS = 8  # that read files to hash them
 
 
@@ -84,11 +86,12 @@ def image_set(
     """
     path = Path(word).expanduser()
     if path.is_file() and path.suffix.lower() == ".npz":
+        if split != "train" or image_column is not None:
+            what = f"the split {split}" if image_column is None else f"the column {image_column}"
+            raise DataError(f"{word} is an npz, whose images are arr_0: it has not {what}, leave that out")
         return _npz(word, path)
     source = resolve(word, split=split, image_column=image_column)
-    found = read_record(path / RECORD) if path.is_dir() else None
-    if found is not None and not found.get("complete"):
-        raise DataError(f"{word} holds a part only of its {found['num']:,} samples: run the same `mmgen sample` command again")
+    found = _record_of(word, path / RECORD, source.length) if path.is_dir() else None
     beside = None
     if path.is_dir():
         beside = path / "scores.json"
@@ -147,9 +150,7 @@ def drawn_images(
 
 def _npz(word: str, path: Path) -> ImageSet:
     file = NpzImages(path)
-    record = read_record(path.with_name(path.name + ".json"))
-    if record is not None and not record.get("complete"):
-        raise DataError(f"{word} is not complete: run the same `mmgen sample` command again")
+    record = _record_of(word, path.with_name(path.name + ".json"), file.length)
 
     def digest() -> str:
         sha256 = hashlib.sha256(b"arr_0" + repr(file.shape).encode())
@@ -169,6 +170,24 @@ def _npz(word: str, path: Path) -> ImageSet:
         record=record,
         beside=path.with_name(path.name + ".scores.json"),
     )
+
+
+def _record_of(word: str, path: Path, length: int) -> dict[str, Any] | None:
+    """The record beside samples, if there is one. Raises DataError where it is not of these `length` images."""
+    record = read_record(path)
+    if record is None:
+        return None
+    if not record.get("complete"):
+        raise DataError(f"{word} holds a part only of its {record['num']:,} samples: run the same `mmgen sample` command again")
+    if record["num"] != length:
+        raise DataError(
+            f"{word} holds {length:,} images, and its record {path.name} says {record['num']:,}: take away what is no sample, "
+            "run the same `mmgen sample` command again, or delete the record"
+        )
+    for key, kind in _TYPES.items():
+        if key in record and (not isinstance(record[key], kind) or isinstance(record[key], bool)):
+            raise DataError(f"{path} has been changed: {key} is {record[key]!r}; delete it, or draw the samples anew")
+    return record
 
 
 def _read_source(source: ImageSource, start: int, stop: int, colour: bool) -> list[np.ndarray]:

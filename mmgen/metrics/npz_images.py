@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import DataError
 
 MEMBER = "arr_0.npy"
-_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, OSError)
+_DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError)  # RuntimeError: encrypted
 
 
 class NpzImages:
@@ -42,6 +42,8 @@ class NpzImages:
         except _DAMAGED as error:
             raise self._damaged(error) from error
         self.length, height, width, channels = shape
+        if not self.length:
+            raise DataError(f"{path} holds no images: its arr_0 is empty")
         self.shape = (channels, height, width)
         self._size = height * width * channels
 

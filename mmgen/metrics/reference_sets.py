@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.cache import cache_root
-from ..errors import MmgenError
+from ..errors import DataError, MmgenError
 from ..files import replacing
 from ..team import Team
 from .collect import Collected, Progress, Wanted, collect
@@ -36,7 +36,7 @@ class ReferenceSet:
     num: int | None  # images behind it; None if the file does not say
     gaussian: Gaussian | GaussianStatistics
     kept: Tensor | None = None  # float32 [N, D]: features of single images, for KID, precision, recall, density, coverage
-    image: tuple[int, ...] | None = None  # (C, H, W) of its first image; None for a file
+    image: tuple[int, ...] | None = None  # (C, H, W) of its first image; None for a file without images
     warnings: tuple[str, ...] = ()
 
 
@@ -96,13 +96,25 @@ def file_reference(
         extractor_protocol=protocol,
         keep_features=keep,
     )
-    kept = found.features
-    if keep and kept is None and found.has_images:
+    kept, image = found.features, None
+    if found.has_images:
+        image, own = _images_inside(
+            path, extractor, keep and kept is None, batch_size=batch_size, device=device, team=team, progress=progress
+        )
+        kept = own if kept is None else kept
+    return ReferenceSet(found.name, found.source, found.num, found.gaussian, kept, image, found.warnings)
+
+
+def _images_inside(path: Path, extractor: Extractor, keep: bool, **options: Any) -> tuple[tuple[int, ...] | None, Tensor | None]:
+    """(C, H, W) of the images in a file of statistics, and with `keep` their features, cached as those of any reference."""
+    try:
         images = image_set(str(path))
-        kept = collect(
-            images, extractor, Wanted(keep=True), batch_size=batch_size, device=device, team=team, progress=progress
-        ).kept
-    return ReferenceSet(found.name, found.source, found.num, found.gaussian, kept, None, found.warnings)
+        shape = images.shape(extractor.colour)
+    except DataError:
+        if keep:
+            raise
+        return None, None  # the statistics do not need them
+    return shape, collect_reference(images, extractor, keep=True, **options).kept if keep else None
 
 
 def _cache_file(images: ImageSet, extractor: Extractor) -> Path | None:
@@ -129,10 +141,12 @@ def _read(file: Path, keep: bool) -> tuple[Gaussian, Tensor | None] | None:
 
 
 def _write(file: Path, gaussian: Gaussian, collected: Collected) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {"mu": gaussian.mean.contiguous(), "sigma": gaussian.covariance.contiguous()}
     if collected.kept is not None:
         tensors["features"] = collected.kept
-    with contextlib.suppress(MmgenError), replacing(file) as temporary:  # a full cache costs time, not the figure
+    # A cache that is full or cannot be written costs time, not the figure
+    with contextlib.suppress(MmgenError, SafetensorError), replacing(file) as temporary:
         save_file(tensors, temporary)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import __version__
+from ..data.cache import cache_root
 from ..errors import DataError
 from ..files import write_json
 
@@ -64,17 +67,24 @@ def explanation(report: Report) -> list[str]:
     for row in report.rows:
         record = row.subject.record
         if "model" in record:
-            labels = record["classes"] if record.get("classes") is not None else "none"
-            draws = f", {len(row.draws)} draws" if len(row.draws) > 1 else ""
-            made.append(
-                f"samples: {record['model']} (SHA-256 {record['model_sha256'][:12]}), sampler {record['sampler']}, grid "
-                f"{record['grid']}, seed {record['seed']}{draws}, labels {labels}"
-            )
+            made.append(f"samples: {record['model']}{_making(record, len(row.draws))}")
         else:
             made.append(f"samples: {row.subject.draws[0].description}")
     lines += dict.fromkeys(made)
     lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     return lines
+
+
+def _making(record: dict[str, Any], draws: int) -> str:
+    """How a model's samples were drawn, as far as their record says."""
+    parts = [f", {key} {record[key]}" for key in ("sampler", "grid", "seed") if key in record]
+    if "model_sha256" in record:
+        parts.insert(0, f" (SHA-256 {record['model_sha256'][:12]})")
+    if draws > 1:
+        parts.append(f", {draws} draws")
+    if "classes" in record:
+        parts.append(f", labels {record['classes'] if record['classes'] is not None else 'none'}")
+    return "".join(parts)
 
 
 def versions() -> dict[str, str]:
@@ -90,13 +100,35 @@ def versions() -> dict[str, str]:
 
 def append(file: Path, entries: list[dict[str, Any]]) -> None:
     """Adds entries to a file of scores, the newest last. Raises DataError where the file holds something else."""
-    before: list[dict[str, Any]] = []
-    if file.exists():
-        try:
-            content = json.loads(file.read_text())
-            if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']}")
-            before = list(content["scores"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file} holds no scores of this mmgen ({error}): move it away, or give another --out") from error
-    write_json(file, {"format": FORMAT, "scores": before + entries})
+    with _locked(file):  # several may score into one file at once
+        write_json(file, {"format": FORMAT, "scores": earlier(file) + entries})
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Holds the lock of a file of scores, which lies in the cache: beside the samples it would be litter.
+
+    Where the cache has no locks or cannot be written, goes on without.
+    """
+    from filelock import FileLock
+
+    name = hashlib.sha256(str(file.absolute()).encode()).hexdigest()
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError, NotImplementedError):
+            folder = cache_root() / "locks"
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(str(folder / f"{name}.lock")))
+        yield
+
+
+def earlier(file: Path) -> list[dict[str, Any]]:
+    """The entries of a file of scores; none where there is no file. Raises DataError where it holds something else."""
+    if not file.exists():
+        return []
+    try:
+        content = json.loads(file.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}")
+        return list(content["scores"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} holds no scores of this mmgen ({error}): move it away, or give another --out") from error

@@ -104,10 +104,11 @@ def score(
     if distance:
         _add_distance(result, collected, reference, extractor)
     if reference is not None and single:
-        _add_comparisons(result, collected, reference, settings.metrics)
+        _add_comparisons(result, collected, reference, settings.metrics, extractor)
     if collected.inception is not None:
         mean, deviation = collected.inception.result()
-        result.figures["Inception Score"], result.spreads["Inception Score"] = mean, deviation
+        name = _named("Inception Score", "IS", extractor)
+        result.figures[name], result.spreads[name] = mean, deviation
     if collected.clip is not None:
         result.figures["CLIP score"] = collected.clip
     return result
@@ -148,19 +149,26 @@ def _excess(collected: Collected, reference: ReferenceSet, value: float) -> floa
     return excess if excess > 0 else None
 
 
-def _add_comparisons(result: Score, collected: Collected, reference: ReferenceSet, metrics: Sequence[str]) -> None:
+def _add_comparisons(
+    result: Score, collected: Collected, reference: ReferenceSet, metrics: Sequence[str], extractor: Extractor
+) -> None:
     real, fake = reference.kept, collected.kept
     if "kid" in metrics:
-        distance = kid(real, fake)
-        result.figures["KID"] = distance.mean
+        name, distance = _named("KID", "KD", extractor), kid(real, fake)
+        result.figures[name] = distance.mean
         if distance.standard_error is not None:
-            result.spreads["KID"] = distance.standard_error
+            result.spreads[name] = distance.standard_error
     if "pr" in metrics or "dc" in metrics:
         found = neighbour_metrics(real, fake)
         if "pr" in metrics:
             result.figures |= {"precision": found.precision, "recall": found.recall}
         if "dc" in metrics:
             result.figures |= {"density": found.density, "coverage": found.coverage}
+
+
+def _named(name: str, short: str, extractor: Extractor) -> str:
+    """A figure's name: Inception's own if the published network gave the features, else with theirs, as KD-pixels."""
+    return name if extractor.title == "FID" else short + extractor.title.removeprefix("FD")
 
 
 def _check_images(image: tuple[int, ...], reference: ReferenceSet | None, extractor: Extractor) -> list[str]:
@@ -170,8 +178,17 @@ def _check_images(image: tuple[int, ...], reference: ReferenceSet | None, extrac
     mine, theirs = (f"{shape[2]}x{shape[1]}, {shape[0]} channel{'s' * (shape[0] > 1)}" for shape in (image, reference.image))
     text = f"the samples are {mine}, the images of {reference.name} {theirs}"
     if extractor.same_size:
-        raise ConfigError(f"{text}: --resolution {min(image[1:])} resizes and crops the reference as training does")
+        raise ConfigError(f"{text}: {_remedy(image, reference.image)}")
     return [*extractor.warnings, *reference.warnings, f"{text}: the figure compares the resizing as well"]
+
+
+def _remedy(mine: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    """What brings a reference's images to the samples' (C, H, W)."""
+    if mine[1] != mine[2] and mine[1:] != theirs[1:]:
+        return "give a --ref of that size"
+    options = [f"--channels {mine[0]}"] if mine[0] != theirs[0] else []
+    options += [f"--resolution {mine[1]}"] if mine[1:] != theirs[1:] else []
+    return f"{' '.join(options)} reads the reference so, as training does"
 
 
 def summary(draws: Sequence[Score]) -> Score:
@@ -185,7 +202,9 @@ def summary(draws: Sequence[Score]) -> Score:
     }
     spreads = {name: _deviation(found) for name, found in values.items()}
     warnings = list(dict.fromkeys(w for draw in draws for w in draw.warnings))
-    return replace(first, figures=figures, spreads=spreads, warnings=warnings)
+    estimates = [draw.excess for draw in draws if draw.excess is not None]
+    excess = sum(estimates) / len(estimates) if estimates else None
+    return replace(first, figures=figures, spreads=spreads, excess=excess, warnings=warnings)
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -28,15 +28,15 @@ def features_of(
     first where the protocol needs one size, and MmgenError where a batch does not fit into the GPU's memory.
     """
     size = images.shape(extractor.colour) if extractor.same_size else None
-    with torch.inference_mode():
-        for numbers, batch in _batches(images, ranges, extractor, size):
-            try:
+    for numbers, batch in _batches(images, ranges, extractor, size):
+        try:
+            with torch.no_grad():  # around no yield: it would hold for whoever asks, too
                 features = extractor.extract(torch.from_numpy(batch).to(device, non_blocking=True))
-            except torch.OutOfMemoryError as error:
-                raise MmgenError(
-                    f"the GPU's memory is too small for {len(numbers)} images at a time: lower --batch-size, the figures stay"
-                ) from error
-            yield numbers, features, batch
+        except torch.OutOfMemoryError as error:
+            raise MmgenError(
+                f"the GPU's memory is too small for {len(numbers)} images at a time: lower --batch-size, the figures stay"
+            ) from error
+        yield numbers, features, batch
 
 
 def _batches(

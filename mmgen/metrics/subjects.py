@@ -17,6 +17,7 @@ from .image_sets import ImageSet, dataset_images, drawn_images, image_set
 from .references import TAKES, is_statistics
 
 SCORES = "scores.json"
+_DATA_OPTIONS = {"split", "image_column", "label_column", "on_corrupt", "resolution", "channels"}  # of a record
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Subject:
 def is_model(word: str) -> bool:
     """Whether a word means a model: a .safetensors file, a run folder, or hf://user/name."""
     path = Path(word).expanduser()
+    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():  # also before the run has saved a model:
+        return True  # the pictures in it are no samples
     return word.startswith("hf://") or (path / MODEL_FILE).is_file() or (path.is_file() and path.suffix == ".safetensors")
 
 
@@ -41,9 +44,10 @@ def model_subjects(model: Model, origin: Origin, settings: Sequence[SampleSettin
     """A row for each of `settings`. Draw r of `repeat` has images r num to (r + 1) num - 1, as EDM's seeds have it."""
     if num < 2:
         raise ConfigError(f"--num must be at least 2, not {num}")
-    beside = origin.file.with_name(origin.file.name + ".scores.json")
-    if origin.file.name == MODEL_FILE and Path(origin.model).is_dir():
-        beside = Path(origin.model) / SCORES
+    beside = None  # of a model of the hub: its cache is no place for it
+    if Path(origin.model).exists():
+        folder = origin.file.name == MODEL_FILE and Path(origin.model).is_dir()
+        beside = Path(origin.model) / SCORES if folder else origin.file.with_name(origin.file.name + ".scores.json")
     subjects = []
     for one in settings:
         chosen = plan(model.config, one)
@@ -70,7 +74,7 @@ def reference_images(
     word: str | None,
     subjects: Sequence[Subject],
     *,
-    split: str,
+    split: str | None,
     resolution: int | None,
     channels: int | None,
     num: int | None,
@@ -79,9 +83,11 @@ def reference_images(
     """The images to compare with, or the path of a statistics file. `word` None: what the samples' record names.
 
     With a resolution, images are resized and cropped as for training (and cached); without, they stay as they are.
-    Raises ConfigError where nothing says what to compare with, DataError where it cannot be read.
+    Raises ConfigError where nothing says what to compare with or an option does not apply, DataError where it cannot be read.
     """
+    reading = {"--ref-split": split, "--resolution": resolution, "--channels": channels}
     if word is None:
+        _refuse(reading, "is for --ref, and the training set is read as the model saw it: name it with --ref, or leave it out")
         name, options = own_reference(subjects)
         try:
             return dataset_images(data.load(name, progress=progress, **options)).first(num)
@@ -89,13 +95,18 @@ def reference_images(
             raise DataError(f"the samples' record names {name} as their training set: {error}; or give another --ref") from error
     path = Path(word).expanduser()
     if path.is_file() and is_statistics(path):
-        for option, value in (("--ref-num", num), ("--resolution", resolution)):
-            if value is not None:
-                raise ConfigError(f"{option} is for images, and {word} holds their statistics only: leave it out")
+        _refuse({"--ref-num": num, **reading}, f"is for images, and {word} holds their statistics only: leave it out")
         return path
+    split = split or "train"
     if resolution is None and channels is None:
         return image_set(word, split=split).first(num)
     return dataset_images(data.load(word, resolution=resolution, channels=channels, split=split, progress=progress)).first(num)
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{option} {why}")
 
 
 def own_reference(subjects: Sequence[Subject]) -> tuple[str, dict[str, Any]]:
@@ -105,8 +116,11 @@ def own_reference(subjects: Sequence[Subject]) -> tuple[str, dict[str, Any]]:
         word, options = subject.record.get("data"), subject.record.get("data_options")
         if not word or not isinstance(options, dict):
             raise ConfigError(f"nothing says what to compare {subject.name} with: give --ref. {TAKES}")
+        if unknown := set(options) - _DATA_OPTIONS:
+            raise ConfigError(f"the record of {subject.name} has been changed: {min(unknown)!r} is unknown; give --ref")
         if (word, options) not in named:
             named.append((word, options))
     if len(named) > 1:
-        raise ConfigError(f"the samples are of models trained on {named[0][0]} and on {named[1][0]}: give --ref. {TAKES}")
+        read = [f"{word} ({', '.join(f'{key} {value}' for key, value in options.items())})" for word, options in named[:2]]
+        raise ConfigError(f"the samples are of models trained on {read[0]} and on {read[1]}: give --ref. {TAKES}")
     return named[0]

@@ -9,7 +9,7 @@ import torch
 
 from ..config import RunSettings
 from ..data import Dataset
-from ..errors import ModelError
+from ..errors import MmgenError
 from ..metrics.evaluate import SMALLEST_FOR_INCEPTION
 from ..metrics.features import Extractor, build_extractor
 from ..metrics.image_sets import dataset_images, drawn_images
@@ -69,7 +69,7 @@ def make_scorer(
         try:
             word = "inception" if dataset.resolution >= SMALLEST_FOR_INCEPTION else "pixels"
             extractor = build_extractor(word, device=device)
-        except ModelError as error:
+        except MmgenError as error:  # no network, or a cache that cannot be written
             instead = "FD-pixels is measured instead" if small else "nothing is measured"
             note(f"no FID while training, {instead}: {error}")
             word, extractor = "pixels", build_extractor("pixels", device=device)

@@ -223,10 +223,11 @@ class Trainer:
         values = {str(count): value for count, value in self.scorer.measure(model, steps, self.config.train.seed).items()}
         deciding, name = str(steps[0]), self.scorer.name
         before = [line["values"][deciding] for line in self._measured() if deciding in line["values"]]
-        self._log({"figure": name, "values": values, "num": self.config.run.eval_num})
         if self.accelerator.is_main_process and values[deciding] < min(before, default=math.inf):
             config = self._model_config(self.ema_name, figures={name: values})
             save_model(self.folder.path / BEST_FILE, config, self.ema.state_dict(self.ema_name))
+        # After the model: were it logged before and the run killed between, no later figure would count as better
+        self._log({"figure": name, "values": values, "num": self.config.run.eval_num})
 
     def _measured(self) -> list[dict[str, Any]]:
         """The lines of the log that hold this figure."""
