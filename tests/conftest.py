@@ -1,5 +1,46 @@
-"""What the command line does before it loads torch, for tests that train in this process."""
+"""What the command line does before it loads torch, for tests that train in this process; and fixtures of several files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
 
 from mmgen.process import tune
 
 tune()
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """A cache of the test's own, and a folder of its own to work in."""
+    monkeypatch.setenv("MMGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MMGEN_INCEPTION", "")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def digits_model(tmp_path_factory) -> Path:
+    from tiny_model import NAMES, make_model  # here: torch is not to be loaded before tune
+
+    folder = tmp_path_factory.mktemp("run")
+    return make_model(folder / "model.safetensors", channels=1, num_classes=10, class_names=NAMES, class_counts=[5] * 10)
+
+
+@pytest.fixture(scope="module")
+def tiny_network(tmp_path_factory) -> tuple[Path, str]:
+    """(file, SHA-256) of a stand-in for the published Inception."""
+    from tiny_inception import write_inception
+
+    path = tmp_path_factory.mktemp("inception") / "inception-2015-12-05.pt"
+    return path, write_inception(path)
+
+
+@pytest.fixture
+def published(tiny_network, monkeypatch) -> Path:
+    """The stand-in, taken for the published network."""
+    from mmgen.metrics import inception
+
+    path, digest = tiny_network
+    monkeypatch.setitem(inception.PUBLISHED, path.name, digest)
+    return path
