@@ -23,10 +23,10 @@ except ModuleNotFoundError:  # Python 3.10
 
 @dataclass(frozen=True)
 class DataSettings:
-    name: str = "digits"  # digits, cifar10, a hub id user/name, a folder, a zip or a parquet file
+    name: str = "digits"  # digits, cifar10, a hub id user/name, a folder (of images or latents), a zip or a parquet file
     split: str = "train"
-    resolution: int | None = None  # side of the images after cropping and resizing; unset: their own
-    channels: int | None = None  # 1 grey, 3 RGB; unset: grey if the images are
+    resolution: int | None = None  # side of the images after cropping and resizing; unset: their own. Of latents: theirs
+    channels: int | None = None  # 1 grey, 3 RGB; unset: grey if the images are. Of latents: theirs
     image_column: str | None = None  # unset: the first column that holds images
     label_column: str | None = None  # unset: the first column that holds class labels
     on_corrupt: Literal["stop", "skip"] = "stop"  # what an image that cannot be decoded does

@@ -1,9 +1,10 @@
-"""Writing that never half-finishes: beside the final name, then renamed."""
+"""Writing that never half-finishes, beside the final name and then renamed; and what a file is, by its hash."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import MmgenError
+from .errors import MmgenError, ModelError
 
 TEMPORARY = ".tmp-"  # names that start so are leftovers of a killed process: never read, safe to delete
 
@@ -90,6 +91,18 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     """Writes indented JSON, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file of weights, in hexadecimal. Raises ModelError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    return digest.hexdigest()
 
 
 def remove_leftovers(folder: str | os.PathLike) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .diffusion import ddim_coefficients, per_image
+from .guidance import guided
 from .schedules import SCHEDULES, Schedule
 
 
@@ -66,21 +67,13 @@ def network_times(flow: FlowMapSettings, s: Tensor, t: Tensor) -> tuple[Tensor, 
 def guided_output(
     network: nn.Module, flow: FlowMapSettings, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None, guidance: float
 ) -> Tensor:
-    """G_w = G(null) + w (G(label) - G(null)), the classifier-free guidance on the raw output (IMM, eqs. 14, 85, 86).
+    """The network's raw output with guidance: see `guidance.guided`.
 
-    x [N, C, H, W] float; s, t float64 [N]; label int64 [N] (the network's num_classes is the null class) or None. With w = 1
-    the null class is not evaluated; with w = 0 it alone is. Returns float32 [N, C, H, W].
+    x [N, C, H, W] float; s, t float64 [N]; label int64 [N] (the network's num_classes is the null class) or None. Returns
+    float32 [N, C, H, W].
     """
     scaled = (per_image(input_scale(flow, t), x) * x).float()
-    time, second = network_times(flow, s, t)
-    if label is None or guidance == 1:
-        return network(scaled, time, second, label).float()
-    null = torch.full_like(label, network.num_classes)
-    if guidance == 0:
-        return network(scaled, time, second, null).float()
-    both = network(torch.cat([scaled] * 2), torch.cat([time] * 2), torch.cat([second] * 2), torch.cat([null, label]))
-    unconditional, conditional = both.float().chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
+    return guided(network, scaled, *network_times(flow, s, t), label, guidance)
 
 
 def flow_map(

@@ -1,4 +1,4 @@
-"""A model: network, flow map and what is known of its data, in one .safetensors file that samples years later."""
+"""A model: network, flow map or denoiser, and what is known of its data, in one .safetensors file that samples years later."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
+from .denoiser import Denoiser, DenoiserSettings
 from .errors import ConfigError, ModelError
 from .files import replacing
 from .flow_map import FlowMapSettings, flow_map
+from .latents import LatentSettings
 from .networks import NetworkSettings, build_network
 from .settings import from_dict
 
@@ -36,11 +38,16 @@ def from_uint8(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a model is sampled unless the command says otherwise."""
+    """How a model is sampled unless the command says otherwise. `default` and None: what suits its kind."""
 
-    sampler: Literal["pushforward", "restart"] = "pushforward"
-    grid: Literal["default", "uniform", "edm"] = "default"  # of the times: see `samplers.time_grid`
+    sampler: Literal["default", "pushforward", "restart", "ddim", "ancestral", "heun"] = "default"
+    grid: Literal["default", "uniform", "edm"] = "default"  # of the times: `samplers.time_grid`, or `sigma_grid` of a denoiser
     guidance: float = 1.0  # w of classifier-free guidance; 1 is none
+    steps: int | None = None
+    churn: float = 0.0  # heun only, this and what follows: S_churn of Karras et al., arXiv:2206.00364, algorithm 2
+    s_tmin: float = 0.0  # sigma below which nothing is churned
+    s_tmax: float | None = None  # and above which; None: no limit
+    s_noise: float = 1.0  # standard deviation of the noise added
 
 
 @dataclass(frozen=True)
@@ -48,14 +55,16 @@ class ModelConfig:
     """Everything beside the weights. Stored as JSON in the header of the model file."""
 
     network: NetworkSettings
-    flow: FlowMapSettings
-    resolution: int
+    flow: FlowMapSettings | None  # a flow map has this, a denoiser has `denoiser`
+    resolution: int  # of images; of the latents where there are `latents`
     channels: int
     num_classes: int = 0  # 0: unconditional
     augment_dim: int = 0  # width of the augmentation label that the network was trained with; 0: none
     class_names: list[str] | None = None
     class_counts: list[int] | None = None  # images per class in the training data
     data: str = ""  # the --data word of the training data
+    denoiser: DenoiserSettings | None = None
+    latents: LatentSettings | None = None  # of a model in an autoencoder's latent space
     sampling: SamplingSettings = SamplingSettings()
     training: dict[str, Any] = field(default_factory=dict)  # provenance: settings, images seen, which EMA
 
@@ -94,11 +103,34 @@ class Model(nn.Module):
         return draw(self, SampleSettings(**options), range(num))[0]
 
 
+AnyModel = Model | Denoiser
+
+
+def kind_of(config: ModelConfig) -> str:
+    """`imm`, a flow map, or `denoiser`. Raises ConfigError for what is neither or both."""
+    if (config.flow is None) == (config.denoiser is None):
+        both = "both" if config.flow else "neither"
+        raise ConfigError(f"a model is a flow map or a denoiser: its config has {both} of `flow` and `denoiser`")
+    return "denoiser" if config.flow is None else "imm"
+
+
+def build_model(config: ModelConfig) -> AnyModel:
+    """A model with freshly initialised weights."""
+    return Model(config) if kind_of(config) == "imm" else Denoiser(config)
+
+
+def drawn_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """Channels, height and width of the images that are drawn: decoded ones where the model knows latents."""
+    if config.latents is not None:
+        return 3, config.latents.resolution, config.latents.resolution
+    return config.channels, config.resolution, config.resolution
+
+
 def save_model(path: str | os.PathLike, config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Writes one .safetensors file, atomically. `state`: the network's state dict."""
     from safetensors.torch import save_file
 
-    header = {"format": FORMAT, "mmgen_version": __version__, "kind": "imm", "config": dataclasses.asdict(config)}
+    header = {"format": FORMAT, "mmgen_version": __version__, "kind": kind_of(config), "config": dataclasses.asdict(config)}
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
@@ -120,25 +152,27 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
         found = header["format"]
         if found != FORMAT:
             raise ModelError(f"{path} has model format {found}, this version of mmgen reads {FORMAT}: install a newer mmgen")
-        return from_dict(ModelConfig, header["config"])
+        config = from_dict(ModelConfig, header["config"])
+        kind_of(config)
+        return config
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ModelError(f"the config in the header of {path} is damaged: {error}") from error
 
 
-def load_model(path: str | os.PathLike, device: str | torch.device = "cpu") -> Model:
+def load_model(path: str | os.PathLike, device: str | torch.device = "cpu") -> AnyModel:
     """The model in a file, in evaluation mode. Every tensor must be there with its shape, and none besides."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     config = read_config(path)
     with torch.device("meta"):  # no time spent on initial weights
-        network = Model(config).network
+        network = build_model(config).network
     try:
         state = load_file(path, device="cpu")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
     check_state(network.state_dict(), state, str(path))
-    model = Model(config)
+    model = build_model(config)
     model.network.load_state_dict(state)
     return model.to(device).eval().requires_grad_(False)
 
@@ -204,10 +238,12 @@ def _download(repository: str, name: str) -> Path:
         ) from error
 
 
-def load(place: str | os.PathLike, *, ema: str | None = None, device: str | torch.device = "cpu") -> Model:
-    """Loads a model from a file, a run folder or a hub repository.
+def load(place: str | os.PathLike, *, ema: str | None = None, device: str | torch.device = "cpu") -> AnyModel:
+    """Loads a model from a file, a run folder or a hub repository: a flow map (`Model`) or a `Denoiser`.
 
     >>> model = mmgen.load("runs/digits-imm")
     >>> images = model.sample(64, steps=2)  # uint8 [64, 1, 8, 8]
+    >>> teacher = mmgen.load("teacher.safetensors")  # what `mmgen convert` wrote
+    >>> x = teacher.denoise(y, sigma, label)  # x_hat of y = x + sigma e
     """
     return load_model(find_model(place, ema), device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import MmgenError
-from .models import Model
+from .models import AnyModel
 from .sampling import Plan, draw
 from .team import Team
 
@@ -17,7 +17,7 @@ Progress = Callable[[int, int], None]  # called with (images that are there, ima
 
 
 def draw_missing(
-    model: Model, chosen: Plan, missing: Sequence[int], num: int, team: Team, progress: Progress | None = None
+    model: AnyModel, chosen: Plan, missing: Sequence[int], num: int, team: Team, progress: Progress | None = None
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yields (image numbers, uint8 [N, C, H, W]) for this process's share of `missing`, a batch at a time.
 

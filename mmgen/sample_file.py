@@ -16,7 +16,7 @@ import numpy as np
 from .errors import ConfigError, MmgenError
 from .files import remove_leftovers, replacing, write_json
 from .images import grid
-from .models import Model
+from .models import AnyModel, drawn_shape
 from .sample_drawing import Progress, contiguous, draw_missing
 from .sample_folder import Written, all_labels, check_num, check_pictures, disk_errors, finish
 from .sample_record import Origin, make_record, may_continue, read_record
@@ -28,7 +28,7 @@ _BLOCK = 1 << 24  # bytes copied at a time
 
 
 def write_npz(
-    model: Model,
+    model: AnyModel,
     file: str | os.PathLike,
     num: int,
     settings: SampleSettings,
@@ -51,7 +51,8 @@ def write_npz(
     check_num(num)
     chosen = plan(model.config, settings)
     record = make_record(model, origin, chosen, num)
-    shape = model.image_shape[1:] + model.image_shape[:1]
+    channels, *size = drawn_shape(model.config)
+    shape = (*size, channels)
 
     def assemble(target: Path) -> None:
         labels = all_labels(model.config, chosen, num)
@@ -69,7 +70,7 @@ def write_npz(
 
 
 def write_grid(
-    model: Model,
+    model: AnyModel,
     file: str | os.PathLike,
     num: int,
     settings: SampleSettings,
@@ -89,7 +90,8 @@ def write_grid(
     check_num(num)
     chosen = plan(model.config, settings)
     record = make_record(model, origin, chosen, num)
-    shape = model.image_shape[1:] + model.image_shape[:1]
+    channels, *size = drawn_shape(model.config)
+    shape = (*size, channels)
 
     def assemble(target: Path) -> None:
         pixels = np.frombuffer(b"".join(_rows(file, num, shape)), dtype=np.uint8).reshape(num, *shape)

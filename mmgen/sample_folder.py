@@ -16,7 +16,7 @@ import torch
 from .errors import ConfigError, MmgenError
 from .files import remove_leftovers, replacing, write_json
 from .images import save_png
-from .models import Model, ModelConfig
+from .models import AnyModel, ModelConfig, drawn_shape
 from .sample_drawing import Progress, draw_missing
 from .sample_record import Origin, make_record, may_continue, read_record
 from .sampling import Plan, SampleSettings, draw_labels, plan
@@ -39,7 +39,7 @@ class Written:
 
 
 def write_png(
-    model: Model,
+    model: AnyModel,
     folder: str | os.PathLike,
     num: int,
     settings: SampleSettings,
@@ -103,8 +103,9 @@ def check_num(num: int) -> None:
 
 def check_pictures(config: ModelConfig) -> None:
     """Raises ConfigError where a model's images cannot be PNG files."""
-    if config.channels not in (1, 3):
-        raise ConfigError(f"this model's images have {config.channels} channels, and PNG files 1 or 3: use the format npz")
+    channels = drawn_shape(config)[0]
+    if channels not in (1, 3):
+        raise ConfigError(f"this model's images have {channels} channels, and PNG files 1 or 3: use the format npz")
 
 
 def all_labels(config: ModelConfig, chosen: Plan, num: int) -> list[int] | None:

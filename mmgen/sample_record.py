@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any
 import torch
 
 from . import __version__
-from .errors import ConfigError, ModelError
-from .models import Model, ModelConfig, find_model
+from .errors import ConfigError
+from .files import sha256_of
+from .models import AnyModel, ModelConfig, drawn_shape, find_model, kind_of
 from .sampling import Plan
 
 FORMAT = 1
@@ -26,6 +26,10 @@ DECIDING = {
     "sampler": "sampler",
     "grid": "grid",
     "times": "times",
+    "churn": "churn",
+    "s_tmin": "s_tmin",
+    "s_tmax": "s_tmax",
+    "s_noise": "s_noise",
     "guidance": "guidance",
     "classes": "classes",
     "seed": "seed",
@@ -46,19 +50,12 @@ class Origin:
     def of(cls, place: str | os.PathLike, ema: str | None = None) -> Origin:
         """Finds the file that a MODEL argument means, as `models.load` does, and hashes it. Raises ModelError."""
         file = find_model(place, ema)
-        digest = hashlib.sha256()
-        try:
-            with open(file, "rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-        except OSError as error:
-            raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
-        return cls(str(place), file, digest.hexdigest(), ema)
+        return cls(str(place), file, sha256_of(file), ema)
 
 
-def make_record(model: Model, origin: Origin, chosen: Plan, num: int, **more: Any) -> dict[str, Any]:
+def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more: Any) -> dict[str, Any]:
     """The record of `num` images, as JSON has it; `complete` is false until all are written."""
-    config = model.config
+    config, churn = model.config, chosen.churn
     return {
         "format": FORMAT,
         "complete": False,
@@ -67,16 +64,21 @@ def make_record(model: Model, origin: Origin, chosen: Plan, num: int, **more: An
         "model_file": str(origin.file.absolute()),
         "model_sha256": origin.sha256,
         "ema": origin.ema,
-        "kind": "imm",
+        "kind": kind_of(config),
         "data": config.data,  # what the model was trained on
         "data_options": data_options(config),
-        "image": [config.channels, config.resolution, config.resolution],
+        "image": list(drawn_shape(config)),
+        "vae": None if config.latents is None else {"name": config.latents.vae, "sha256": config.latents.vae_sha256},
         "num_classes": config.num_classes,
         "steps": chosen.steps,
         "nfe": chosen.nfe,  # network evaluations per image
         "sampler": chosen.sampler,
         "grid": chosen.grid,
-        "times": chosen.times,
+        "times": chosen.times,  # of a denoiser: sigmas
+        "churn": None if churn is None else churn.amount,
+        "s_tmin": None if churn is None else churn.s_tmin,
+        "s_tmax": None if churn is None else churn.s_tmax,
+        "s_noise": None if churn is None else churn.s_noise,
         "guidance": chosen.guidance,
         "classes": chosen.classes if config.num_classes else None,
         "seed": chosen.seed,
@@ -91,7 +93,8 @@ def data_options(config: ModelConfig) -> dict[str, Any]:
     """How the training data were read, as arguments of `data.load`, so that a scorer sees the same images."""
     settings = config.training.get("config", {}).get("data", {})
     kept = {key: settings[key] for key in ("split", "image_column", "label_column", "on_corrupt") if settings.get(key)}
-    return {**kept, "resolution": config.resolution, "channels": config.channels}
+    channels, resolution, _ = drawn_shape(config)
+    return {**kept, "resolution": resolution, "channels": channels}
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

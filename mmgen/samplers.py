@@ -1,4 +1,4 @@
-"""Samplers, one function each and one signature: sampler(model, x, times, label, guidance, noise) -> x at times[-1].
+"""Samplers of flow maps, one function each and one signature: sampler(model, x, times, label, guidance, noise) -> x at times[-1].
 
     model     has f(x, s, t, label, guidance), the flow map, and config.flow
     x         float64 [N, C, H, W], noise of standard deviation sigma_data at times[0]
@@ -29,7 +29,7 @@ TWO_STEP_ETA = 1.4  # eta of the intermediate time of two-step sampling (IMM, se
 def pushforward(model, x: Tensor, times: Sequence[float], label: Tensor | None, guidance: float, noise: Noise) -> Tensor:
     """Algorithm 4: jump from each time to the next. Nothing random after the start."""
     for t, s in zip(times[:-1], times[1:], strict=True):
-        x = model.f(x, _full(x, s), _full(x, t), label, guidance)
+        x = model.f(x, full(x, s), full(x, t), label, guidance)
     return x
 
 
@@ -37,16 +37,17 @@ def restart(model, x: Tensor, times: Sequence[float], label: Tensor | None, guid
     """Algorithm 5: from each time jump to the end, then go back to the next time with fresh noise."""
     flow = model.config.flow
     for i, t in enumerate(times[:-1]):
-        clean = model.f(x, _full(x, times[-1]), _full(x, t), label, guidance)
+        clean = model.f(x, full(x, times[-1]), full(x, t), label, guidance)
         if i < len(times) - 2:
-            x = diffuse(flow.get_schedule(), clean, flow.sigma_data * noise(i + 1), _full(x, times[i + 1]))
+            x = diffuse(flow.get_schedule(), clean, flow.sigma_data * noise(i + 1), full(x, times[i + 1]))
     return clean
 
 
 SAMPLERS = {"pushforward": pushforward, "restart": restart}
 
 
-def _full(x: Tensor, t: float) -> Tensor:
+def full(x: Tensor, t: float) -> Tensor:
+    """The time t for each of the images x [N, ...], float64 [N]."""
     return torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from . import diffusion_samplers as diffusion
+from .diffusion_samplers import Churn
 from .errors import ConfigError, nearest
-from .models import Model, ModelConfig, to_uint8
+from .models import AnyModel, ModelConfig, SamplingSettings, drawn_shape, kind_of, to_uint8
 from .random import keys, normal, uniform
 from .samplers import GRIDS, SAMPLERS, time_grid
 
@@ -22,13 +25,17 @@ _LABEL, _NOISE = 1, 2  # purposes of random numbers; the noise of step i has _NO
 class SampleSettings:
     """How to sample. None: the model's own default."""
 
-    steps: int = 1  # network evaluations per image (twice that with guidance)
+    steps: int | None = None  # of the sampler; `Plan.nfe` are the network evaluations that they cost
     seed: int = 0  # image i has the random numbers of (seed, i)
     classes: Literal["random", "balanced"] | Sequence[int] = "random"  # random: as often as in the training data
     guidance: float | None = None  # w of classifier-free guidance; 1: none
-    sampler: str | None = None  # pushforward or restart
-    grid: str | None = None  # default, uniform, edm or eta: see `samplers.time_grid`
+    sampler: str | None = None  # of a flow map pushforward or restart, of a denoiser ddim, ancestral or heun
+    grid: str | None = None  # default, uniform, edm or eta: see `samplers.time_grid`, `diffusion_samplers.sigma_grid`
     etas: tuple[float, ...] = ()  # intermediate eta values of the grid `eta`
+    churn: float | None = None  # S_churn of heun, and what else it has: see `diffusion_samplers.Churn`
+    s_tmin: float | None = None
+    s_tmax: float | None = None
+    s_noise: float | None = None
     batch_size: int = 256  # images at a time; has no influence on the images
 
 
@@ -42,21 +49,22 @@ class Plan:
     guidance: float
     sampler: str
     grid: str
-    times: list[float]
+    times: list[float]  # of a denoiser: sigmas
     nfe: int  # network evaluations per image
+    churn: Churn | None  # None: nothing is churned
     batch_size: int
 
 
 def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
     """Raises ConfigError where the settings do not suit the model."""
     guidance = config.sampling.guidance if settings.guidance is None else settings.guidance
-    sampler, grid = settings.sampler or config.sampling.sampler, settings.grid or config.sampling.grid
+    grid = settings.grid or config.sampling.grid
     if settings.etas and settings.grid is None:
         grid = "eta"
     if settings.etas and grid != "eta":
         raise ConfigError(f"eta values need the grid 'eta', not {grid!r}")
-    if sampler not in SAMPLERS:
-        raise ConfigError(f"unknown sampler {sampler!r}: {nearest(sampler, SAMPLERS)}")
+    check_defaults(config)
+    sampler = choose_sampler(config, settings.sampler or config.sampling.sampler)
     if grid not in GRIDS:
         raise ConfigError(f"unknown grid {grid!r}: {nearest(grid, GRIDS)}")
     if not math.isfinite(guidance):
@@ -75,22 +83,87 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
             raise ConfigError(f"classes = {classes!r} is not possible: random, balanced or a list of class numbers")
     elif not classes or not all(0 <= c < config.num_classes for c in classes):
         raise ConfigError(f"classes must be numbers from 0 to {config.num_classes - 1}, not {classes}")
-    evaluations = 1 if guidance in (0, 1) else 2
-    times = time_grid(config.flow, settings.steps, grid, settings.etas)
+    if guidance != 1 and not getattr(config.network, "null_class", config.network.kind != "diffusers_unet2d"):
+        raise ConfigError(f"guidance {guidance:g} needs a network that also knows images without a class, and this one does not")
+    steps = settings.steps
+    if steps is None:
+        steps = len(settings.etas) + 1 if grid == "eta" else _default_steps(config, sampler)
+    if config.denoiser is None:
+        times, calls = time_grid(config.flow, steps, grid, settings.etas), steps
+    else:
+        times = diffusion.sigma_grid(config.denoiser, steps, grid, settings.etas, sampler)
+        calls = diffusion.evaluations(sampler, steps)
     return Plan(
-        settings.steps,
-        settings.seed,
-        classes,
-        guidance,
-        sampler,
-        grid,
-        times,
-        settings.steps * evaluations,
-        settings.batch_size,
+        steps=steps,
+        seed=settings.seed,
+        classes=classes,
+        guidance=guidance,
+        sampler=sampler,
+        grid=grid,
+        times=times,
+        nfe=calls * (1 if guidance in (0, 1) else 2),
+        churn=_churn(config.sampling, settings, sampler),
+        batch_size=settings.batch_size,
     )
 
 
-def draw(model: Model, settings: SampleSettings | Plan, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+def samplers_of(config: ModelConfig) -> dict[str, Callable]:
+    """The samplers that suit a model; the first is its default."""
+    return SAMPLERS if kind_of(config) == "imm" else diffusion.samplers_of(config.denoiser)
+
+
+def choose_sampler(config: ModelConfig, word: str) -> str:
+    """The sampler that a word means for a model. Raises ConfigError for one that is not for it."""
+    valid = samplers_of(config)
+    if word == "default":
+        return next(iter(valid))
+    if word in valid:
+        return word
+    if word in SAMPLERS or word in diffusion.SAMPLERS:
+        kind = "a flow map" if config.denoiser is None else "a diffusion model"
+        if config.denoiser is not None and config.denoiser.precondition == "cm":
+            kind = "a consistency model"
+        raise ConfigError(f"the sampler {word!r} is not for {kind}, which this model is: take {' or '.join(valid)}")
+    raise ConfigError(f"unknown sampler {word!r}: {nearest(word, valid)}")
+
+
+def check_defaults(config: ModelConfig) -> None:
+    """Raises ConfigError where a model's own defaults do not suit it, or would be ignored."""
+    defaults = config.sampling
+    sampler = choose_sampler(config, defaults.sampler)
+    churned = (defaults.churn, defaults.s_tmin, defaults.s_tmax, defaults.s_noise) != (0.0, 0.0, None, 1.0)
+    if churned and sampler != "heun":
+        raise ConfigError(f"sampling.churn is for the sampler heun, and this model's is {sampler}")
+
+
+def _default_steps(config: ModelConfig, sampler: str) -> int:
+    own = choose_sampler(config, config.sampling.sampler)
+    if config.sampling.steps is not None and sampler == own:
+        return config.sampling.steps
+    return 1 if config.denoiser is None else min(diffusion.STEPS[sampler], diffusion.most_steps(config.denoiser))
+
+
+def _churn(defaults: SamplingSettings, settings: SampleSettings, sampler: str) -> Churn | None:
+    """What heun churns, None if nothing. Raises ConfigError for settings without effect or sense."""
+    names = ("churn", "s_tmin", "s_tmax", "s_noise")
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    if sampler != "heun":
+        if given:
+            raise ConfigError(f"{', '.join(given)}: only the sampler heun churns, and this one is {sampler}")
+        return None
+    chosen = {name: given.get(name, getattr(defaults, name)) for name in names}
+    for name, value in chosen.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"{name} must be a number that is not negative, not {value}")
+    if chosen["churn"] == 0:
+        useless = [name for name in given if name != "churn"]
+        if useless:
+            raise ConfigError(f"{', '.join(useless)}: nothing is churned; give churn too")
+        return None
+    return Churn(chosen["churn"], chosen["s_tmin"], chosen["s_tmax"], chosen["s_noise"])
+
+
+def draw(model: AnyModel, settings: SampleSettings | Plan, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     """Images number `indices`: uint8 [N, C, H, W] and their labels int64 [N] (None if unconditional), on the CPU.
 
     Image i is the same whatever other images are drawn with it, up to rounding in the network's last bits.
@@ -100,11 +173,17 @@ def draw(model: Model, settings: SampleSettings | Plan, indices: Sequence[int]) 
     for start in range(0, len(indices), chosen.batch_size):
         batch = torch.as_tensor(list(indices[start : start + chosen.batch_size]), device=model.device)
         label = draw_labels(model.config, chosen, batch)
-        images.append(to_uint8(_draw_batch(model, chosen, batch, label)).cpu())
+        drawn = _draw_batch(model, chosen, batch, label)
+        if model.config.latents is not None:
+            from .vae import decoder
+
+            images.append(decoder(model.config.latents, model.device)(drawn).cpu())
+        else:
+            images.append(to_uint8(drawn).cpu())
         labels.append(None if label is None else label.cpu())
     if not images:
         empty = None if model.config.num_classes == 0 else torch.empty(0, dtype=torch.int64)
-        return torch.empty(0, *model.image_shape, dtype=torch.uint8), empty
+        return torch.empty(0, *drawn_shape(model.config), dtype=torch.uint8), empty
     return torch.cat(images), None if labels[0] is None else torch.cat(labels)
 
 
@@ -122,9 +201,17 @@ def draw_labels(config: ModelConfig, chosen: Plan, index: Tensor) -> Tensor | No
 
 
 @torch.no_grad()
-def _draw_batch(model: Model, chosen: Plan, index: Tensor, label: Tensor | None) -> Tensor:
+def _draw_batch(model: AnyModel, chosen: Plan, index: Tensor, label: Tensor | None) -> Tensor:
+    """Images or latents number `index`, float64 [N, C, H, W]."""
+
     def noise(step: int) -> Tensor:
         return normal(keys(chosen.seed, index, _NOISE + step), model.image_shape, torch.float64)
 
-    x = model.config.flow.sigma_data * noise(0)
-    return SAMPLERS[chosen.sampler](model, x, chosen.times, label, chosen.guidance, noise)
+    config, sampler = model.config, samplers_of(model.config)[chosen.sampler]
+    if config.denoiser is None:
+        x = config.flow.sigma_data * noise(0)
+    else:
+        x = diffusion.start(config.denoiser, chosen.times[0], noise(0))
+    if chosen.churn is not None:
+        sampler = partial(sampler, churn=chosen.churn)
+    return sampler(model, x, chosen.times, label, chosen.guidance, noise)

@@ -16,6 +16,9 @@ TINY = ["--set", "network.model_channels=8", "--set", "network.channel_mult=[1]"
         "--set", "run.eval_steps=[1, 2]", "--batch-size", "16", "--device", "cpu"]  # fmt: skip
 
 
+COMMANDS = ("train-imm", "sample", "fid", "convert", "inspect", "cache-latents", "push")
+
+
 def mmgen(*arguments, cwd, timeout=120, **environment):
     return subprocess.run(
         [sys.executable, "-m", "mmgen", *arguments],
@@ -34,16 +37,16 @@ def test_help_does_not_load_torch(tmp_path):
         "try: main()\n"
         "finally: print('loaded:', sorted({'torch', 'numpy', 'datasets', 'accelerate', 'PIL', 'pyarrow'} & set(sys.modules)))"
     )
-    for arguments in (["--help"], ["train-imm", "--help"], ["sample", "--help"], ["--version"]):
+    for arguments in (["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)):
         result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert "loaded: []" in result.stdout, result.stdout + result.stderr
 
 
 def test_help_shows_every_default_and_an_example(tmp_path):
-    for command in ("train-imm", "sample"):
+    for command in COMMANDS:
         text = mmgen(command, "--help", cwd=tmp_path, COLUMNS="400").stdout
         assert f"Example: mmgen {command}" in text
-    assert "train-imm" in mmgen("--help", cwd=tmp_path).stdout
+    assert all(command in mmgen("--help", cwd=tmp_path).stdout for command in COMMANDS)
     assert re.fullmatch(r"mmgen \d+\.\d+\.\d+\n", mmgen("--version", cwd=tmp_path).stdout)
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from tiny_clip import save_clip
 
 from mmgen.errors import ConfigError, ModelError
+from mmgen.files import sha256_of
 from mmgen.metrics import pretrained
 from mmgen.metrics.features import build_extractor
-from mmgen.metrics.network_file import sha256_of
 from mmgen.metrics.pretrained import build_clip, build_dinov2
 
 transformers = pytest.importorskip("transformers")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mmgen.denoiser import Denoiser, DenoiserSettings
 from mmgen.flow_map import FlowMapSettings
 from mmgen.models import Model, ModelConfig, save_model
 from mmgen.networks import UNetSettings
@@ -20,6 +21,19 @@ def make_model(path: Path, **config) -> Path:
     config = ModelConfig(network=network, flow=flow, resolution=8, data="digits", **config)
     torch.manual_seed(0)
     model = Model(config)
+    for weight in model.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.3)
+    save_model(path, config, model.network.state_dict())
+    return path
+
+
+def make_denoiser(path: Path, denoiser: DenoiserSettings = DenoiserSettings(), **config) -> Path:
+    """Likewise a denoiser."""
+    network = UNetSettings(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
+    config = ModelConfig(network=network, flow=None, denoiser=denoiser, resolution=8, data="digits", **config)
+    torch.manual_seed(0)
+    model = Denoiser(config)
     for weight in model.parameters():
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.3)

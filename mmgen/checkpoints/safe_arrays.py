@@ -3,7 +3,8 @@
 A pickle is a program for a small stack machine. `pickletools` of the standard library takes it apart into instructions;
 the machine below knows those that make plain values and, by their names, the few functions NumPy uses to store an array.
 Nothing is imported or called for a name in the file: the names are compared, and the arrays made here from checked bytes.
-Every other name or instruction is refused before the file is opened any further.
+Every other name or instruction is refused before the file is opened any further. `safe_pickle` teaches the same machine the
+names of torch.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ from typing import IO, Any, NoReturn
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, MmgenError
 
 _LARGEST = 2 * 1024**3  # bytes of a file
 _TOO_LARGE = f"is larger than {_LARGEST // 1024**3} GB, more than a pickle of statistics is: not opened"
 _LONGEST = 1_000_000  # instructions: each may make an object many times larger than its one byte
-_DEEPEST = 32  # containers within containers
 _MOST_AXES = 32
 _NUMBERS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 
@@ -46,14 +46,13 @@ _ARGUMENT_IS_VALUE = {
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _REFUSED = {
     **dict.fromkeys(("EXT1", "EXT2", "EXT4"), "names something by a number of a registry"),
-    **dict.fromkeys(("PERSID", "BINPERSID"), "asks for something that is kept outside the file"),
     **dict.fromkeys(("NEXT_BUFFER", "READONLY_BUFFER"), "asks for data that is kept outside the file"),
-    **dict.fromkeys(("OBJ", "NEWOBJ", "NEWOBJ_EX"), "makes an object"),
+    **dict.fromkeys(("OBJ", "NEWOBJ_EX"), "makes an object"),
 }
 
 
 @dataclass(frozen=True)
-class _Name:
+class Name:
     meaning: str
 
 
@@ -70,7 +69,7 @@ class _Blank:
     array: np.ndarray | None = None
 
 
-class _Damaged(ValueError):
+class Damaged(ValueError):
     pass
 
 
@@ -88,11 +87,8 @@ def load_arrays(path_or_file: str | os.PathLike | IO[bytes]) -> Any:
         raise DataError(f"{name} {mistake}")
     if data.startswith(b"PK\x03\x04"):
         raise DataError(f"{name} is a zip or npz file, or one of torch.save, not a pickle")
-    machine = _Machine(name, len(data))
     try:
-        for instruction, argument, _ in pickletools.genops(data):
-            machine.step(instruction.name, argument)
-        return machine.result()
+        return Machine(name, len(data)).run(data)
     except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
         raise DataError(f"{name} is no pickle of arrays, or it is cut short or damaged: fetch it again") from error
 
@@ -127,8 +123,12 @@ def _read(path_or_file: str | os.PathLike | IO[bytes]) -> tuple[str, bytes]:
     return name, data
 
 
-class _Machine:
+class Machine:
     """The stack machine. Its values are Python's own, arrays, and the stand-ins above, none of which can be called."""
+
+    error: type[MmgenError] = DataError  # what a refusal raises
+    content, hint = "array", ""  # what is read, for refusals
+    deepest = 32  # containers within containers
 
     def __init__(self, path: str, size: int) -> None:
         self.path = path
@@ -139,10 +139,16 @@ class _Machine:
         self.allowance = 2 * size + 1024  # bytes that may be made: text to bytes, and bytes to arrays
         self.finished: dict[int, Any] = {}
 
+    def run(self, program: bytes | IO[bytes]) -> Any:
+        """What a pickle holds. Raises ValueError, TypeError, IndexError, KeyError or OverflowError where it is damaged."""
+        for instruction, argument, _ in pickletools.genops(program):
+            self.step(instruction.name, argument)
+        return self.result()
+
     def step(self, name: str, argument: Any) -> None:
         self.steps += 1
         if self.steps > _LONGEST:
-            self._refuse("has more than a million parts, which no file of a few arrays has")
+            self._refuse(f"has more than a million parts, which no {self.content} needs")
         if name in _ARGUMENT_IS_VALUE:
             self.stack.append(bytes(argument) if isinstance(argument, bytearray) else argument)
         elif name in _CONSTANTS:
@@ -179,26 +185,32 @@ class _Machine:
         elif name == "BUILD":
             (state,) = self._pop(1)
             self._build(self._top(), state)
+        elif name in ("PERSID", "BINPERSID"):
+            self.stack.append(self._persistent(argument if name == "PERSID" else self._pop(1)[0]))
+        elif name == "NEWOBJ":
+            self.stack.append(self._new(*self._pop(2)))
+        elif name in ("EMPTY_SET", "FROZENSET", "ADDITEMS"):
+            self._set_of(name)
         elif name not in ("PROTO", "FRAME", "STOP"):
-            self._refuse(_REFUSED.get(name, f"holds the pickle instruction {name}, which no file of arrays needs"))
+            self._refuse(_REFUSED.get(name, f"holds the pickle instruction {name}, which no {self.content} needs"))
 
     def result(self) -> Any:
         (value,) = self._pop(1)
         if self.stack or self.marks:
-            raise _Damaged("values are left over")
+            raise Damaged("values are left over")
         return self._finish(value, 0)
 
     def _refuse(self, what: str) -> NoReturn:
-        raise DataError(f"{self.path} {what}: not opened")
+        raise self.error(f"{self.path} {what}: not opened")
 
     def _top(self) -> Any:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            raise _Damaged("the stack is empty")
+            raise Damaged("the stack is empty")
         return self.stack[-1]
 
     def _pop(self, count: int) -> list[Any]:
         if len(self.stack) - count < (self.marks[-1] if self.marks else 0):
-            raise _Damaged("the stack is empty")
+            raise Damaged("the stack is empty")
         items = self.stack[-count:]
         del self.stack[-count:]
         return items
@@ -211,27 +223,39 @@ class _Machine:
 
     def _extend(self, items: list[Any]) -> None:
         if type(self._top()) is not list:
-            raise _Damaged("no list to append to")
+            raise Damaged("no list to append to")
         self._top().extend(items)
 
     def _set(self, items: list[Any]) -> None:
         target = self._top()
         if type(target) is not dict or len(items) % 2:
-            raise _Damaged("no dict to put into")
+            raise Damaged("no dict to put into")
         for key, value in zip(items[::2], items[1::2]):
             if key is not None and type(key) not in (str, bytes, int, float, bool):  # a tuple of tuples would be hashed deeply
-                raise _Damaged("a key of a dict is not plain")
+                raise Damaged("a key of a dict is not plain")
             target[key] = value
 
     def _name(self, module: Any, name: Any) -> None:
-        meaning = _NAMES.get((module, name)) if type(module) is str and type(name) is str else None
+        meaning = self._meaning(module, name) if type(module) is str and type(name) is str else None
         if meaning is None:
             asked = ascii(f"{module}.{name}"[:100])[1:-1] if type(module) is type(name) is str else "a name that is no text"
-            self._refuse(f"asks for {asked}, which can run any code and no array needs")
-        self.stack.append(_Name(meaning))
+            self._refuse(f"asks for {asked}, which can run any code and no {self.content} needs{self.hint}")
+        self.stack.append(Name(meaning))
+
+    def _meaning(self, module: str, name: str) -> str | None:
+        return _NAMES.get((module, name))
+
+    def _persistent(self, _identity: Any) -> Any:
+        self._refuse("asks for something that is kept outside the file")
+
+    def _new(self, _kind: Any, _arguments: Any) -> Any:
+        self._refuse("makes an object")
+
+    def _set_of(self, instruction: str) -> None:
+        self._refuse(f"holds the pickle instruction {instruction}, which no {self.content} needs")
 
     def _call(self, function: Any, arguments: Any) -> None:
-        if type(function) is not _Name or function.meaning == "array type" or type(arguments) is not tuple:
+        if type(function) is not Name or function.meaning == "array type" or type(arguments) is not tuple:
             self._refuse("calls what is no function of NumPy's")
         make = {
             "dtype": self._dtype,
@@ -259,7 +283,7 @@ class _Machine:
 
     def _dtype(self, code: Any, *_flags: Any) -> _DType:
         if type(code) is not str:
-            raise _Damaged("a dtype without a code")
+            raise Damaged("a dtype without a code")
         if code not in _NUMBERS:
             kinds = {"O": "objects", "V": "records", "S": "text", "U": "text", "M": "dates", "m": "times", "c": "complex numbers"}
             what = kinds.get(code[:1], f"type {ascii(code[:20])}")
@@ -267,7 +291,7 @@ class _Machine:
         return _DType(code)
 
     def _blank(self, subtype: Any, _shape: Any, _code: Any) -> _Blank:
-        if subtype != _Name("array type"):
+        if subtype != Name("array type"):
             self._refuse("holds a kind of array that is not NumPy's plain one")
         return _Blank()
 
@@ -276,7 +300,7 @@ class _Machine:
 
     def _array_of_bytes(self, data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> np.ndarray:
         if order not in ("C", "F", "K") or (order == "K") is not (type(axes) is tuple):
-            raise _Damaged("an unknown order")
+            raise Damaged("an unknown order")
         array = self._array(data, dtype, shape, "F" if order == "F" else "C")
         return array.transpose(axes) if order == "K" else array
 
@@ -296,12 +320,12 @@ class _Machine:
         if type(data) is str:  # as Python 2 wrote bytes
             data = data.encode("latin-1")
         if type(dtype) is not _DType or dtype.order is None or type(data) is not bytes or type(shape) is not tuple:
-            raise _Damaged("not the parts of an array")
+            raise Damaged("not the parts of an array")
         if len(shape) > _MOST_AXES or any(type(n) is not int or not 0 <= n <= _LARGEST for n in shape):
-            raise _Damaged("an impossible shape")
+            raise Damaged("an impossible shape")
         kind = np.dtype(dtype.order + dtype.code)
         if math.prod(shape) * kind.itemsize != len(data):
-            raise _Damaged("an array and its shape differ in size")
+            raise Damaged("an array and its shape differ in size")
         self._spend(len(data))
         return np.ndarray(shape, kind, data, order=order).astype(kind.newbyteorder("="))
 
@@ -314,13 +338,13 @@ class _Machine:
         """The value with its arrays in place of their stand-ins. Parts that occur twice are the same object again."""
         if type(value) is _Blank and value.array is not None:
             return value.array
-        if type(value) in (_Blank, _Name, _DType):
-            raise _Damaged("a part of an array stands alone")
+        if type(value) in (_Blank, Name, _DType):
+            raise Damaged("a part of an array stands alone")
         if type(value) not in (list, tuple, dict):
             return value
         if id(value) not in self.finished:
-            if depth >= _DEEPEST:
-                self._refuse(f"holds more than {_DEEPEST} containers in each other, or one that holds itself")
+            if depth >= self.deepest:
+                self._refuse(f"holds more than {self.deepest} containers in each other, or one that holds itself")
             if type(value) is dict:
                 done = {key: self._finish(item, depth + 1) for key, item in value.items()}
             else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from .. import __version__
-from . import fid, sample, train_imm
+from . import cache_latents, convert, fid, push, sample, train_imm
 
 app = typer.Typer(
     name="mmgen",
@@ -37,3 +37,7 @@ def _mmgen(
 app.command("train-imm")(train_imm.train_imm)
 app.command("sample")(sample.sample)
 app.command("fid")(fid.fid)
+app.command("convert")(convert.convert)
+app.command("inspect")(convert.inspect)
+app.command("cache-latents")(cache_latents.cache_latents)
+app.command("push")(push.push)

@@ -120,7 +120,10 @@ def fid(
     ] = None,
     steps: Annotated[
         str | None,
-        typer.Option(rich_help_panel=_MODEL, help="Steps of its sampler; several, such as 1,2,4,8, give a table. Default: 1."),
+        typer.Option(
+            rich_help_panel=_MODEL,
+            help="Steps of its sampler; several, such as 1,2,4,8, give a table. Default: as in `mmgen sample`.",
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(rich_help_panel=_MODEL, help="Seed of its samples. Default: 0.")] = None,
     classes: Annotated[
@@ -131,13 +134,30 @@ def fid(
         float | None, typer.Option(rich_help_panel=_MODEL, help="w of classifier-free guidance. Default: the model's.")
     ] = None,
     sampler: Annotated[
-        str | None, typer.Option(rich_help_panel=_MODEL, help="pushforward or restart. Default: the model's.")
+        str | None,
+        typer.Option(
+            rich_help_panel=_MODEL,
+            metavar="pushforward|restart|ddim|ancestral|heun",
+            help="As in `mmgen sample`. Default: the model's.",
+        ),
     ] = None,
     grid: Annotated[
         str | None, typer.Option(rich_help_panel=_MODEL, help="Times of the steps, as in `mmgen sample`. Default: the model's.")
     ] = None,
     eta: Annotated[
         str | None, typer.Option(rich_help_panel=_MODEL, help="Intermediate times, as in `mmgen sample`. Default: none.")
+    ] = None,
+    churn: Annotated[
+        float | None, typer.Option(rich_help_panel=_MODEL, help="S_churn of heun, as in `mmgen sample`. Default: the model's.")
+    ] = None,
+    s_tmin: Annotated[
+        float | None, typer.Option(rich_help_panel=_MODEL, help="Of heun: as in `mmgen sample`. Default: the model's.")
+    ] = None,
+    s_tmax: Annotated[
+        float | None, typer.Option(rich_help_panel=_MODEL, help="Of heun: as in `mmgen sample`. Default: the model's.")
+    ] = None,
+    s_noise: Annotated[
+        float | None, typer.Option(rich_help_panel=_MODEL, help="Of heun: as in `mmgen sample`. Default: the model's.")
     ] = None,
     ema: Annotated[
         str | None, typer.Option(rich_help_panel=_MODEL, metavar="NAME", help="Another of a run's averages. Default: the first.")
@@ -183,6 +203,7 @@ def fid(
     check_device(device)
     samples, (ref, features, clip) = [home(word) for word in samples], (home(word) for word in (ref, features, clip))
     drawing: dict[str, Any] = {"seed": seed, "guidance": guidance, "sampler": sampler, "grid": grid, "ema": ema}
+    drawing |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
     drawing["steps"] = None if steps is None else numbers(steps, int, "--steps", "1,2,4,8")
     drawing["etas"] = None if eta is None else tuple(numbers(eta, float, "--eta", "1.4"))
     drawing["classes"] = None if classes is None else partial(class_list, classes)

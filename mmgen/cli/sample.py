@@ -28,8 +28,13 @@ def sample(
         ),
     ],
     steps: Annotated[
-        str, typer.Option(help="Network evaluations per image; several, such as 1,2,4, draw the same images with each.")
-    ] = "1",
+        str | None,
+        typer.Option(
+            help="Steps of the sampler; several, such as 1,2,4, draw the same images with each. A step costs an evaluation of "
+            "the network, of heun two. Default: the model's, else 1 of a flow map or consistency model, and of a diffusion model "
+            "18 with heun, 50 with ddim, 250 with ancestral."
+        ),
+    ] = None,
     num: Annotated[int, typer.Option(help="How many images. A larger number later adds to those that are there.")] = 64,
     out: Annotated[
         Path,
@@ -63,17 +68,20 @@ def sample(
     sampler: Annotated[
         str | None,
         typer.Option(
-            metavar="pushforward|restart",
-            help="pushforward: from each time to the next. restart: to the end, then back with fresh noise. "
-            "Default: the model's.",
+            metavar="pushforward|restart|ddim|ancestral|heun",
+            help="Of a flow map (IMM), pushforward: from each time to the next; restart: to the end, then back with fresh noise, "
+            "also of a consistency model. Of a diffusion model, ddim: deterministic, first order; heun: EDM's, second order; "
+            "ancestral: DDPM's, random. Default: the model's, else pushforward, heun where EDM trained it, otherwise ddim.",
         ),
     ] = None,
     grid: Annotated[
         str | None,
         typer.Option(
             metavar="default|uniform|edm|eta",
-            help="Times of the steps. default: the paper's, uniform but for two steps, which meet at eta 1.4. "
-            "edm: equation 5 of Karras et al. eta: those of --eta. Default: the model's.",
+            help="Times of the steps. default: of a flow map the paper's, uniform but for two steps, which meet at eta 1.4; of "
+            "a diffusion model edm with heun or where EDM trained it, otherwise uniform. uniform: evenly spaced in the model's "
+            "own time or timesteps, from the last one on. edm: equation 5 of Karras et al. eta: those of --eta. "
+            "Default: the model's.",
         ),
     ] = None,
     eta: Annotated[
@@ -82,6 +90,18 @@ def sample(
             metavar="1.4",
             help="Intermediate times as eta = sigma/alpha, one fewer than steps, descending. Default: none.",
         ),
+    ] = None,
+    churn: Annotated[
+        float | None, typer.Option(help="S_churn of heun: noise added before each step; 0 is none. Default: the model's, else 0.")
+    ] = None,
+    s_tmin: Annotated[
+        float | None, typer.Option(help="With --churn: sigma below which nothing is churned. Default: the model's, else 0.")
+    ] = None,
+    s_tmax: Annotated[
+        float | None, typer.Option(help="With --churn: sigma above which nothing is churned. Default: the model's, else none.")
+    ] = None,
+    s_noise: Annotated[
+        float | None, typer.Option(help="With --churn: standard deviation of the noise added. Default: the model's, else 1.")
     ] = None,
     ema: Annotated[
         str | None,
@@ -97,6 +117,8 @@ def sample(
 
     Example: mmgen sample runs/digits-imm --steps 1,2,4 --num 64 --out samples/
 
+    A diffusion model: mmgen sample teacher.safetensors --sampler heun --steps 18
+
     An interrupted run continues with the images still missing when the same command is typed again.
 
     How the samples were made is recorded in samples.json, or NAME.npz.json.
@@ -104,7 +126,7 @@ def sample(
     With several GPUs: accelerate launch -m mmgen sample MODEL ...
     """
     with _interruptible():
-        step_counts = numbers(steps, int, "--steps", "1,2,4")
+        step_counts = [None] if steps is None else numbers(steps, int, "--steps", "1,2,4")
         layout, places = _places(out, format, step_counts)
         check_device(device)
         etas = tuple(numbers(eta, float, "--eta", "1.4")) if eta is not None else ()
@@ -120,23 +142,23 @@ def sample(
         config = read_config(origin.file)
         common = {"seed": seed, "classes": class_list(classes, config), "guidance": guidance, "sampler": sampler}
         common |= {"grid": grid, "etas": etas, "batch_size": batch_size}
+        common |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
         settings = [sampling.SampleSettings(steps=count, **common) for count in step_counts]
-        for one in settings:  # all are checked before the first is drawn
-            sampling.plan(config, one)
+        plans = [sampling.plan(config, one) for one in settings]  # all are checked before the first is drawn
         team = find_team(cpu=device == "cpu")
         loaded = load_model(origin.file, choose_device(device))
         write = {"png": sample_folder.write_png, "npz": sample_file.write_npz, "grid": sample_file.write_grid}[layout]
 
         written = []
-        for one, place in zip(settings, places, strict=True):
-            description = f"{one.steps} step{'s' * (one.steps > 1)}"
+        for one, chosen, place in zip(settings, plans, places, strict=True):
+            description = f"{chosen.steps} step{'s' * (chosen.steps > 1)}"
             with progress_bar(description, num) if team.is_main else contextlib.nullcontext() as update:
                 written.append(write(loaded, place, num, one, origin, overwrite=overwrite, progress=update, team=team))
         if team.is_main:
             _show(written)
 
 
-def _places(out: Path, format: str | None, steps: list[int]) -> tuple[str, list[Path]]:
+def _places(out: Path, format: str | None, steps: list[int] | list[None]) -> tuple[str, list[Path]]:
     """The format, and a folder or file for each number of steps. Raises ConfigError."""
     if format is not None and format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}: {nearest(format, FORMATS)}")

@@ -26,8 +26,8 @@ def train_imm(
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, cifar10, a hub id user/name, a folder (parquet, class folders, images, save_to_disk), an EDM zip or "
-            "a parquet file. Default: the preset's; with no preset either, digits."
+            help="digits, cifar10, a hub id user/name, a folder (parquet, class folders, images, save_to_disk), an EDM zip, "
+            "a parquet file, or latents by `mmgen cache-latents`. Default: the preset's; with no preset either, digits."
         ),
     ] = None,
     preset: Annotated[
@@ -305,6 +305,7 @@ def _show_outcome(outcome: Outcome, folder: Path, config: ImmConfig) -> None:
             _print("FD-pixels is the Fréchet distance of raw pixels, not FID.")
     total = config.train.max_images
     _print(f"trained on {outcome.images:,} of {total:,} images in {results.get('seconds', 0) / 60:.1f} minutes")
-    _print(f"pictures:  {folder / 'samples.png'}  {folder / 'curves.png'}")
+    pictures = [folder / name for name in ("samples.png", "curves.png") if (folder / name).is_file()]
+    _print(f"pictures:  {'  '.join(map(str, pictures))}")
     _print(f"model:     {folder / 'model.safetensors'}")
     _print(f"next:      mmgen sample {folder} --steps 1,2,4 --num 64 --out samples/")

@@ -5,7 +5,8 @@
     data = load("user/name", split="test")            # any image data set of the Hugging Face hub
 
 `resolve` finds the place and `sources` recognises its layout; `decode` turns one encoded image into pixels; `cache`
-does so once for all of them. Importing this package imports neither torch nor datasets.
+does so once for all of them. `encoding` passes them through a VAE into a folder of latents, which `latents` maps: that
+is another kind of data set, which `load` refuses. Importing this package imports neither torch nor datasets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every `--data` word becomes: uint8 images, integer labels, and where they came from."""
+"""What every `--data` word becomes: uint8 images, integer labels, and where they came from (of latents: see `latents`)."""
 
 from __future__ import annotations
 
@@ -8,37 +8,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..latents import LatentSettings
+
 
 @dataclass(frozen=True)
 class DataShape:
     """What a network must know of its data."""
 
-    resolution: int
+    resolution: int  # of the latents where there are `latents`
     channels: int
     num_classes: int = 0  # 0: no labels
     class_names: list[str] | None = None
     class_counts: list[int] | None = None  # images of each class
+    latents: LatentSettings | None = None  # of a data set of latents
 
 
-@dataclass(frozen=True)
-class Dataset:
-    word: str  # what the user wrote
-    images: np.ndarray  # uint8 [N, C, R, R], 0..255; read-only, memory-mapped where it comes from the cache
-    labels: np.ndarray | None  # int64 [N], 0 <= label < num_classes
-    class_names: list[str] | None
-    description: str  # one line: layout, number of images, columns, classes, resolution, what was left out
-    fingerprint: str  # SHA-256 of shape, pixels and labels: the same data has the same one wherever it lies
-
-    def __len__(self) -> int:
-        return self.images.shape[0]
-
-    @property
-    def resolution(self) -> int:
-        return self.images.shape[-1]
-
-    @property
-    def channels(self) -> int:
-        return self.images.shape[1]
+class Labelled:
+    """What images and latents have in common: everything that follows from labels, names and shape."""
 
     @property
     def num_classes(self) -> int:
@@ -58,4 +44,26 @@ class Dataset:
 
     @property
     def shape(self) -> DataShape:
-        return DataShape(self.resolution, self.channels, self.num_classes, self.class_names, self.class_counts)
+        latents = getattr(self, "latents", None)
+        return DataShape(self.resolution, self.channels, self.num_classes, self.class_names, self.class_counts, latents)
+
+
+@dataclass(frozen=True)
+class Dataset(Labelled):
+    word: str  # what the user wrote
+    images: np.ndarray  # uint8 [N, C, R, R], 0..255; read-only, memory-mapped where it comes from the cache
+    labels: np.ndarray | None  # int64 [N], 0 <= label < num_classes
+    class_names: list[str] | None
+    description: str  # one line: layout, number of images, columns, classes, resolution, what was left out
+    fingerprint: str  # SHA-256 of shape, pixels and labels: the same data has the same one wherever it lies
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    @property
+    def resolution(self) -> int:
+        return self.images.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        return self.images.shape[1]

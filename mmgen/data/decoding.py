@@ -29,6 +29,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Chunk:
+    numbers: range  # the images of the source that were looked at
     pixels: np.ndarray  # uint8 [n, C, R, R]
     kept: list[int]  # which images of the source these are, [n]
     skipped: list[str]  # names of those that cannot be read
@@ -70,21 +71,25 @@ def decode_all(source: ImageSource, plan: Plan, progress: Callable[[int, int], N
     """Yields all images of a source in order. Raises DataError, naming the image, where one does not fit the plan."""
     size = min(max(_CHUNK_BYTES // (plan.channels * plan.resolution**2), 16), 1024)
     found = False
-    with ThreadPoolExecutor(min(_cores(), _MOST_THREADS)) as threads:
-        for start in range(0, source.length, size):
-            numbers = range(start, min(start + size, source.length))
-            decoded = list(threads.map(lambda i: _pixels(source, i, plan), numbers))
-            kept = [i for i, pixels in zip(numbers, decoded) if pixels is not None]
-            skipped = [source.names(i) for i, pixels in zip(numbers, decoded) if pixels is None]
-            found = found or bool(kept)
-            if kept:
-                yield Chunk(np.stack([pixels for pixels in decoded if pixels is not None]), kept, skipped)
-            else:
-                yield Chunk(np.empty((0, plan.channels, plan.resolution, plan.resolution), np.uint8), kept, skipped)
-            if progress is not None:
-                progress(numbers.stop, source.length)
+    for chunk in decode_chunks(source, plan, range(source.length), size):
+        found = found or bool(chunk.kept)
+        yield chunk
+        if progress is not None:
+            progress(chunk.numbers.stop, source.length)
     if not found:
         raise DataError(f"none of the {source.length:,} images can be read")
+
+
+def decode_chunks(source: ImageSource, plan: Plan, numbers: range, size: int) -> Iterator[Chunk]:
+    """Yields the images `numbers` of a source in order, up to `size` at a time. Raises DataError as `decode_all`."""
+    with ThreadPoolExecutor(min(_cores(), _MOST_THREADS)) as threads:
+        for start in range(numbers.start, numbers.stop, size):
+            part = range(start, min(start + size, numbers.stop))
+            decoded = list(threads.map(lambda i: _pixels(source, i, plan), part))
+            kept = [i for i, pixels in zip(part, decoded) if pixels is not None]
+            skipped = [source.names(i) for i, pixels in zip(part, decoded) if pixels is None]
+            empty = np.empty((0, plan.channels, plan.resolution, plan.resolution), np.uint8)
+            yield Chunk(part, np.stack([p for p in decoded if p is not None]) if kept else empty, kept, skipped)
 
 
 def _pixels(source: ImageSource, i: int, plan: Plan) -> np.ndarray | None:

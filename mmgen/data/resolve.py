@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import DataError, nearest
 from . import hub
 from .image_source import ImageSource, fingerprint
+from .latents import is_latents, source_of
 from .sources import open_source
 from .splits import canonical, no_split
 
@@ -39,6 +40,8 @@ def resolve(word: str, *, split: str = "train", image_column: str | None = None,
     name = SHORT_NAMES.get(word, word)
     for place in _places(word, name):
         if place.exists():
+            if is_latents(place):
+                raise DataError(f"{place} holds latents, not images: give the images that they came from, {source_of(place)}")
             return open_source(place, split=split, **columns)
         looked.append(str(place))
     if _HUB_ID.match(name):
@@ -47,6 +50,14 @@ def resolve(word: str, *, split: str = "train", image_column: str | None = None,
         known = [DIGITS, *SHORT_NAMES, *_names_in(_data_dir())]
         raise DataError(f"no data set {word!r}: {nearest(word, known)}; or give a path, or user/name of the hub")
     raise DataError(f"there is no file or folder {word}")
+
+
+def find_latents(word: str) -> Path | None:
+    """The folder of latents that `word` means, a path or a name in $MMGEN_DATA_DIR; None where it means something else."""
+    if word == DIGITS:
+        return None
+    place = next((place for place in _places(word, SHORT_NAMES.get(word, word)) if place.exists()), None)
+    return place if place is not None and is_latents(place) else None
 
 
 def open_digits(split: str = "train", image_column: str | None = None, label_column: str | None = None) -> ImageSource:

@@ -184,7 +184,7 @@ def _check_options(samples: Sequence[str], models: Sequence[bool], settings: Fid
     for options, there, what in ((drawing, any(models), "a model"), (reading, not all(models), "images")):
         for option, value in options.items():
             if value is not None and not there:
-                raise ConfigError(f"--{option} is for {what}, and {samples[0]} is none: leave it out")
+                raise ConfigError(f"--{option.replace('_', '-')} is for {what}, and {samples[0]} is none: leave it out")
     if settings.repeat > 1 and not any(models) and settings.metrics is not None and "fid" not in settings.metrics:
         raise ConfigError("--repeat of given images is a bootstrap of the Fréchet distance: add fid to --metrics")
 
@@ -196,7 +196,7 @@ def _drawn(word: str, settings: FidSettings) -> list[Subject]:
 
     given = {key: value for key, value in settings.drawing.items() if value is not None}
     origin = Origin.of(word, given.pop("ema", None))
-    steps, classes = given.pop("steps", [1]), given.pop("classes", "random")
+    steps, classes = given.pop("steps", [None]), given.pop("classes", "random")
     config = read_config(origin.file)
     if callable(classes):  # names become numbers once the model is known
         classes = classes(config)

@@ -27,7 +27,7 @@ from ..sample_record import read_record
 from .npz_images import NpzImages
 
 if TYPE_CHECKING:
-    from ..models import Model
+    from ..models import AnyModel
     from ..sampling import Plan
 
 _GREY = ("1", "L", "LA", "La")
@@ -127,7 +127,7 @@ def dataset_images(dataset: Dataset) -> ImageSet:
 
 
 def drawn_images(
-    model: Model, chosen: Plan, num: int, *, name: str, first: int = 0, record: dict[str, Any] | None = None,
+    model: AnyModel, chosen: Plan, num: int, *, name: str, first: int = 0, record: dict[str, Any] | None = None,
     beside: Path | None = None,
 ) -> ImageSet:  # fmt: skip
     """Images number `first` to `first + num - 1` of a model, drawn when they are asked for and kept nowhere."""

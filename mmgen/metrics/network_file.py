@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import zipfile
@@ -17,18 +16,6 @@ STATE_DICT = "weights without a network"
 _OLD_EXPORT = "serialized_exported_program.json"  # torch up to 2.6
 _OLD_SAVE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save up to 1.5; torch reads it with weights_only=True too
 _FILE_ACCESS = re.compile(rb"\b(?:torch|ops\.aten)\.(?:save|from_file)\(")  # the only operators of TorchScript that do it
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal. Raises ModelError where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
-    return digest.hexdigest()
 
 
 def content(path: Path) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ConfigError, ModelError
-from .network_file import sha256_of
+from ..files import sha256_of
 
 DINOV2 = "facebook/dinov2-large"
 _WEIGHTS = "model.safetensors"

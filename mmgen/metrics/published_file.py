@@ -12,8 +12,7 @@ from pathlib import Path
 
 from ..data.cache import cache_root
 from ..errors import MmgenError, ModelError
-from ..files import replacing
-from .network_file import sha256_of
+from ..files import replacing, sha256_of
 
 Progress = Callable[[int, int], None]
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from .evaluate import Report, Row
 
 FORMAT = 1
-_MADE = ("model", "model_sha256", "ema", "data", "steps", "nfe", "sampler", "grid", "times", "guidance", "classes", "seed")
+_MADE = (
+    "model", "model_sha256", "ema", "data", "vae", "steps", "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax",
+    "s_noise", "guidance", "classes", "seed",
+)  # fmt: skip
 
 
 def entry(row: Row, report: Report) -> dict[str, Any]:
@@ -77,7 +80,8 @@ def explanation(report: Report) -> list[str]:
 
 def _making(record: dict[str, Any], draws: int) -> str:
     """How a model's samples were drawn, as far as their record says."""
-    parts = [f", {key} {record[key]}" for key in ("sampler", "grid", "seed") if key in record]
+    shown = ("sampler", *(["churn"] if record.get("churn") else []), "grid", "seed")
+    parts = [f", {key} {record[key]}" for key in shown if key in record]
     if "model_sha256" in record:
         parts.insert(0, f" (SHA-256 {record['model_sha256'][:12]})")
     if draws > 1:

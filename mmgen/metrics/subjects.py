@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import data
 from ..errors import ConfigError, DataError
-from ..models import MODEL_FILE, Model
+from ..models import MODEL_FILE, AnyModel
 from ..sample_folder import RECORD
 from ..sample_record import Origin, make_record
 from ..sampling import SampleSettings, plan
@@ -40,7 +40,9 @@ def is_model(word: str) -> bool:
     return word.startswith("hf://") or (path / MODEL_FILE).is_file() or (path.is_file() and path.suffix == ".safetensors")
 
 
-def model_subjects(model: Model, origin: Origin, settings: Sequence[SampleSettings], num: int, repeat: int = 1) -> list[Subject]:
+def model_subjects(
+    model: AnyModel, origin: Origin, settings: Sequence[SampleSettings], num: int, repeat: int = 1
+) -> list[Subject]:
     """A row for each of `settings`. Draw r of `repeat` has images r num to (r + 1) num - 1, as EDM's seeds have it."""
     if num < 2:
         raise ConfigError(f"--num must be at least 2, not {num}")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import ConfigError
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 
 EPSILON = 1e-6  # of every layer norm
@@ -27,6 +28,10 @@ class DiTSettings:
     patch_size: int = 2
     mlp_ratio: float = 4.0
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    learn_sigma: bool = False  # twice the channels come out, of which the second half is DiT's variance: [N, 2 C, R, R]
+    reversed_flow: bool = False  # REPA: its time 1 is noise and its output e - x, both turned round here to be SiT's
+    time_endpoint: bool = False  # diffusers' DiT: the last frequency of the time embedding is 1/10000 itself
+    mlp_epsilon: float = EPSILON  # of the layer norm before the MLP: diffusers' DiT has 1e-5
 
 
 def grid_embedding(dim: int, side: int) -> Tensor:
@@ -46,9 +51,9 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero)."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, mlp_epsilon: float = EPSILON) -> None:
         super().__init__()
-        self.heads, hidden = heads, int(dim * mlp_ratio)
+        self.heads, hidden, self.mlp_epsilon = heads, int(dim * mlp_ratio), mlp_epsilon
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.modulation = nn.Linear(dim, 6 * dim)
@@ -56,7 +61,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
         x = x + gate1[:, None] * self._attend(modulate(_layer_norm(x), shift1, scale1))
-        hidden = F.gelu(self.fc1(modulate(_layer_norm(x), shift2, scale2)), approximate="tanh")
+        hidden = F.gelu(self.fc1(modulate(_layer_norm(x, self.mlp_epsilon), shift2, scale2)), approximate="tanh")
         return x + gate2[:, None] * self.fc2(hidden)
 
     def _attend(self, x: Tensor) -> Tensor:
@@ -65,32 +70,40 @@ class Block(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, dim))
 
 
-def _layer_norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=EPSILON)
+def _layer_norm(x: Tensor, epsilon: float = EPSILON) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=epsilon)
 
 
 class DiT(nn.Module):
-    """x float [N, C, R, R], times float64 [N] -> float [N, C, R, R].
+    """x float [N, C, R, R], times float64 [N] -> float [N, C, R, R], with `learn_sigma` [N, 2 C, R, R].
 
     `label` int64 [N] with num_classes as the null class (the last row of the table), or None for all null.
+
+    Raises ConfigError for settings of denoisers together with a second time.
     """
 
     def __init__(
         self, settings: DiTSettings, resolution: int, channels: int, num_classes: int = 0, *, second_time: bool = True
     ) -> None:
         super().__init__()
+        if second_time and (settings.learn_sigma or settings.reversed_flow):
+            raise ConfigError("learn_sigma and reversed_flow are settings of denoisers: a flow map's network has neither")
         self.settings, self.num_classes = settings, num_classes
         dim, patch = settings.hidden_size, settings.patch_size
         self.side = resolution // patch
-        self.register_buffer("frequencies", positional_frequencies(SINUSOID_DIM, endpoint=False), persistent=False)
+        frequencies = positional_frequencies(SINUSOID_DIM, endpoint=settings.time_endpoint)
+        self.register_buffer("frequencies", frequencies, persistent=False)
         self.register_buffer("position", grid_embedding(dim, self.side))
         self.patch_embed = nn.Conv2d(channels, dim, patch, stride=patch)
         self.time_mlp = TimeMLP(SINUSOID_DIM, dim)
         self.second_time_mlp = TimeMLP(SINUSOID_DIM, dim) if second_time else None
         self.label_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
-        self.blocks = nn.ModuleList(Block(dim, settings.num_heads, settings.mlp_ratio) for _ in range(settings.depth))
+        self.blocks = nn.ModuleList(
+            Block(dim, settings.num_heads, settings.mlp_ratio, settings.mlp_epsilon) for _ in range(settings.depth)
+        )
         self.out_modulation = nn.Linear(dim, 2 * dim)
-        self.out = nn.Linear(dim, patch * patch * channels)
+        self.out_channels = 2 * channels if settings.learn_sigma else channels
+        self.out = nn.Linear(dim, patch * patch * self.out_channels)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -114,7 +127,8 @@ class DiT(nn.Module):
     ) -> Tensor:
         if augment is not None:
             raise ValueError("DiT takes no augmentation label")
-        n, channels, patch = x.shape[0], x.shape[1], self.settings.patch_size
+        n, channels, patch = x.shape[0], self.out_channels, self.settings.patch_size
+        t = 1 - t if self.settings.reversed_flow else t
         condition = self.time_mlp(sinusoid(t, self.frequencies, sine_first=False))
         if self.second_time_mlp is not None:
             condition = condition + self.second_time_mlp(sinusoid(s, self.frequencies, sine_first=False))
@@ -131,4 +145,5 @@ class DiT(nn.Module):
         shift, scale = self.out_modulation(condition).chunk(2, dim=1)
         x = self.out(modulate(_layer_norm(x), shift, scale))
         x = x.reshape(n, self.side, self.side, patch, patch, channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, self.side * patch, self.side * patch)
+        x = x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, self.side * patch, self.side * patch)
+        return -x if self.settings.reversed_flow else x

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..data import Dataset
+from ..data.latents import LatentDataset
 
 
 @dataclass
 class Batch:
     """A part of the global batch, on the device. Consecutive `group_size` images are a group."""
 
-    images: Tensor  # uint8 [N, C, H, W]
+    images: Tensor  # uint8 [N, C, H, W]; of latents their moments, float [N, 2C, h, w]
     labels: Tensor | None  # int64 [N]
     index: Tensor  # int64 [N], the number of each image in the whole training; 0 is the first image of the first step
     first: int  # index[0], known without asking the device
@@ -61,10 +62,11 @@ def data_indices(length: int, start: int, count: int, seed: int) -> np.ndarray:
     return rows
 
 
-def fetch(dataset: Dataset, first: int, count: int, seed: int, device: torch.device) -> Batch:
+def fetch(dataset: Dataset | LatentDataset, first: int, count: int, seed: int, device: torch.device) -> Batch:
     """Images number first to first + count - 1 of the training, copied to the device."""
     rows = data_indices(len(dataset), first, count, seed)
-    images, labels = torch.from_numpy(dataset.images[rows]), None
+    stored = dataset.moments if isinstance(dataset, LatentDataset) else dataset.images
+    images, labels = torch.from_numpy(stored[rows]), None
     if dataset.labels is not None:
         labels = torch.from_numpy(dataset.labels[rows])
     if device.type == "cuda":  # pinned memory lets the copy overlap with the pass before

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ..charts import Panel, line_chart
 from ..data import Dataset
+from ..data.latents import LatentDataset
+from ..errors import MmgenError
 from ..images import labelled_rows
-from ..models import Model
+from ..models import Model, ModelConfig
 from ..sampling import SampleSettings, draw
+from ..vae import decoder, normalise
 
 SHOWN = 30  # images per number of steps in a picture
 
 
-def picture(model: Model, dataset: Dataset, steps: Sequence[int], seed: int) -> Image.Image:
+def can_show(config: ModelConfig, device: torch.device, note: Callable[[str], None]) -> bool:
+    """Whether pictures can be made: of pixels always, of latents where their VAE can be had. Says so where it cannot."""
+    if config.latents is None:
+        return True
+    try:
+        decoder(config.latents, device)
+        return True
+    except MmgenError as error:
+        note(f"no pictures while training: {error}")
+        return False
+
+
+def picture(model: Model, dataset: Dataset | LatentDataset, steps: Sequence[int], seed: int) -> Image.Image:
     """Samples of each number of steps, from the same noise, above real images."""
     rows: list[tuple[str, Tensor | np.ndarray]] = [
         (
@@ -28,7 +44,16 @@ def picture(model: Model, dataset: Dataset, steps: Sequence[int], seed: int) -> 
         for count in steps
     ]
     chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), min(SHOWN, len(dataset)), replace=False))
-    return labelled_rows([*rows, ("real", dataset.images[chosen])], columns=15, padding=4)
+    return labelled_rows([*rows, _real(model, dataset, chosen)], columns=15, padding=4)
+
+
+def _real(model: Model, dataset: Dataset | LatentDataset, chosen: np.ndarray) -> tuple[str, Tensor | np.ndarray]:
+    """Images of the data set and their caption. Of latents, what the VAE gives back: the best that a model can reach."""
+    if not isinstance(dataset, LatentDataset):
+        return "real", dataset.images[chosen]
+    latents = model.config.latents
+    means = torch.from_numpy(dataset.moments[chosen][:, : dataset.channels]).to(model.device)
+    return "real, decoded", decoder(latents, model.device)(normalise(means, latents)).cpu()
 
 
 def curves(log: Sequence[dict[str, Any]], halves: float | None = None) -> Image.Image:

@@ -9,6 +9,7 @@ import torch
 
 from ..config import RunSettings
 from ..data import Dataset
+from ..data.latents import LatentDataset
 from ..errors import MmgenError
 from ..metrics.evaluate import SMALLEST_FOR_INCEPTION
 from ..metrics.features import Extractor, build_extractor
@@ -56,13 +57,19 @@ class Scorer:
 
 
 def make_scorer(
-    run: RunSettings, dataset: Dataset, device: torch.device, team: Team, note: Callable[[str], None]
+    run: RunSettings, dataset: Dataset | LatentDataset, device: torch.device, team: Team, note: Callable[[str], None]
 ) -> Scorer | None:
     """What `run.eval_features` asks for, checked before training begins; None where nothing can or need be measured.
 
     Raises ModelError where features that were named cannot be had. `auto` then falls back to pixels, and says so.
     """
     if run.eval_num < 2:
+        return None
+    if isinstance(dataset, LatentDataset):
+        note(
+            "no figures while training on latents; of the finished run: "
+            f"mmgen fid RUN --ref {dataset.source} --resolution {dataset.latents.resolution}"
+        )
         return None
     word, small = run.eval_features, math.prod(dataset.images.shape[1:]) <= LARGEST_PIXELS
     if word == "auto":

@@ -13,23 +13,28 @@ from ..data import DataShape
 from ..diffusion import diffuse, per_image
 from ..errors import ConfigError
 from ..flow_map import input_scale, network_times
+from ..latents import LatentSettings
 from ..losses.imm import draw_times, earlier_time, imm_loss, jump_difference
 from ..models import Model, ModelConfig, from_uint8
 from ..random import keys, normal, torch_seed, uniform
+from ..sampling import check_defaults
+from ..vae import draw_latents
 from .batches import Batch
 from .loop import Task
 
 # Purposes of random numbers. Each is drawn with the seed and the number of the image in the whole training.
-_FLIP, _AUGMENT, _LABEL, _NOISE, _TIME = range(100, 105)
+_FLIP, _AUGMENT, _LABEL, _NOISE, _TIME, _LATENT = range(100, 106)
 
 
 def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
     """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
     check_network(config.network, shape.resolution, shape.channels)
-    conditional = config.data.conditional
+    conditional, latents = config.data.conditional, shape.latents
+    if latents is not None:  # the noise has the standard deviation sigma_data, and so have the latents
+        latents = replace(latents, target_std=config.flow.sigma_data)
     if conditional and shape.num_classes == 0:
         raise ConfigError("data.conditional needs class labels, and the data have none: train --unconditional")
-    return ModelConfig(
+    model_config = ModelConfig(
         network=config.network,
         flow=config.flow,
         resolution=shape.resolution,
@@ -39,14 +44,17 @@ def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
         class_names=shape.class_names if conditional else None,
         class_counts=shape.class_counts if conditional else None,
         data=config.data.name,
+        latents=latents,
         sampling=config.sampling if conditional else replace(config.sampling, guidance=1.0),
     )
+    check_defaults(model_config)
+    return model_config
 
 
 def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
     """A freshly initialised network with IMM's objective."""
     network = Model(model_config).network
-    return Task(network, ImmObjective(network, config), model_config)
+    return Task(network, ImmObjective(network, config, model_config.latents), model_config)
 
 
 class ImmObjective(nn.Module):
@@ -56,16 +64,16 @@ class ImmObjective(nn.Module):
     in half precision: the target and the loss are float32, times and coefficients float64.
     """
 
-    def __init__(self, network: nn.Module, config: ImmConfig) -> None:
+    def __init__(self, network: nn.Module, config: ImmConfig, latents: LatentSettings | None = None) -> None:
         super().__init__()
-        self.network, self.config = network, config
+        self.network, self.config, self.latents = network, config, latents
         self.has_dropout = getattr(config.network, "dropout", 0) > 0
 
     def forward(self, batch: Batch) -> Tensor:
         loss, flow, seed = self.config.loss, self.config.flow, self.config.train.seed
         full_precision = torch.autocast(batch.images.device.type, enabled=False)
         with full_precision:
-            x, augment_label = self._pixels(batch)
+            x, augment_label = self._data(batch)
             label, target_label = self._labels(batch)
             noise = flow.sigma_data * normal(keys(seed, batch.index, _NOISE), x.shape[1:])
             s, t = draw_times(loss, flow, keys(seed, batch.index[:: loss.group_size], _TIME))  # one draw a group
@@ -78,6 +86,15 @@ class ImmObjective(nn.Module):
                 out_r = self._output(batch, x, noise, each_s, each_r, target_label, augment_label)
             difference, y_r = jump_difference(flow, each_s, each_r, each_t, x, noise, out_t, out_r)
             return imm_loss(loss, flow, s, r, t, difference, y_r).mean()
+
+    def _data(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What is learned, float32 [N, C, H, W], and the augmentation label [N, 9], if any.
+
+        A latent is drawn anew at each step from the moments of its image.
+        """
+        if self.latents is None:
+            return self._pixels(batch)
+        return draw_latents(batch.images, self.latents, keys(self.config.train.seed, batch.index, _LATENT)), None
 
     def _pixels(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """The images in [-1, 1], float32, mirrored and augmented as configured, and the augmentation label [N, 9]."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import ImmConfig
 from ..data import Dataset
+from ..data.latents import LatentDataset
 from ..errors import ConfigError, TrainingError
 from ..images import save_png
 from ..metrics.frechet import halves_distance
@@ -70,7 +71,7 @@ class Trainer:
         self,
         make_task: Callable[[], Task],
         config: ImmConfig,
-        dataset: Dataset,
+        dataset: Dataset | LatentDataset,
         folder: RunFolder,
         reporter: Reporter,
         accelerator: Any,
@@ -101,6 +102,7 @@ class Trainer:
         self._losses: list[Tensor] = []  # of the steps since the last log line, on the device
         self.team = team_of(accelerator)
         self.scorer = make_scorer(run, dataset, accelerator.device, self.team, reporter.note)
+        self.shows = self.team.is_main and evaluation.can_show(self.task.model_config, accelerator.device, reporter.note)
 
     # ------------------------------------------------------------------ a run
 
@@ -259,7 +261,7 @@ class Trainer:
             save_png(self.folder.path / "curves.png", evaluation.curves(self.log_lines))
 
     def _preview(self) -> None:
-        if self.accelerator.is_main_process:
+        if self.shows:
             image = evaluation.picture(self._averaged_model(), self.dataset, self.config.run.eval_steps, self.config.train.seed)
             save_png(self.folder.previews / f"{self.progress.images:012d}.png", image)
 
@@ -274,10 +276,9 @@ class Trainer:
         if done or not main:
             return results
         run, model = self.config.run, self._averaged_model()
-        save_png(
-            self.folder.path / "samples.png",
-            evaluation.picture(model, self.dataset, run.eval_steps, self.config.train.seed),
-        )
+        if self.shows:
+            image = evaluation.picture(model, self.dataset, run.eval_steps, self.config.train.seed)
+            save_png(self.folder.path / "samples.png", image)
         halves = None
         if self.scorer is not None and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4:
             halves = halves_distance(self.dataset.images)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..config import ImmConfig
 from ..data import Dataset
+from ..data.latents import LatentDataset
 from ..errors import TrainingError
 from ..files import remove_leftovers, replacing, write_json
 from ..settings import flatten
@@ -35,7 +36,7 @@ class RunFolder:
         self.previews = path / "previews"
         self.log_file = path / "log.jsonl"
 
-    def open(self, config: ImmConfig, dataset: Dataset) -> None:
+    def open(self, config: ImmConfig, dataset: Dataset | LatentDataset) -> None:
         """Makes the folder, or checks that it holds this very run. Raises TrainingError naming what differs."""
         identity = {"command": "train-imm", "config": config.to_dict(), "data": dataset.fingerprint}
         identity = json.loads(json.dumps(identity))  # as it comes back: tuples are lists

@@ -13,29 +13,58 @@ import torch
 from .. import data
 from ..config import DataSettings, ImmConfig
 from ..data import Dataset, DataShape
+from ..data.latents import LatentDataset, load_latents
+from ..data.resolve import find_latents
 from ..errors import ConfigError, DataError
 from .imm import imm_model_config, imm_task
 from .loop import Outcome, Reporter, Trainer
 from .run_folder import RunFolder
 
 
-def load_data(settings: DataSettings, progress: Callable[[int, int], None] | None = None) -> Dataset:
+def load_data(settings: DataSettings, progress: Callable[[int, int], None] | None = None) -> Dataset | LatentDataset:
     """The data set of a config. Raises DataError, or ConfigError where it contradicts the settings."""
-    if settings.channels not in (None, 1, 3):
-        raise DataError(f"{settings.name} has {settings.channels} channels, and this version of mmgen trains on pixels only")
-    dataset = data.load(
-        settings.name,
-        resolution=settings.resolution,
-        channels=settings.channels,
-        split=settings.split,
-        image_column=settings.image_column,
-        label_column=settings.label_column,
-        on_corrupt=settings.on_corrupt,
-        progress=progress,
-    )
+    place = find_latents(settings.name)
+    if place is not None:
+        dataset = load_latents(place, settings.name)
+        _check_latents(settings, dataset)
+    elif settings.channels not in (None, 1, 3):
+        raise DataError(
+            f"the recipe trains on latents of {settings.channels} channels, and {settings.name} is no folder of them: make one "
+            "with `mmgen cache-latents --data IMAGES --resolution 256 --out FOLDER`, then give --data FOLDER"
+        )
+    else:
+        dataset = data.load(
+            settings.name,
+            resolution=settings.resolution,
+            channels=settings.channels,
+            split=settings.split,
+            image_column=settings.image_column,
+            label_column=settings.label_column,
+            on_corrupt=settings.on_corrupt,
+            progress=progress,
+        )
     if settings.conditional and settings.num_classes not in (None, dataset.num_classes):
         raise ConfigError(f"data.num_classes is {settings.num_classes}, but {settings.name} has {dataset.num_classes} classes")
     return dataset
+
+
+def _check_latents(settings: DataSettings, dataset: LatentDataset) -> None:
+    """Raises ConfigError where settings and latents contradict each other, or a setting is one of images."""
+    size, channels, pixels = dataset.resolution, dataset.channels, dataset.latents.resolution
+    if settings.resolution not in (None, size):
+        raise ConfigError(
+            f"data.resolution is {settings.resolution}, but {settings.name} holds latents of {size}x{size} (of images of "
+            f"{pixels}x{pixels}): set data.resolution={size}, or take the latents that the recipe is for"
+        )
+    if settings.channels not in (None, channels):
+        raise ConfigError(f"data.channels is {settings.channels}, but {settings.name} holds latents of {channels} channels")
+    chosen = {"split": settings.split != "train", "image_column": settings.image_column is not None,
+              "label_column": settings.label_column is not None, "on_corrupt": settings.on_corrupt != "stop"}  # fmt: skip
+    for name in (name for name, changed in chosen.items() if changed):
+        raise ConfigError(f"data.{name} is a choice of `mmgen cache-latents`, and {settings.name} is made already: leave it out")
+    if settings.xflip or settings.augment > 0:
+        name = "data.xflip" if settings.xflip else "data.augment"
+        raise ConfigError(f"{name} is for images, not for latents: leave it out; `mmgen cache-latents --xflip` mirrors")
 
 
 def expected_shape(settings: DataSettings) -> DataShape | None:

@@ -1,0 +1,139 @@
+"""Whose checkpoint a file is, by what is in it, and what mmgen can do with it: behind `mmgen convert` and `mmgen inspect`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import ModuleType
+from typing import Any
+
+from ..errors import ConfigError, ModelError, nearest
+from .family import Converted, ConvertOptions
+from .reading import Found
+
+FAMILIES = {  # a family's word, also of Converted.family -> in words
+    "mmgen": "mmgen's own",
+    "imm": "Inductive Moment Matching (lumaai/imm)",
+    "edm": "EDM (NVlabs/edm)",
+    "edm2": "EDM2 (NVlabs/edm2)",
+    "adm": "ADM (openai/guided-diffusion)",
+    "consistency": "consistency models (openai/consistency_models)",
+    "dit": "DiT (facebookresearch/DiT)",
+    "sit": "SiT (willisma/SiT)",
+    "repa": "REPA (sihyun-yu/REPA)",
+    "diffusers-unet2d": "UNet2DModel of diffusers",
+    "diffusers-dit": "DiT of diffusers",
+}
+_PRECISIONS = ("fp32", "fp16")
+
+
+def family_module(family: str) -> ModuleType:
+    """The module with `matches`, `convert` and `original_state` of a family."""
+    from . import adm, diffusers, dit, edm, edm2, imm
+
+    modules = {"imm": imm, "edm": edm, "edm2": edm2, "adm": adm, "consistency": adm, "dit": dit, "sit": dit, "repa": dit}
+    return modules[family] if family in modules else {"diffusers-unet2d": diffusers, "diffusers-dit": diffusers}[family]
+
+
+def family_of(found: Found) -> str | None:
+    """A word of FAMILIES, from the names of the tensors and what the file says; None for a file that is of none of them.
+
+    ADM and consistency models have the same names: told by the channels that they put out (ADM's learn a variance too).
+    DiT and SiT have the same names and shapes: "dit" unless the file says otherwise, and `convert` then asks.
+    """
+    if "mmgen" in found.arguments:
+        return "mmgen"
+    for family in ("imm", "edm2", "edm", "diffusers-unet2d", "dit", "adm"):
+        if family_module(family).matches(found):
+            return _told_apart(family, found)
+    return None
+
+
+def _told_apart(family: str, found: Found) -> str:
+    said = found.arguments.get("args")
+    said = said if isinstance(said, dict) else {}
+    if family == "adm":
+        first, last = found.tensors.get("input_blocks.0.0.weight"), found.tensors.get("out.2.weight")
+        same = first is not None and last is not None and first.ndim == last.ndim == 4 and len(last) == first.shape[1]
+        return "consistency" if same else "adm"
+    if family == "dit" and (any(key.startswith("projectors.") for key in found.tensors) or "proj_coeff" in said):
+        return "repa"
+    if family == "dit" and ("path_type" in said or str(said.get("model", "")).startswith("SiT")):
+        return "sit"
+    if family == "diffusers-unet2d":
+        config = found.arguments.get("config")
+        name = str(config.get("_class_name", "")) if isinstance(config, dict) else ""
+        transformer = any(key.startswith("transformer_blocks.") for key in found.tensors)
+        return "diffusers-dit" if "Transformer2D" in name or transformer else family
+    return family
+
+
+def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Converted:
+    """The model under mmgen's names, by the family that it is of.
+
+    Raises ModelError where no family is recognised, or where its tensors or settings are not what its family's are, and
+    ConfigError where an option is missing, unknown or contradicts the file.
+    """
+    if options.precision not in (None, *_PRECISIONS):
+        raise ConfigError(f"unknown precision {options.precision!r}: {nearest(options.precision, _PRECISIONS)}")
+    family = family_of(found)
+    if family == "mmgen":
+        raise ModelError(f"{found.path} is a model of mmgen's already: sample from it as it is")
+    if family is None:
+        first = ", ".join(ascii(key[:60])[1:-1] for key in list(found.tensors)[:3])
+        known = ", ".join(text for word, text in FAMILIES.items() if word != "mmgen")
+        raise ModelError(f"{found.path} is of no family that mmgen knows (its tensors: {first} ...); known: {known}")
+    try:
+        return family_module(family).convert(found, options)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise ModelError(
+            f"{found.path} says of its network what {FAMILIES[family]} never does ({type(error).__name__}: {str(error)[:100]})"
+        ) from error
+
+
+def describe(found: Found, options: ConvertOptions = ConvertOptions()) -> dict[str, Any]:
+    """What `mmgen inspect` says of a file: words, numbers, and a list under "left out" and "mmgen can"."""
+    family = family_of(found)
+    numbers = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values())
+    rows: dict[str, Any] = {
+        "file": str(found.path),
+        "container": found.container,
+        "family": FAMILIES.get(family, "unknown"),
+        "tensors": len(found.tensors),
+        "numbers in them": sum(tensor.numel() for tensor in found.tensors.values()),
+        "precision": ", ".join(f"{dtype} ({count})" if len(numbers) > 1 else dtype for dtype, count in numbers.most_common()),
+    }
+    if name := found.arguments.get("class_name"):
+        inner = found.arguments.get("modules", {}).values()
+        rows["class"] = ", ".join([name, *(module["class_name"] for module in inner)])
+    rows |= {"left out": [f"{key}: {reason}" for key, reason in found.left_out.items()], "sha256": found.sha256}
+    if family is None:
+        return rows | {"mmgen can": ["nothing: it is of no family that mmgen knows"]}
+    if family == "mmgen":
+        return rows | _shape(found.arguments["mmgen"].get("config", {})) | {"mmgen can": ["sample from it: mmgen sample"]}
+    try:
+        converted = convert(found, options)
+    except ConfigError as error:
+        if family == "dit":  # SiT's tensors have the same names
+            rows["family"] = "DiT or SiT"
+        return rows | {"mmgen can": [f"convert it, once told more: {error}"]}
+    except ModelError as error:
+        return rows | {"mmgen can": [f"not convert it: {error}"]}
+    config = converted.config
+    shape = {"resolution": config.resolution, "channels": config.channels, "num_classes": config.num_classes}
+    rows["left out"] += [f"{key}: {reason}" for key, reason in converted.left_out.items()]
+    return rows | _shape(shape) | {"mmgen can": _abilities(converted)}
+
+
+def _shape(config: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(config, dict) or "resolution" not in config:
+        return {}
+    side, classes = config["resolution"], config.get("num_classes")
+    return {"draws": f"{config.get('channels')} x {side} x {side}" + (f", {classes} classes" if classes else ", without classes")}
+
+
+def _abilities(converted: Converted) -> list[str]:
+    kind = "a flow map" if converted.config.denoiser is None else "a denoiser"
+    able = [f"convert it to {kind}, and sample from that: mmgen convert, mmgen sample"]
+    if converted.family in ("dit", "diffusers-unet2d", "diffusers-dit"):
+        able.append("write it as a folder of diffusers: mmgen convert --to diffusers")
+    return [*able, "write it back under its original names: mmgen convert --to pt"]

@@ -1,0 +1,98 @@
+"""`mmgen convert` and `mmgen inspect`: other people's checkpoints, read without running any of what is in them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_PLACE = "A file, a folder of diffusers, or a hub repository user/name."
+_TYPE = "What the tensors' names cannot tell apart. Default: what the file says of itself."
+_PRESET = "Of ADM and consistency models: the published flags, which their files do not hold. An unknown name lists them. Default: none."
+_WEIGHTS = "Where both are in the file: the averaged weights, or those that are not averaged."
+
+
+def convert(
+    place: Annotated[str, typer.Argument(metavar="IN", help=_PLACE)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="OUT.safetensors; OUT.pt for --to pt; a folder for --to diffusers.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="mmgen|diffusers|pt",
+            help="mmgen: one self-describing .safetensors and a model card. diffusers: a folder that diffusers loads. pt: the plain "
+            "state dict under the original names.",
+        ),
+    ] = "mmgen",
+    type: Annotated[str | None, typer.Option(metavar="sit|dit|repa", help=_TYPE)] = None,
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help=_PRESET)] = None,
+    precision: Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Of the numbers in OUT. Default: as in IN.")] = None,
+    weights: Annotated[str, typer.Option(metavar="ema|model", help=_WEIGHTS)] = "ema",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT. Default: refuse.")] = False,
+) -> None:
+    """Convert a checkpoint of IMM, EDM, EDM2, ADM, consistency models, DiT, SiT, REPA or diffusers into mmgen's own file.
+
+    Example: mmgen convert edm-cifar10-32x32-cond-vp.pkl edm-cifar10.safetensors
+
+    Then: mmgen sample edm-cifar10.safetensors --steps 18
+
+    Nothing in IN is executed: a pickle that asks for more than tensors is refused. Every tensor is used, or listed with the
+    reason why it was left out.
+    """
+    from ..checkpoints.family import ConvertOptions
+    from ..checkpoints.recognise import FAMILIES
+    from ..convert import convert_file
+
+    done = convert_file(place, out, ConvertOptions(type, preset, precision), to=to, weights=weights, overwrite=overwrite)
+    config = done.config
+    rows: dict[str, Any] = {
+        "family": FAMILIES[done.family],
+        "draws": f"{config.channels} x {config.resolution} x {config.resolution}"
+        + (f", {config.num_classes} classes" if config.num_classes else ", without classes"),
+        "tensors": f"{done.used:,} used, {len(done.left_out):,} left out",
+        "left out": [f"{name}: {reason}" for name, reason in done.left_out.items()],
+        "written": str(done.out),
+    }
+    if done.card is not None:
+        rows["model card"] = str(done.card)
+        rows["next"] = f"mmgen sample {done.out} --num 16 --out grid.png"
+    _show(rows)
+
+
+def inspect(
+    place: Annotated[str, typer.Argument(metavar="FILE", help=_PLACE)],
+    type: Annotated[str | None, typer.Option(metavar="sit|dit|repa", help=_TYPE)] = None,
+    preset: Annotated[str | None, typer.Option(metavar="NAME", help=_PRESET)] = None,
+    weights: Annotated[str, typer.Option(metavar="ema|model", help=_WEIGHTS)] = "ema",
+) -> None:
+    """Say what a checkpoint is, what it holds, and what mmgen can do with it. Nothing in it is executed.
+
+    Example: mmgen inspect edm-cifar10-32x32-cond-vp.pkl
+    """
+    from ..checkpoints.family import ConvertOptions
+    from ..checkpoints.reading import read
+    from ..checkpoints.recognise import describe
+
+    _show(describe(read(place, weights=weights), ConvertOptions(type, preset)))
+
+
+def _show(rows: dict[str, Any]) -> None:
+    """A line for each row; lists are shortened on a terminal, where thousands of names would hide the rest."""
+    from rich.console import Console
+    from rich.table import Table
+
+    terminal = sys.stdout.isatty()
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        if isinstance(value, list):
+            if not value:
+                continue
+            more = (
+                [f"... and {len(value) - 12:,} more: written to a file, this output has them all"]
+                if terminal and len(value) > 12
+                else []
+            )
+            value = "\n".join(value[:12] + more if more else value)
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value))
+    Console(width=None if terminal else 1000).print(table, highlight=False, markup=False)

@@ -1,0 +1,141 @@
+"""A data set of latents: what `mmgen cache-latents` wrote, mapped into memory.
+
+latents.json             what these are: the VAE, its normalisation, the images they came from; written last
+shards/000000.npy ...    moments [n, 2C, h, w], the mean above the standard deviation (of a tiny VAE the mean alone)
+labels.npy               int64 [N], where the images have labels
+latents-unfinished.json  what was asked for, until all is encoded
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, DataError
+from ..latents import LatentSettings
+from ..settings import from_dict
+from .dataset import Labelled
+
+FORMAT = 1
+RECORD, JOB, LABELS, SHARDS = "latents.json", "latents-unfinished.json", "labels.npy", "shards"
+
+
+class Rows:
+    """Arrays [n_i, ...] one after the other, indexed as one. Memory-mapped arrays are read where they are asked for."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]) -> None:
+        self.arrays = arrays
+        self.starts = np.cumsum([0, *(len(array) for array in arrays)])
+        self.shape = (int(self.starts[-1]), *arrays[0].shape[1:])
+        self.dtype = arrays[0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        """Rows int64 [M], in any order, copied: [M, ...]."""
+        found = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        which = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(which):
+            here = which == number
+            found[here] = self.arrays[number][rows[here] - self.starts[number]]
+        return found
+
+
+@dataclass(frozen=True)
+class LatentDataset(Labelled):
+    """What a `--data` word that means latents becomes."""
+
+    word: str  # what the user wrote
+    moments: Rows  # float16 or float32 [N, 2C, h, w], or [N, C, h, w] of a tiny VAE
+    labels: np.ndarray | None  # int64 [N], 0 <= label < num_classes
+    class_names: list[str] | None
+    description: str  # one line
+    fingerprint: str  # SHA-256 of VAE, normalisation, moments and labels
+    latents: LatentSettings
+    source: str  # the --data word of the images
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    @property
+    def resolution(self) -> int:
+        return self.moments.shape[-1]
+
+    @property
+    def channels(self) -> int:
+        return len(self.latents.mean)
+
+
+def is_latents(place: Path) -> bool:
+    """Whether a folder holds latents, whole or not yet."""
+    return (place / RECORD).is_file() or (place / JOB).is_file()
+
+
+def source_of(place: Path) -> str:
+    """The --data word of the images that a folder of latents came from, to be shown; the resolution is beside it."""
+    try:
+        record = json.loads((place / (RECORD if (place / RECORD).is_file() else JOB)).read_text("utf-8"))
+        return f"{record['source']['word']} at {record['resolution']} pixels"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "images"
+
+
+def shard_file(place: Path, number: int) -> Path:
+    return place / SHARDS / f"{number:06d}.npy"
+
+
+def read_record(place: Path) -> dict[str, Any]:
+    """latents.json. Raises DataError where it is not there yet, damaged, or of a later version."""
+    file = place / RECORD
+    if not file.is_file():
+        raise DataError(f"{place} is not whole yet: the same `mmgen cache-latents` command that began it continues it")
+    try:
+        record = json.loads(file.read_text("utf-8"))
+        if record["format"] != FORMAT:
+            raise DataError(f"{file} has format {record['format']}, this version of mmgen reads {FORMAT}: install a newer mmgen")
+        return record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged: {error!r}") from error
+
+
+def load_latents(place: Path, word: str = "") -> LatentDataset:
+    """Maps a folder of latents. Raises DataError naming a file that is missing, damaged, or does not fit latents.json."""
+    record = read_record(place)
+    try:
+        latents = from_dict(LatentSettings, record["latents"])
+        shape = (record["channels"] * (2 if latents.kind == "kl" else 1), record["size"], record["size"])
+        arrays = [_map(shard_file(place, i), (n, *shape), record["dtype"]) for i, n in enumerate(record["shards"])]
+        labels = _map(place / LABELS, (record["number"],), "int64") if record["labelled"] else None
+        if sum(record["shards"]) != record["number"] or not record["number"]:
+            raise ValueError("its numbers contradict each other")
+        return LatentDataset(
+            word=word or str(place),
+            moments=Rows(arrays),
+            labels=None if labels is None else np.array(labels),
+            class_names=record["class_names"],
+            description=record["description"],
+            fingerprint=record["fingerprint"],
+            latents=latents,
+            source=record["source"]["word"],
+        )
+    except (KeyError, TypeError, ValueError, IndexError, ConfigError) as error:
+        raise DataError(f"{place / RECORD} is damaged: {error!r}") from error
+
+
+def _map(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """One array, mapped. Raises DataError."""
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"{file} is missing: copy it from where the others are, or encode again into another folder") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{file} is damaged ({error}): copy it again, or encode again into another folder") from error
+    if array.shape != shape or array.dtype != dtype:
+        raise DataError(f"{file} holds {array.dtype} {list(array.shape)}, but latents.json says {dtype} {list(shape)}")
+    return array

@@ -1,0 +1,26 @@
+"""Classifier-free guidance on a network's raw output, for flow maps and denoisers alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def guided(
+    network: nn.Module, x: Tensor, t: Tensor, s: Tensor | None, label: Tensor | None, guidance: float, channels: int | None = None
+) -> Tensor:
+    """G_w = G(null) + w (G(label) - G(null)) (IMM, eqs. 14, 85, 86).
+
+    x [N, C, H, W] and t, s float64 [N] as the network takes them; label int64 [N] (the network's num_classes is the null
+    class) or None. Both passes are one batch. With w = 1 the null class is not evaluated; with w = 0 it alone is. Of the
+    output's channels the first `channels` are kept: the others are learned variances. Returns float32 [N, channels, H, W].
+    """
+    if label is None or guidance == 1:
+        return network(x, t, s, label)[:, :channels].float()
+    null = torch.full_like(label, network.num_classes)
+    if guidance == 0:
+        return network(x, t, s, null)[:, :channels].float()
+    both_s = None if s is None else torch.cat([s] * 2)
+    both = network(torch.cat([x] * 2), torch.cat([t] * 2), both_s, torch.cat([null, label]))[:, :channels]
+    unconditional, conditional = both.float().chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
