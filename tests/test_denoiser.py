@@ -9,13 +9,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden import arrays, settings, state
 from safetensors.torch import load_file, save_file
 from tiny_model import make_denoiser, make_model
 from torch import nn
 
 import mmgen
-from mmgen.checkpoints.imm import from_official
 from mmgen.denoiser import Denoiser, DenoiserSettings, network_time, rounded_sigma, sigma_at, sigma_range, sigma_table
 from mmgen.errors import ConfigError, ModelError
 from mmgen.models import METADATA_KEY, Model, ModelConfig, load_model, read_config, save_model
@@ -267,32 +265,6 @@ def test_x_hat_at_the_ends():
             expected = model.denoise(80.0 * z / schedule.sigma(full(t)), full(80.0))
             torch.testing.assert_close(model.x_hat(z, full(t), schedule), expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(model.x_hat(z, full(0.0), schedule), model.denoise(z, full(0.002)), rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", ["edm_ddpmpp_cond", "edm_ncsnpp_cond"])
-@torch.no_grad()
-def test_golden_edm(name):
-    given, g = settings(name), arrays(name)
-    network = UNetSettings(
-        model_channels=given["model_channels"], channel_mult=tuple(given["channel_mult"]), num_blocks=given["num_blocks"],
-        attn_resolutions=tuple(given["attn_resolutions"]), embedding=given.get("embedding", "positional"),
-        encoder=given.get("encoder", "standard"), resample="fir" if given.get("resample_filter") else "box",
-    )  # fmt: skip
-    config = ModelConfig(
-        network, None, given["resolution"], given["channels"], given["num_classes"], given.get("augment_dim", 0),
-        denoiser=DenoiserSettings("edm"),
-    )  # fmt: skip
-    model = Denoiser(config).eval()
-    model.network.load_state_dict(from_official(state(name)))
-
-    def error(found, expected):
-        rms = [v.double().flatten(1).pow(2).mean(1).sqrt() for v in (found.double() - expected, expected)]
-        return (rms[0] / rms[1]).max().item()
-
-    for z in (g["z"], g["z"].double()):
-        assert error(model.denoise(z, g["sigma"].double(), g["label"]), g["x_pred"]) < 2e-5
-        if "x_pred_uncond" in g:
-            assert error(model.denoise(z, g["sigma"].double()), g["x_pred_uncond"]) < 2e-5
 
 
 def test_files(tmp_path):
