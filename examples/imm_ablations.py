@@ -15,7 +15,8 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from mmgen import config as configs
+from mmgen.config import nest, read_preset
+from mmgen.imm_config import ImmConfig, resolve
 from mmgen.training.start import train_imm
 
 STEPS = (1, 2, 8)
@@ -56,7 +57,7 @@ def run(name: str, changes: dict, seed: int, images: int, samples: int, out: Pat
     """FD-pixels by number of steps. Trains the run in `out`, or finds it finished there."""
     AcceleratorState._reset_state(reset_partial_state=True)
     settings = {**SMALL, **changes, "train.seed": seed, "train.max_images": images, "run.eval_num": samples}
-    config = configs.resolve(configs.read_preset("digits-imm"), configs.nest(settings))
+    config = resolve(read_preset("digits-imm"), nest(settings, ImmConfig))
     folder = out / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
     return train_imm(config, folder, Silent(), device="cpu").results["values"]
 

@@ -1,24 +1,31 @@
-"""The settings of a training run: presets, TOML files and single settings merged into one checked, frozen data class."""
+"""The settings of a training run: presets, TOML files and single settings merged into one checked, frozen data class.
+
+Here are the sections that all methods share and what merges them; `imm_config`, `teacher_config` and `distill_config` have the
+config of one command each, with `resolve(*tables)`.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from dataclasses import dataclass, field
+import typing
+from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from .errors import ConfigError, nearest
-from .flow_map import FlowMapSettings
-from .losses.imm import ImmSettings, documented_times
-from .models import SamplingSettings
-from .networks import DiTSettings, NetworkSettings, UNetSettings
+from .networks import ADMSettings, DiTSettings, EDM2Settings, NetworkSettings, UNetSettings
 from .settings import flatten, from_dict
 
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
+
+Config = TypeVar("Config")  # a data class whose fields are the sections; it has defaults for all, and to_dict()
+_COMMAND = "command"  # the key of a TOML file that says for which command it is
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class OptimizerSettings:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
-    warmup_images: int = 0  # the learning rate rises linearly over these, then is constant
+    warmup_images: int = 0  # the learning rate rises linearly over these
+    decay: Literal["none", "linear"] = "none"  # then it is constant, or falls to 0 at train.max_images
     grad_clip: float = 0.0  # largest norm of the gradient; 0: not clipped
 
 
@@ -55,7 +63,7 @@ class TrainSettings:
     max_images: int = 400_000 * 4096  # images to train on
     seed: int = 0
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"  # tf32 is fp32 where there is no GPU
-    ema_betas: tuple[float, ...] = (0.9999,)  # averages of the weights kept, by decay per step
+    ema_betas: tuple[float, ...] = (0.9999,)  # averages of the weights kept, by decay per step; none at all: the weights
     ema_half_lives: tuple[int, ...] = ()  # more averages, by half-life in images
 
 
@@ -76,41 +84,42 @@ class RunSettings:
     log_with: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
 
-@dataclass(frozen=True)
-class ImmConfig:
-    """All settings of `mmgen train-imm`, a section each."""
-
-    network: NetworkSettings = field(default_factory=UNetSettings)
-    flow: FlowMapSettings = FlowMapSettings()
-    loss: ImmSettings = ImmSettings()
-    data: DataSettings = DataSettings()
-    optimizer: OptimizerSettings = OptimizerSettings()
-    train: TrainSettings = TrainSettings()
-    sampling: SamplingSettings = SamplingSettings()
-    run: RunSettings = RunSettings()
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+@cache
+def _presets() -> dict[str, dict[str, Any]]:
+    files = [file for file in resources.files("mmgen.presets").iterdir() if file.name.endswith(".toml")]
+    return {file.name.removesuffix(".toml"): tomllib.loads(file.read_text("utf-8")) for file in files}
 
 
-def preset_names() -> list[str]:
-    return sorted(p.name.removesuffix(".toml") for p in resources.files("mmgen.presets").iterdir() if p.name.endswith(".toml"))
+def preset_names(command: str | None = None) -> list[str]:
+    """The presets of a command, such as "train-imm"; None: all there are."""
+    return sorted(name for name, table in _presets().items() if command in (None, table.get(_COMMAND)))
 
 
-def read_preset(name: str) -> dict[str, Any]:
-    """The table of a preset, or ConfigError with the names that there are."""
-    if name not in preset_names():
-        raise ConfigError(f"unknown preset {name!r}: {nearest(name, preset_names())}")
-    return tomllib.loads((resources.files("mmgen.presets") / f"{name}.toml").read_text("utf-8"))
+def read_preset(name: str, command: str | None = None) -> dict[str, Any]:
+    """The table of a preset, or ConfigError with the names that there are for the command."""
+    table = _presets().get(name)
+    if table is None:
+        raise ConfigError(f"unknown preset {name!r}: {nearest(name, preset_names(command))}")
+    return _for_command(table, command, f"the preset {name}")
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
+def _for_command(table: dict[str, Any], command: str | None, name: str) -> dict[str, Any]:
+    """The table without its `command`. Raises ConfigError where that is another one."""
+    found = table.get(_COMMAND)
+    if None not in (command, found) and found != command:
+        raise ConfigError(f"{name} is for `mmgen {found}`, not for `mmgen {command}`")
+    return {key: value for key, value in copy.deepcopy(table).items() if key != _COMMAND}
+
+
+def read_toml(path: str | Path, command: str | None = None) -> dict[str, Any]:
+    """The table of a settings file. Raises ConfigError where it cannot be read, or says that it is for another command."""
     try:
-        return tomllib.loads(Path(path).read_text("utf-8"))
+        table = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    return _for_command(table, command, str(path))
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -136,101 +145,85 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def nest(dotted: dict[str, Any]) -> dict[str, Any]:
-    """{"loss.k": 12} as {"loss": {"k": 12}}. Raises ConfigError for a key that is not section.name."""
-    sections = [f.name for f in dataclasses.fields(ImmConfig)]
-    valid = [key for key, _ in flatten(ImmConfig().to_dict())]
-    valid += [f"network.{f.name}" for f in dataclasses.fields(DiTSettings) if f"network.{f.name}" not in valid]
+def nest(dotted: dict[str, Any], cls: type[Config]) -> dict[str, Any]:
+    """{"loss.k": 12} as {"loss": {"k": 12}}. Raises ConfigError for a key that is in no section of the config class `cls`."""
+    defaults = cls().to_dict()
+    valid = [key for key, _ in flatten(defaults)]
+    if "network" in defaults:
+        valid += [f"network.{field.name}" for kind in typing.get_args(NetworkSettings) for field in dataclasses.fields(kind)]
     nested: dict[str, Any] = {}
     for key, value in dotted.items():
-        section, dot, name = key.partition(".")
-        if not dot or section not in sections:
-            raise ConfigError(f"unknown setting {key!r}: {nearest(key, valid)}")
-        nested.setdefault(section, {})[name] = value
+        *tables, name = key.split(".")
+        if not tables or tables[0] not in defaults:
+            raise ConfigError(f"unknown setting {key!r}: {nearest(key, dict.fromkeys(valid))}")
+        inner = nested
+        for table in tables:
+            inner = inner.setdefault(table, {})
+        inner[name] = value
     return nested
 
 
-def resolve(*tables: dict[str, Any]) -> ImmConfig:
-    """One config from tables of rising precedence; what depends on other settings is filled in, what cannot be is refused."""
-    content: dict[str, Any] = {}
+def build(cls: type[Config], *tables: dict[str, Any]) -> Config:
+    """One config from tables of rising precedence, over the config class's own defaults, section by section.
+
+    Raises ConfigError for unknown names and impossible types; what values go together is for each config's `resolve`.
+    """
+    content = cls().to_dict()
     for table in tables:
         content = merge(content, table)
-    if isinstance(content.get("network"), dict):
-        content["network"].setdefault("kind", "unet")
-    config = from_dict(ImmConfig, content)
-    low, high = documented_times(config.loss.mapping, config.flow.get_schedule().t_max)
-    flow = dataclasses.replace(
-        config.flow,
-        t_min=low if config.flow.t_min is None else config.flow.t_min,
-        t_max=high if config.flow.t_max is None else config.flow.t_max,
-    )
-    config = dataclasses.replace(config, flow=flow)
-    _check(config)
-    return config
+    return from_dict(cls, content)
 
 
-def _check(config: ImmConfig) -> None:
-    """Raises ConfigError for values that are impossible, alone or together."""
-    flow, loss, data, optimizer, train, run = (
-        config.flow, config.loss, config.data, config.optimizer, config.train, config.run
-    )  # fmt: skip
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
 
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(message)
 
-    for name, value in {
-        "loss.group_size": loss.group_size, "train.batch_size": train.batch_size, "train.max_images": train.max_images,
+def require_positive(values: dict[str, float]) -> None:
+    """name -> value: raises ConfigError naming the first that is not more than 0."""
+    for name, value in values.items():
+        require(value > 0, f"{name} must be more than 0, not {value}")
+
+
+def require_fraction(values: dict[str, float]) -> None:
+    """name -> value: raises ConfigError naming the first that is not in [0, 1)."""
+    for name, value in values.items():
+        require(0 <= value < 1, f"{name} must be at least 0 and less than 1, not {value}")
+
+
+def check_shared(config: Any) -> None:
+    """Raises ConfigError for values of the shared sections that are impossible, alone or together.
+
+    config: has data, optimizer, train and run; its network, if it has one, is looked at too.
+    """
+    data, optimizer, train, run = config.data, config.optimizer, config.train, config.run
+    network = getattr(config, "network", None)
+    require_positive({
+        "train.batch_size": train.batch_size, "train.max_images": train.max_images,
         "run.batch_per_device": run.batch_per_device, "run.checkpoint_every": run.checkpoint_every,
         "run.keep_checkpoints": run.keep_checkpoints, "run.preview_every": run.preview_every,
-        "run.eval_every": run.eval_every, "run.log_every": run.log_every, "flow.sigma_data": flow.sigma_data,
-        "flow.time_scale": flow.time_scale, "optimizer.lr": optimizer.lr, "optimizer.eps": optimizer.eps,
-        "loss.distance_floor": loss.distance_floor, "loss.lognormal_std": loss.lognormal_std,
-        **{"run.eval_steps": min(run.eval_steps, default=0), "train.ema_half_lives": min(train.ema_half_lives, default=1)},
-    }.items():  # fmt: skip
-        require(value > 0, f"{name} must be more than 0, not {value}")
-    for name, value in {
+        "run.eval_every": run.eval_every, "run.log_every": run.log_every,
+        "optimizer.lr": optimizer.lr, "optimizer.eps": optimizer.eps,
+        "run.eval_steps": min(run.eval_steps, default=0), "train.ema_half_lives": min(train.ema_half_lives, default=1),
+    })  # fmt: skip
+    require_fraction({
         "data.label_dropout": data.label_dropout, "data.augment": data.augment, "optimizer.beta1": optimizer.beta1,
-        "optimizer.beta2": optimizer.beta2, **({"network.dropout": config.network.dropout}
-                                               if isinstance(config.network, UNetSettings) else {}),
-    }.items():  # fmt: skip
-        require(0 <= value < 1, f"{name} must be at least 0 and less than 1, not {value}")
+        "optimizer.beta2": optimizer.beta2,
+        **({"network.dropout": network.dropout} if hasattr(network, "dropout") else {}),
+    })  # fmt: skip
     for beta in train.ema_betas:
         require(0 < beta < 1, f"train.ema_betas must lie between 0 and 1, not {beta}")
-    require(len(train.ema_betas) + len(train.ema_half_lives) > 0, "train.ema_betas and train.ema_half_lives are both empty")
-    require(min(optimizer.weight_decay, optimizer.grad_clip, optimizer.warmup_images, loss.min_gap, loss.a) >= 0,
-            "weight_decay, grad_clip, warmup_images, loss.min_gap and loss.a cannot be negative")  # fmt: skip
-    require(train.batch_size % loss.group_size == 0,
-            f"train.batch_size {train.batch_size} must be a multiple of loss.group_size {loss.group_size}")  # fmt: skip
-    require(run.batch_per_device >= loss.group_size,
-            f"run.batch_per_device {run.batch_per_device} must hold a group of loss.group_size {loss.group_size}")  # fmt: skip
+    for name in ("weight_decay", "grad_clip", "warmup_images"):
+        require(getattr(optimizer, name) >= 0, f"optimizer.{name} cannot be negative")
     require(
-        0 <= flow.t_min < flow.t_max <= 1,
-        f"0 <= flow.t_min < flow.t_max <= 1 must hold, not {flow.t_min}, {flow.t_max}",
-    )
-    require(
-        flow.parametrization != "euler_fm" or flow.schedule == "fm",
-        "flow.parametrization euler_fm needs flow.schedule fm",
-    )
-    require(loss.mapping not in ("eta", "log_snr") or flow.t_max < 1, f"loss.mapping {loss.mapping} needs flow.t_max < 1")
-    require(loss.mapping not in ("log_snr", "inverse_eta") or flow.t_min > 0,
-            f"loss.mapping {loss.mapping} needs flow.t_min > 0")  # fmt: skip
-    require(
-        loss.a > 0 or flow.t_max < 1 or loss.weighting == "none",
-        "loss.a = 0 needs flow.t_max < 1: the weight is infinite at 1",
-    )
-    require(
-        loss.weighting != "elbo" or flow.t_max < 1,
-        "loss.weighting elbo needs flow.t_max < 1: the weight is infinite at 1",
-    )
-    require(
-        data.augment == 0 or isinstance(config.network, UNetSettings),
-        "data.augment needs network.kind unet: a DiT takes no augmentation label",
+        data.augment == 0 or network is None or isinstance(network, UNetSettings | ADMSettings),
+        "data.augment needs network.kind unet or adm: the others take no augmentation label",
     )
 
 
 def check_network(network: NetworkSettings, resolution: int, channels: int) -> None:
-    """Raises ConfigError where a network cannot take images of this size."""
+    """Raises ConfigError where a network cannot take images of this size. A UViT says so itself when it is built."""
     if isinstance(network, DiTSettings):
         if resolution % network.patch_size:
             raise ConfigError(f"network.patch_size {network.patch_size} does not divide the resolution {resolution}")
@@ -238,18 +231,22 @@ def check_network(network: NetworkSettings, resolution: int, channels: int) -> N
             raise ConfigError(
                 f"network.hidden_size {network.hidden_size} must be a multiple of num_heads {network.num_heads} and of 4"
             )
+    if not isinstance(network, UNetSettings | ADMSettings | EDM2Settings):
         return
     if not network.channel_mult:
         raise ConfigError("network.channel_mult needs at least one level")
-    factor = 2 ** (len(network.channel_mult) - 1)
+    levels = len(network.channel_mult)
+    factor = 2 ** (levels - 1)
     if resolution % factor:
         raise ConfigError(
-            f"a U-Net of {len(network.channel_mult)} levels (network.channel_mult) needs a resolution divisible by {factor}, not {resolution}"
+            f"a U-Net of {levels} levels (network.channel_mult) needs a resolution divisible by {factor}, not {resolution}"
         )
-    widths = [m * network.model_channels for m in (1, *network.channel_mult)]
-    pairs = widths + [a + b for a in widths for b in widths]
-    for width in pairs:
-        if width < 4 or width % min(32, width // 4):
+    if isinstance(network, EDM2Settings):  # it has no group norm
+        return
+    least = getattr(network, "channels_per_group", 4)
+    widths = [int(m * network.model_channels) for m in (1, *network.channel_mult)]
+    for width in widths + [a + b for a in widths for b in widths]:
+        if width < least or width % min(32, width // least):
             raise ConfigError(
                 f"network.model_channels {network.model_channels} gives a layer of {width} channels, which group norm cannot "
                 "divide into up to 32 groups: use a multiple of 32, or 4, 8 or 16"

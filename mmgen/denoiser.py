@@ -6,10 +6,13 @@ All are brought to one form (Karras et al., arXiv:2206.00364, eq. 7): with y = x
 
 A model that was trained on z = a x + s e has y = z / a and sigma = s / a, and its c_in takes y back to z. Coefficients and
 conversions are float64: where sigma is large, x_hat is a small difference of large numbers.
+
+A student is a denoiser too. It may have randomness of its own: noise that its network is given beside the image, or dropout.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,9 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from .diffusion import per_image
-from .guidance import guided
+from .errors import ConfigError
+from .guidance import guided, is_single
+from .keyed_dropout import dropouts, keyed_dropout
 from .networks import build_network
-from .schedules import Schedule
+from .random import normal
+from .schedules import Schedule, ScheduleSettings, make_schedule
 
 if TYPE_CHECKING:
     from .models import ModelConfig
@@ -39,19 +45,26 @@ class DenoiserSettings:
     edm, vp, ve, iddpm: the preconditioners of Karras et al., arXiv:2206.00364, table 1. edm_cm: EDM's scalings, network time
     250 ln(sigma + 1e-44), as consistency_models has it. cm: the same time and the boundary scalings of a consistency model.
     discrete: DDPM's, timesteps 0 to num_timesteps - 1. flow: SiT's linear path, network time 1 is data, output x - e.
+    schedule: what mmgen trains, on z = a x + s e of `schedule`, network time time_scale t, t = 1 is noise; of e, x, v = a e - s x
+    and the velocity a' x + s' e = dz/dt it predicts one (Salimans & Ho, arXiv:2202.00512, appendix D; Lipman et al.,
+    arXiv:2210.02747).
     """
 
-    precondition: Literal["edm", "vp", "ve", "iddpm", "edm_cm", "cm", "discrete", "flow"] = "edm"
+    precondition: Literal["edm", "vp", "ve", "iddpm", "edm_cm", "cm", "discrete", "flow", "schedule"] = "edm"
     sigma_data: float = 0.5  # standard deviation of the data: edm, edm_cm and cm
     sigma_min: float = 0.002  # trained range of sigma, noise to signal; `discrete` has that of its betas, `flow` has all, and
     sigma_max: float = 80.0  # these are then the range of the grid `edm`
-    prediction: Literal["eps", "x", "v"] = "eps"  # the network's output: discrete only
+    prediction: Literal["eps", "x", "v", "velocity"] = "eps"  # the network's output: discrete and schedule, velocity this only
     betas: Literal["linear", "scaled_linear", "cosine"] = "linear"  # discrete only
     beta_start: float = 1e-4  # discrete with linear and scaled_linear
     beta_end: float = 0.02
     num_timesteps: int = 1000  # discrete
     round_time: bool = False  # discrete: the nearest timestep; else between two, linear in log sigma
     clip: bool = False  # x_hat to [-1, 1]
+    schedule: ScheduleSettings | None = None  # schedule: the process that it was trained on
+    time_scale: float = 1000.0  # schedule: network time = time_scale t
+    noise_channels: int = 0  # of normal noise that the network is given behind the image: a student's own randomness
+    noise_dropout: bool = False  # dropout stays on when sampling: likewise
 
 
 class Denoiser(nn.Module):
@@ -60,6 +73,7 @@ class Denoiser(nn.Module):
     def __init__(self, config: ModelConfig, network: nn.Module | None = None) -> None:
         super().__init__()
         self.config, self.settings = config, config.denoiser
+        check_settings(self.settings)
         self.network = network or build_network(
             config.network,
             resolution=config.resolution,
@@ -67,7 +81,10 @@ class Denoiser(nn.Module):
             num_classes=config.num_classes,
             augment_dim=config.augment_dim,
             second_time=False,
+            extra_channels=self.settings.noise_channels,
         )
+        if self.settings.noise_dropout and dropouts(self.network) == 0:
+            raise ConfigError("denoiser.noise_dropout needs a network with dropout, and this one has none or one of 0")
 
     @property
     def device(self) -> torch.device:
@@ -82,31 +99,73 @@ class Denoiser(nn.Module):
         """Smallest and largest sigma that the network was trained at."""
         return sigma_range(self.settings)
 
-    def denoise(self, y: Tensor, sigma: Tensor, label: Tensor | None = None, guidance: float = 1.0) -> Tensor:
+    @property
+    def is_random(self) -> bool:
+        """Whether x_hat has randomness of its own, so that `denoise` needs `noise`."""
+        return self.settings.noise_channels > 0 or self.settings.noise_dropout
+
+    def denoise(
+        self,
+        y: Tensor,
+        sigma: Tensor,
+        label: Tensor | None = None,
+        guidance: float = 1.0,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """x_hat of y = x + sigma e, in y's dtype.
 
         y float [N, C, H, W]; sigma float64 [N], positive; label int64 [N] (num_classes: no class) or None. `guidance` w other
-        than 0 and 1 costs two evaluations. Outside `range` the formulas are continued, but timesteps (discrete, iddpm) end.
+        than 0 and 1 costs two evaluations. Outside `range` the formulas are continued, but timesteps and `schedule` end.
+        noise: int64 [N], keys (`random.keys`) of a student's own randomness, one per image, the same for both evaluations of
+        guidance. A model with such randomness raises ValueError without them, others do not look at them.
         """
         c_skip, c_out, c_in, c_noise = preconditioning(self.settings, sigma)
         exact = y.double()
         scaled = (per_image(c_in, exact) * exact).to(next(self.network.parameters()).dtype)
-        output = guided(self.network, scaled, c_noise, None, label, guidance, channels=y.shape[1])
+        if self.is_random and noise is None:
+            raise ValueError("this student has randomness of its own: `noise` must be a key for each image")
+        if self.settings.noise_channels:
+            extra = normal(noise, (self.settings.noise_channels, *y.shape[2:]), scaled.dtype)
+            scaled = torch.cat([scaled, extra], dim=1)
+        masks = contextlib.nullcontext()
+        if self.settings.noise_dropout:
+            masks = keyed_dropout(self.network, noise if is_single(label, guidance) else torch.cat([noise] * 2))
+        with masks:
+            output = guided(self.network, scaled, c_noise, None, label, guidance, channels=y.shape[1])
         x = per_image(c_skip, exact) * exact + per_image(c_out, exact) * output.double()
         return (x.clamp(-1, 1) if self.settings.clip else x).to(y.dtype)
 
-    def x_hat(self, z: Tensor, t: Tensor, schedule: Schedule, label: Tensor | None = None, guidance: float = 1.0) -> Tensor:
+    def x_hat(
+        self,
+        z: Tensor,
+        t: Tensor,
+        schedule: Schedule,
+        label: Tensor | None = None,
+        guidance: float = 1.0,
+        noise: Tensor | None = None,
+    ) -> Tensor:
         """x_hat of z = alpha_t x + sigma_t e, of any schedule, in z's dtype. z float [N, C, H, W], t float64 [N].
 
         Where sigma_t / alpha_t is outside `range`, the nearest sigma inside is taken instead: above, with z's noise scaled down
-        to it, so that t = 1, where alpha_t is 0, is the denoiser at its largest sigma.
+        to it, so that t = 1, where alpha_t is 0, is the denoiser at its largest sigma. The rest as in `denoise`.
         """
+        return self.denoise_within(z, schedule.alpha(t), schedule.sigma(t), label, guidance, noise)
+
+    def denoise_within(
+        self,
+        z: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        label: Tensor | None = None,
+        guidance: float = 1.0,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """`x_hat` of z = alpha x + sigma e, alpha and sigma float64 [N]."""
         low, high = self.range
-        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         within = (sigma / alpha).clamp(low, high)
         scale = torch.where(sigma > high * alpha, high / sigma, 1 / alpha)
         y = per_image(scale, z.double()) * z.double()
-        return self.denoise(y, within, label, guidance).to(z.dtype)
+        return self.denoise(y, within, label, guidance, noise).to(z.dtype)
 
     def sample(self, num: int, **options: Any) -> Tensor:
         """Draws images, uint8 [num, C, H, W] on the CPU. Options: those of `sampling.SampleSettings` (steps, seed, classes,
@@ -114,6 +173,24 @@ class Denoiser(nn.Module):
         from .sampling import SampleSettings, draw
 
         return draw(self, SampleSettings(**options), range(num))[0]
+
+
+def check_settings(settings: DenoiserSettings) -> None:
+    """Raises ConfigError for settings that contradict each other, or make no denoiser."""
+    if (settings.schedule is None) == (settings.precondition == "schedule"):
+        raise ConfigError(
+            f"denoiser.precondition {settings.precondition!r} "
+            + ("needs denoiser.schedule" if settings.schedule is None else "has no denoiser.schedule: that is for 'schedule'")
+        )
+    if settings.prediction == "velocity" and settings.precondition != "schedule":
+        raise ConfigError("denoiser.prediction 'velocity' needs denoiser.precondition 'schedule'")
+    if settings.noise_channels < 0:
+        raise ConfigError(f"denoiser.noise_channels cannot be negative: {settings.noise_channels}")
+    if settings.time_scale <= 0:
+        raise ConfigError(f"denoiser.time_scale must be more than 0, not {settings.time_scale}")
+    low, high = sigma_range(settings)
+    if not 0 <= low < high:
+        raise ConfigError(f"a denoiser's range of sigma must not be empty, and this one is from {low:g} to {high:g}")
 
 
 def preconditioning(settings: DenoiserSettings, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,6 +203,8 @@ def preconditioning(settings: DenoiserSettings, sigma: Tensor) -> tuple[Tensor, 
         return data**2 / ((sigma - start) ** 2 + data**2), (sigma - start) * data / power.sqrt(), 1 / power.sqrt(), time
     if kind == "ve":
         return one, sigma, one, time
+    if kind == "schedule":
+        return *_of_schedule(settings, sigma), time
     if kind == "flow":  # z = tau x + (1 - tau) e and output x - e, so that x = z + (1 - tau) output
         return time, 1 - time, time, time
     a = 1 / (sigma**2 + 1).sqrt()  # vp, iddpm and discrete: z = a y has a^2 + s^2 = 1
@@ -134,6 +213,22 @@ def preconditioning(settings: DenoiserSettings, sigma: Tensor) -> tuple[Tensor, 
     if kind == "discrete" and settings.prediction == "v":  # v = a e - s x, so that x = a z - s v
         return a**2, -sigma * a, a, time
     return one, -sigma, a, time
+
+
+def _of_schedule(settings: DenoiserSettings, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(c_skip, c_out, c_in), float64 like sigma: z = a x + s e and output = p x + q e, solved for x."""
+    schedule = make_schedule(settings.schedule)
+    t = schedule.eta_inverse(sigma)
+    a = schedule.alpha(t)
+    s = sigma * a
+    p, q = {
+        "x": lambda: (torch.ones_like(a), torch.zeros_like(a)),
+        "eps": lambda: (torch.zeros_like(a), torch.ones_like(a)),
+        "v": lambda: (-s, a),
+        "velocity": lambda: (schedule.d_alpha(t), schedule.d_sigma(t)),
+    }[settings.prediction]()
+    determinant = a * q - s * p
+    return q * a / determinant, -s / determinant, a
 
 
 def network_time(settings: DenoiserSettings, sigma: Tensor) -> Tensor:
@@ -145,6 +240,8 @@ def network_time(settings: DenoiserSettings, sigma: Tensor) -> Tensor:
         return 250 * (sigma + 1e-44).log()
     if kind == "ve":
         return (sigma / 2).log()
+    if kind == "schedule":
+        return settings.time_scale * make_schedule(settings.schedule).eta_inverse(sigma)
     if kind == "flow":
         return 1 / (1 + sigma)
     if kind == "vp":
@@ -172,6 +269,8 @@ def sigma_at(settings: DenoiserSettings, time: Tensor) -> Tensor:
         return (time / 250).exp()
     if kind == "ve":
         return 2 * time.exp()
+    if kind == "schedule":
+        return make_schedule(settings.schedule).eta(time / settings.time_scale)
     if kind == "flow":
         return ((1 - time) / time).clamp(max=FLOW_START)
     if kind == "vp":
@@ -187,11 +286,15 @@ def rounded_sigma(settings: DenoiserSettings, sigma: float) -> float:
     return sigma_at(settings, network_time(settings, torch.tensor(sigma, dtype=torch.float64))).item()
 
 
+@lru_cache(maxsize=64)
 def sigma_range(settings: DenoiserSettings) -> tuple[float, float]:
     """Smallest and largest trained sigma."""
     if settings.precondition == "flow":
         return 0.0, FLOW_START
     low, high = settings.sigma_min, settings.sigma_max
+    if settings.precondition == "schedule":
+        ends = make_schedule(settings.schedule).eta(torch.tensor([0.0, 1.0], dtype=torch.float64, device="cpu")).tolist()
+        return max(low, ends[0]), min(high, ends[1])
     if settings.precondition in ("discrete", "iddpm"):
         table = sigma_table(settings, torch.device("cpu"))
         ends = table[0].item(), table[-1].item()

@@ -24,8 +24,10 @@ from torch import Tensor
 from .denoiser import TIMESTEPS, DenoiserSettings, network_time, rounded_sigma, sigma_at, sigma_range
 from .errors import ConfigError
 from .samplers import Noise, full
+from .schedules import VARIANCE_PRESERVING, ScheduleSettings, make_schedule
 
 RHO = 7  # of the grid `edm`
+PURE_NOISE = 1e12  # sigma of a schedule's t = 1 where it is infinite or more than this: the data are lost in float64 too
 EDM_RANGE = 0.002, 80.0  # of sigma, from which EDM samples the models that know more: vp, ve and iddpm
 
 
@@ -52,18 +54,22 @@ def ddim(model, y: Tensor, sigmas: Sequence[float], label: Tensor | None, guidan
     return y
 
 
-def ancestral(model, y: Tensor, sigmas: Sequence[float], label: Tensor | None, guidance: float, noise: Noise) -> Tensor:
+def ancestral(
+    model, y: Tensor, sigmas: Sequence[float], label: Tensor | None, guidance: float, noise: Noise, stochasticity: float = 1.0
+) -> Tensor:
     """DDPM's sampler: each y is drawn from its distribution given the y before and x_hat in the place of x.
 
     With r = sigma'^2 / sigma^2 that is normal with mean x + r (y - x) and variance sigma'^2 (1 - r) (Ho et al.,
-    arXiv:2006.11239, eqs. 6 and 7, in these coordinates).
+    arXiv:2006.11239, eqs. 6 and 7, in these coordinates). `stochasticity` times the standard deviation is drawn, and the noise
+    that y has keeps the rest of the variance: 0 is `ddim` (see `diffusion.posterior`).
     """
     for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         x = model.denoise(y, full(y, sigma), label, guidance)
         ratio = (following / sigma) ** 2
-        y = x + ratio * (y - x)
-        if following > 0:
-            y = y + following * math.sqrt(1 - ratio) * noise(i + 1)
+        kept = ratio if stochasticity == 1 else following / sigma * math.sqrt(1 - stochasticity**2 * (1 - ratio))
+        y = x + kept * (y - x)
+        if following > 0 and stochasticity > 0:
+            y = y + stochasticity * following * math.sqrt(1 - ratio) * noise(i + 1)
     return y
 
 
@@ -104,10 +110,10 @@ STEPS = {"ddim": 50, "ancestral": 250, "heun": 18, "restart": 1}  # where neithe
 
 
 def samplers_of(settings: DenoiserSettings) -> dict:
-    """The samplers that suit a model, the usual one first: heun where EDM trained it, ddim for timesteps and flows."""
+    """The samplers that suit a model, the usual one first: heun where EDM trained it, else ddim."""
     if settings.precondition == "cm":
         return CONSISTENCY_SAMPLERS
-    usual = "ddim" if settings.precondition in ("discrete", "flow") else "heun"
+    usual = "ddim" if settings.precondition in ("discrete", "flow", "schedule") else "heun"
     return {usual: SAMPLERS[usual], **SAMPLERS}
 
 
@@ -121,17 +127,24 @@ def most_steps(settings: DenoiserSettings) -> float:
     return {"discrete": settings.num_timesteps, "iddpm": TIMESTEPS}.get(settings.precondition, math.inf)
 
 
-def start(settings: DenoiserSettings, sigma: float, noise: Tensor) -> Tensor:
+def start(settings: DenoiserSettings, sigma: float, noise: Tensor, schedule: ScheduleSettings | None = None) -> Tensor:
     """y at the first sigma, of standard normal noise [N, C, H, W]: sigma noise, the data being lost in it.
 
     Models with timesteps are sampled from z = noise, which has the variance 1 that their z has: then y = sqrt(1 + sigma^2)
-    noise.
+    noise. So are those of a variance-preserving schedule: their own, or a student's, `schedule`.
     """
-    return (math.sqrt(1 + sigma**2) if settings.precondition == "discrete" else sigma) * noise
+    schedule = schedule or settings.schedule
+    preserving = settings.precondition == "discrete" if schedule is None else schedule.name in VARIANCE_PRESERVING
+    return (math.sqrt(1 + sigma**2) if preserving else sigma) * noise
 
 
 def sigma_grid(
-    settings: DenoiserSettings, steps: int, grid: str = "default", etas: Sequence[float] = (), sampler: str = "default"
+    settings: DenoiserSettings,
+    steps: int,
+    grid: str = "default",
+    etas: Sequence[float] = (),
+    sampler: str = "default",
+    schedule: ScheduleSettings | None = None,
 ) -> list[float]:
     """steps + 1 descending sigmas; the last is 0, for a consistency model sigma_min.
 
@@ -139,8 +152,13 @@ def sigma_grid(
     eq. 5), from sigma_max to sigma_min as far as the model knows them; vp, ve and iddpm from 80 to 0.002 at most, as EDM.
     uniform: evenly spaced in the time that the network is given. That is linear in t for `vp` and `flow`, geometric in sigma
     for edm, ve and edm_cm; for timesteps it is every T/n-th, beginning with the last one, T - 1 (Lin et al.,
-    arXiv:2305.08891, table 2, "trailing"), and for `iddpm` those from sigma_max to sigma_min.
-    default: uniform for timesteps and flows unless the sampler is heun, otherwise edm.
+    arXiv:2305.08891, table 2, "trailing"), and for `iddpm` those from sigma_max to sigma_min. For `flow` and `schedule` t = 1
+    is the first and 1/n the last.
+    schedule: sigma at t = 1, (n - 1)/n, ..., 1/n of `schedule`, a student's (Salimans et al., arXiv:2406.04103, algorithm 1).
+    Here and where `schedule` is the model's own, sigma may lie outside `sigma_range`: such a step is taken as it is, with x_hat
+    by `Denoiser.denoise_within`. Where it is infinite at t = 1, it is 1e12.
+    default: schedule where there is one, uniform for timesteps, flows and models of a schedule, but edm if the sampler is heun;
+    otherwise edm.
     eta: the values `etas`, descending, steps - 1 of them, between those ends.
     Raises ConfigError for a grid that cannot be.
     """
@@ -150,13 +168,23 @@ def sigma_grid(
     if steps > (total := most_steps(settings)):
         raise ConfigError(f"this model has {total} timesteps, so that {steps} steps cannot be: take at most {total}")
     low, high = sigma_range(settings)
-    whole = kind in ("discrete", "flow")  # trained up to a sigma of hundreds, thousands, or infinity
+    asked = grid
     if grid == "default":
-        grid = "uniform" if whole and sampler != "heun" else "edm"
-    if grid == "uniform" and whole and sampler == "heun":  # the mean of two slopes, of which one is far away
+        usual = "schedule" if schedule else "uniform" if kind in ("discrete", "flow", "schedule") else "edm"
+        grid = "edm" if sampler == "heun" else usual
+    if grid == "schedule" and schedule is None:
+        raise ConfigError("the grid schedule is for students, and this model is none: take uniform or edm")
+    if grid == "uniform" and kind == "schedule":
+        grid, schedule = "schedule", settings.schedule
+    # Up to a sigma of hundreds, thousands, or infinity
+    far = kind in ("discrete", "flow") if grid == "uniform" else grid == "schedule" and schedule.name != "edm"
+    if far and sampler == "heun":  # the mean of two slopes, of which one is far away
         raise ConfigError(
-            "heun cannot take the first step of this model's uniform grid, where sigma falls too far: use the grid edm"
+            f"heun cannot take the first step of this model's {asked} grid, where sigma falls too far: use the grid edm"
         )
+    if grid == "schedule":
+        t = 1 - torch.arange(steps, dtype=torch.float64) / steps
+        return [*make_schedule(schedule).eta(t).clamp(max=PURE_NOISE).tolist(), 0.0]
     if grid == "edm":
         ends = EDM_RANGE if kind in ("vp", "ve", "iddpm") else (settings.sigma_min, settings.sigma_max)
         low, high = max(low, ends[0]), min(high, ends[1])

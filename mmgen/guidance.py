@@ -13,14 +13,24 @@ def guided(
 
     x [N, C, H, W] and t, s float64 [N] as the network takes them; label int64 [N] (the network's num_classes is the null
     class) or None. Both passes are one batch. With w = 1 the null class is not evaluated; with w = 0 it alone is. Of the
-    output's channels the first `channels` are kept: the others are learned variances. Returns float32 [N, channels, H, W].
+    output's channels the first `channels` are kept: the others are learned variances. Returns float32
+    [N, channels, H, W], float64 where x is.
     """
     if label is None or guidance == 1:
-        return network(x, t, s, label)[:, :channels].float()
+        return _precise(network(x, t, s, label)[:, :channels], x)
     null = torch.full_like(label, network.num_classes)
     if guidance == 0:
-        return network(x, t, s, null)[:, :channels].float()
+        return _precise(network(x, t, s, null)[:, :channels], x)
     both_s = None if s is None else torch.cat([s] * 2)
     both = network(torch.cat([x] * 2), torch.cat([t] * 2), both_s, torch.cat([null, label]))[:, :channels]
-    unconditional, conditional = both.float().chunk(2)
+    unconditional, conditional = _precise(both, x).chunk(2)
     return unconditional + guidance * (conditional - unconditional)
+
+
+def is_single(label: Tensor | None, guidance: float) -> bool:
+    """Whether `guided` gives the network the images as they are, and not twice."""
+    return label is None or guidance in (0, 1)
+
+
+def _precise(output: Tensor, x: Tensor) -> Tensor:
+    return output if x.dtype == torch.float64 else output.float()

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .denoiser import Denoiser, DenoiserSettings
+from .denoiser import Denoiser, DenoiserSettings, check_settings
 from .errors import ConfigError, ModelError
 from .files import replacing
 from .flow_map import FlowMapSettings, flow_map
 from .latents import LatentSettings
 from .networks import NetworkSettings, build_network
+from .schedules import ScheduleSettings
 from .settings import from_dict
 
 METADATA_KEY = "mmgen"
@@ -41,13 +42,17 @@ class SamplingSettings:
     """How a model is sampled unless the command says otherwise. `default` and None: what suits its kind."""
 
     sampler: Literal["default", "pushforward", "restart", "ddim", "ancestral", "heun"] = "default"
-    grid: Literal["default", "uniform", "edm"] = "default"  # of the times: `samplers.time_grid`, or `sigma_grid` of a denoiser
+    # Of the times: `samplers.time_grid`, or `sigma_grid` of a denoiser; `schedule`: evenly spaced in that of `schedule` below
+    grid: Literal["default", "uniform", "edm", "schedule"] = "default"
     guidance: float = 1.0  # w of classifier-free guidance; 1 is none
     steps: int | None = None
     churn: float = 0.0  # heun only, this and what follows: S_churn of Karras et al., arXiv:2206.00364, algorithm 2
     s_tmin: float = 0.0  # sigma below which nothing is churned
     s_tmax: float | None = None  # and above which; None: no limit
     s_noise: float = 1.0  # standard deviation of the noise added
+    schedule: ScheduleSettings | None = None  # a student's: the process that it was distilled on, and so that of its grid
+    stochasticity: float = 1.0  # ancestral only: 1 is DDPM, 0 is DDIM: see `diffusion.posterior`
+    student_steps: int | None = None  # how many steps a student was distilled for; None: it is none
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,8 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
         if found != FORMAT:
             raise ModelError(f"{path} has model format {found}, this version of mmgen reads {FORMAT}: install a newer mmgen")
         config = from_dict(ModelConfig, header["config"])
-        kind_of(config)
+        if kind_of(config) == "denoiser":
+            check_settings(config.denoiser)
         return config
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ModelError(f"the config in the header of {path} is damaged: {error}") from error

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import diffusion_samplers as diffusion
+from .denoiser import Denoiser
 from .diffusion_samplers import Churn
 from .errors import ConfigError, nearest
 from .models import AnyModel, ModelConfig, SamplingSettings, drawn_shape, kind_of, to_uint8
@@ -19,6 +20,7 @@ from .random import keys, normal, uniform
 from .samplers import GRIDS, SAMPLERS, time_grid
 
 _LABEL, _NOISE = 1, 2  # purposes of random numbers; the noise of step i has _NOISE + i
+_OWN = 10_000  # what a student draws itself in evaluation c has _OWN + c
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,13 @@ class SampleSettings:
     classes: Literal["random", "balanced"] | Sequence[int] = "random"  # random: as often as in the training data
     guidance: float | None = None  # w of classifier-free guidance; 1: none
     sampler: str | None = None  # of a flow map pushforward or restart, of a denoiser ddim, ancestral or heun
-    grid: str | None = None  # default, uniform, edm or eta: see `samplers.time_grid`, `diffusion_samplers.sigma_grid`
+    grid: str | None = None  # default, uniform, edm, eta or schedule: see `samplers.time_grid`, `diffusion_samplers.sigma_grid`
     etas: tuple[float, ...] = ()  # intermediate eta values of the grid `eta`
     churn: float | None = None  # S_churn of heun, and what else it has: see `diffusion_samplers.Churn`
     s_tmin: float | None = None
     s_tmax: float | None = None
     s_noise: float | None = None
+    stochasticity: float | None = None  # of ancestral: 1 is DDPM, 0 is DDIM: see `diffusion.posterior`
     batch_size: int = 256  # images at a time; has no influence on the images
 
 
@@ -53,6 +56,8 @@ class Plan:
     nfe: int  # network evaluations per image
     churn: Churn | None  # None: nothing is churned
     batch_size: int
+    stochasticity: float = 1.0
+    notes: tuple[str, ...] = ()  # what a person should know, a sentence each
 
 
 def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
@@ -65,8 +70,9 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         raise ConfigError(f"eta values need the grid 'eta', not {grid!r}")
     check_defaults(config)
     sampler = choose_sampler(config, settings.sampler or config.sampling.sampler)
-    if grid not in GRIDS:
-        raise ConfigError(f"unknown grid {grid!r}: {nearest(grid, GRIDS)}")
+    grids = GRIDS if config.sampling.schedule is None else (*GRIDS, "schedule")
+    if grid not in grids:
+        raise ConfigError(f"unknown grid {grid!r}: {nearest(grid, grids)}")
     if not math.isfinite(guidance):
         raise ConfigError(f"guidance must be a finite number, not {guidance}")
     if settings.batch_size < 1:
@@ -91,7 +97,7 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
     if config.denoiser is None:
         times, calls = time_grid(config.flow, steps, grid, settings.etas), steps
     else:
-        times = diffusion.sigma_grid(config.denoiser, steps, grid, settings.etas, sampler)
+        times = diffusion.sigma_grid(config.denoiser, steps, grid, settings.etas, sampler, config.sampling.schedule)
         calls = diffusion.evaluations(sampler, steps)
     return Plan(
         steps=steps,
@@ -104,11 +110,15 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         nfe=calls * (1 if guidance in (0, 1) else 2),
         churn=_churn(config.sampling, settings, sampler),
         batch_size=settings.batch_size,
+        stochasticity=_stochasticity(config, settings, sampler),
+        notes=_notes(config, steps, sampler, grid),
     )
 
 
 def samplers_of(config: ModelConfig) -> dict[str, Callable]:
-    """The samplers that suit a model; the first is its default."""
+    """The samplers that suit a model; the first is its default. A student's is the one that it was distilled for."""
+    if config.sampling.student_steps is not None and config.denoiser is not None:
+        return {"ancestral": diffusion.ancestral, **diffusion.SAMPLERS}
     return SAMPLERS if kind_of(config) == "imm" else diffusion.samplers_of(config.denoiser)
 
 
@@ -131,6 +141,15 @@ def check_defaults(config: ModelConfig) -> None:
     """Raises ConfigError where a model's own defaults do not suit it, or would be ignored."""
     defaults = config.sampling
     sampler = choose_sampler(config, defaults.sampler)
+    student = defaults.schedule is not None, defaults.student_steps is not None
+    if config.denoiser is None and any(student):
+        raise ConfigError("sampling.schedule and sampling.student_steps are for students, and a flow map is none")
+    if student == (False, True) or (defaults.student_steps is not None and defaults.student_steps < 1):
+        raise ConfigError("sampling.student_steps must be at least 1, and needs sampling.schedule")
+    if defaults.grid == "schedule" and defaults.schedule is None:
+        raise ConfigError("sampling.grid 'schedule' needs sampling.schedule")
+    if defaults.stochasticity != 1 and sampler != "ancestral":
+        raise ConfigError(f"sampling.stochasticity is for the sampler ancestral, and this model's is {sampler}")
     churned = (defaults.churn, defaults.s_tmin, defaults.s_tmax, defaults.s_noise) != (0.0, 0.0, None, 1.0)
     if churned and sampler != "heun":
         raise ConfigError(f"sampling.churn is for the sampler heun, and this model's is {sampler}")
@@ -140,7 +159,36 @@ def _default_steps(config: ModelConfig, sampler: str) -> int:
     own = choose_sampler(config, config.sampling.sampler)
     if config.sampling.steps is not None and sampler == own:
         return config.sampling.steps
+    if config.sampling.student_steps is not None:
+        return config.sampling.student_steps
     return 1 if config.denoiser is None else min(diffusion.STEPS[sampler], diffusion.most_steps(config.denoiser))
+
+
+def _stochasticity(config: ModelConfig, settings: SampleSettings, sampler: str) -> float:
+    """1 of samplers that have none. Raises ConfigError where it has no effect, or no sense."""
+    if sampler != "ancestral":
+        if settings.stochasticity is not None:
+            raise ConfigError(f"stochasticity: only the sampler ancestral has it, and this one is {sampler}")
+        return 1.0
+    chosen = config.sampling.stochasticity if settings.stochasticity is None else settings.stochasticity
+    if not 0 <= chosen <= 1:
+        raise ConfigError(f"stochasticity must be a number from 0 (ddim) to 1, not {chosen}")
+    return chosen
+
+
+def _notes(config: ModelConfig, steps: int, sampler: str, grid: str) -> tuple[str, ...]:
+    """Where a student is sampled otherwise than it was distilled for."""
+    own = config.sampling.student_steps
+    if own is None:
+        return ()
+    notes = []
+    if steps != own:
+        notes.append(f"this student was distilled for {own} step{'s' * (own > 1)}, and its images of {steps} may be worse")
+    if sampler != "ancestral":
+        notes.append(f"this student was distilled for the sampler ancestral, and its images by {sampler} may be worse")
+    elif grid not in ("default", "schedule"):
+        notes.append(f"this student was distilled for the grid schedule, and its images on the grid {grid} may be worse")
+    return tuple(notes)
 
 
 def _churn(defaults: SamplingSettings, settings: SampleSettings, sampler: str) -> Churn | None:
@@ -208,10 +256,26 @@ def _draw_batch(model: AnyModel, chosen: Plan, index: Tensor, label: Tensor | No
         return normal(keys(chosen.seed, index, _NOISE + step), model.image_shape, torch.float64)
 
     config, sampler = model.config, samplers_of(model.config)[chosen.sampler]
-    if config.denoiser is None:
-        x = config.flow.sigma_data * noise(0)
-    else:
-        x = diffusion.start(config.denoiser, chosen.times[0], noise(0))
     if chosen.churn is not None:
         sampler = partial(sampler, churn=chosen.churn)
-    return sampler(model, x, chosen.times, label, chosen.guidance, noise)
+    if chosen.sampler == "ancestral":
+        sampler = partial(sampler, stochasticity=chosen.stochasticity)
+    if config.denoiser is None:
+        return sampler(model, config.flow.sigma_data * noise(0), chosen.times, label, chosen.guidance, noise)
+    schedule = config.sampling.schedule
+    x = diffusion.start(config.denoiser, chosen.times[0], noise(0), schedule)
+    ours = schedule is not None or config.denoiser.schedule is not None or model.is_random
+    denoiser = _Bound(model, chosen.seed, index) if ours else model
+    return sampler(denoiser, x, chosen.times, label, chosen.guidance, noise)
+
+
+class _Bound:
+    """A denoiser as samplers see it, at any sigma and with its own randomness, which belongs to the images number `index`."""
+
+    def __init__(self, model: Denoiser, seed: int, index: Tensor) -> None:
+        self.model, self.settings, self.seed, self.index, self.calls = model, model.settings, seed, index, 0
+
+    def denoise(self, y: Tensor, sigma: Tensor, label: Tensor | None, guidance: float) -> Tensor:
+        noise = keys(self.seed, self.index, _OWN + self.calls) if self.model.is_random else None
+        self.calls += 1
+        return self.model.denoise_within(y, torch.ones_like(sigma), sigma, label, guidance, noise)

@@ -6,6 +6,7 @@ import torch
 from mmgen import config as configs
 from mmgen.data import DataShape
 from mmgen.errors import ConfigError
+from mmgen.imm_config import ImmConfig, resolve
 from mmgen.models import Model
 from mmgen.settings import flatten
 from mmgen.training.imm import imm_model_config
@@ -38,7 +39,7 @@ PAPER = {
 
 @pytest.mark.parametrize("name", PAPER)
 def test_presets_are_the_papers_table(name):
-    found = dict(flatten(configs.resolve(configs.read_preset(name)).to_dict()))
+    found = dict(flatten(resolve(configs.read_preset(name)).to_dict()))
     assert {key: found[key] for key in PAPER[name]} == PAPER[name]
 
 
@@ -59,16 +60,16 @@ def test_presets_are_the_papers_table(name):
 )
 def test_presets_build_networks_of_the_published_size(name, shape, parameters):
     with torch.device("meta"):
-        model = Model(imm_model_config(configs.resolve(configs.read_preset(name)), shape))
+        model = Model(imm_model_config(resolve(configs.read_preset(name)), shape))
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 def test_every_preset_resolves():
-    assert set(configs.preset_names()) == {
+    assert set(configs.preset_names("train-imm")) == {
         "digits-imm", "cifar10-imm", *(f"imagenet256-imm-{size}" for size in ("s", "b", "l", "xl", "xl-fp16"))
     }  # fmt: skip
-    for name in configs.preset_names():
-        configs.resolve(configs.read_preset(name))
+    for name in configs.preset_names("train-imm"):
+        resolve(configs.read_preset(name))
 
 
 @pytest.mark.parametrize(
@@ -79,13 +80,13 @@ def test_every_preset_resolves():
     ],
 )  # fmt: skip
 def test_times_follow_from_mapping_and_schedule(mapping, schedule, expected):
-    flow = configs.resolve({"loss": {"mapping": mapping}, "flow": {"schedule": schedule}}).flow
+    flow = resolve({"loss": {"mapping": mapping}, "flow": {"schedule": schedule}}).flow
     assert (flow.t_min, flow.t_max) == expected
 
 
 def test_later_tables_win_and_another_kind_of_network_replaces():
     table = configs.read_preset("cifar10-imm")
-    config = configs.resolve(table, {"network": {"kind": "dit", "depth": 2}, "data": {"augment": 0}}, {"loss": {"k": 10}})
+    config = resolve(table, {"network": {"kind": "dit", "depth": 2}, "data": {"augment": 0}}, {"loss": {"k": 10}})
     assert (config.network.kind, config.network.depth, config.network.hidden_size) == ("dit", 2, 384)
     assert config.loss.k == 10 and config.loss.b == 5.0
 
@@ -121,7 +122,7 @@ def test_later_tables_win_and_another_kind_of_network_replaces():
 )
 def test_what_cannot_be_is_refused_by_name(changes, message):
     with pytest.raises(ConfigError, match=message):
-        configs.resolve(configs.nest(changes))
+        resolve(configs.nest(changes, ImmConfig))
 
 
 @pytest.mark.parametrize(
@@ -135,12 +136,12 @@ def test_what_cannot_be_is_refused_by_name(changes, message):
 )
 def test_networks_that_do_not_fit_the_images_are_refused(network, shape, message):
     with pytest.raises(ConfigError, match=message):
-        imm_model_config(configs.resolve({"network": network}), shape)
+        imm_model_config(resolve({"network": network}), shape)
 
 
 def test_labels_are_needed_for_a_conditional_model():
     with pytest.raises(ConfigError, match="--unconditional"):
-        imm_model_config(configs.resolve({"data": {"conditional": True}}), DataShape(32, 3, 0))
+        imm_model_config(resolve({"data": {"conditional": True}}), DataShape(32, 3, 0))
 
 
 def test_assignments_are_read_as_toml():

@@ -443,7 +443,7 @@ def test_latents_are_decoded(tmp_path, monkeypatch):
 
 
 def test_training_begins_only_with_a_sampler_for_flow_maps():
-    from mmgen import config as configs
+    from mmgen import imm_config as configs
     from mmgen.data import DataShape
     from mmgen.training.imm import imm_model_config
 

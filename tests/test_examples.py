@@ -1,20 +1,79 @@
 """The examples run."""
 
+import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from PIL import Image
+
+from mmgen.schedules import ScheduleSettings, make_schedule
+
 ROOT = Path(__file__).parents[1]
+
+
+def run(example: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "examples" / example, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def test_the_ablations_make_their_table(tmp_path):
     """Every variant trains: all parametrisations, mappings, kernels, weightings and group sizes."""
-    result = subprocess.run(
-        [sys.executable, ROOT / "examples/imm_ablations.py", "--seeds", "1", "--images", "256", "--samples", "32", "--out", "table"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    result = run("imm_ablations.py", "--seeds", "1", "--images", "256", "--samples", "32", "--out", "table", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     table = (tmp_path / "table/table.md").read_text().splitlines()
     assert len(table) == 2 + 14 and all(row.count("±") == 3 for row in table[2:])
     assert "nan" not in result.stdout
+
+
+# The weights of the predictions as they were computed for vp_cosine elsewhere, to the digits that they were noted with.
+WEIGHTS = {
+    8: {
+        "DDPM": "0.0015 0.0051 0.0107 0.0215 0.0481 0.1393 0.7546",
+        "DDIM": "0.0388 0.0420 0.0495 0.0647 0.0969 0.1790 0.5098",
+    },
+    4: {"DDPM": "0.027 0.131 0.765", "DDIM": "0.159 0.224 0.541"},
+}
+
+
+@pytest.mark.parametrize("steps", WEIGHTS)
+def test_the_weights_of_predictions_are_the_known_ones(tmp_path, steps):
+    """Both samplers, digit for digit, with their sum, cos(pi / (2 k)); and a picture."""
+    result = run("predictions_weights.py", "--steps", str(steps), "--out", "new/weights.png", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in result.stdout.splitlines() if row.startswith("|")]
+    names, table, total = [cell.split(" ")[0] for cell in rows[0]], rows[2:-1], rows[-1]
+    assert [row[0] for row in table] == [str(call) for call in range(1, steps)] and total[0] == "sum"
+    for sampler, expected in WEIGHTS[steps].items():
+        column = names.index(sampler)
+        for row, noted in zip(table, expected.split(), strict=True):
+            digits = len(noted) - 2  # of the table there are four
+            assert abs(float(row[column]) - float(noted)) <= (0 if digits == 4 else 0.5 * 10**-digits + 1e-9), (sampler, row)
+        assert abs(float(total[column]) - math.cos(math.pi / (2 * steps))) < 1e-4
+    with Image.open(tmp_path / "new/weights.png") as picture:
+        assert picture.format == "PNG" and picture.size == (1000, 360)
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10  # lines, not an empty page
+
+
+@pytest.mark.parametrize("schedule", ["fm", "ddpm_linear", "edm"])
+def test_the_weights_of_predictions_under_other_schedules(schedule):
+    """DDPM's are in proportion to the increments of the SNR, DDIM's to those of its root, as unrolling by hand gives."""
+    path = ROOT / "examples/predictions_weights.py"
+    example = runpy.run_path(str(path))
+    noise = make_schedule(ScheduleSettings(schedule))
+    times = torch.tensor([6, 5, 4, 3, 2, 1], dtype=torch.float64) / 6
+    for stochasticity, power in ((1.0, 1.0), (0.0, 0.5)):
+        increments = (noise.alpha(times) / noise.sigma(times)).pow(2 * power).diff()
+        found = torch.tensor(example["weights"](noise, 6, stochasticity), dtype=torch.float64)
+        torch.testing.assert_close(found / found.sum(), increments / increments.sum(), rtol=1e-9, atol=1e-12)
+
+
+def test_one_step_has_no_weights(tmp_path):
+    result = run("predictions_weights.py", "--steps", "1", cwd=tmp_path)
+    assert result.returncode == 2 and "at least 2" in result.stderr and not list(tmp_path.iterdir())

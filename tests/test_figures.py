@@ -14,6 +14,7 @@ import mmgen
 from mmgen import config as configs
 from mmgen.data import Dataset
 from mmgen.errors import MmgenError, ModelError
+from mmgen.imm_config import ImmConfig, resolve
 from mmgen.metrics import inception, published_file
 from mmgen.metrics.frechet import fd_pixels
 from mmgen.models import read_config
@@ -49,7 +50,7 @@ def fresh(tmp_path, monkeypatch):
 
 
 def train(folder, **changes):
-    config = configs.resolve(configs.read_preset("digits-imm"), configs.nest({**SETTINGS, **changes}))
+    config = resolve(configs.read_preset("digits-imm"), configs.nest({**SETTINGS, **changes}, ImmConfig))
     notes = Notes()
     return train_imm(config, folder, notes, device="cpu"), notes.notes
 

@@ -9,6 +9,7 @@ from mmgen import config as configs
 from mmgen import data
 from mmgen.diffusion import diffuse
 from mmgen.flow_map import flow_map
+from mmgen.imm_config import ImmConfig, resolve
 from mmgen.losses.imm import draw_times, earlier_time, kernel_weight, loss_weight
 from mmgen.random import keys, normal, torch_seed
 from mmgen.training import imm
@@ -26,16 +27,22 @@ def make(device="cpu", seed=0, **changes):
         "data": {"name": "digits", "conditional": True}, "train": {"batch_size": 16, "precision": "fp32"},
         "run": {"batch_per_device": 16},
     }  # fmt: skip
-    config = configs.resolve(table, configs.nest(changes))
+    config = resolve(table, configs.nest(changes, ImmConfig))
     dataset = data.load("digits")
     torch.manual_seed(seed)
-    task = imm_task(config, imm_model_config(config, dataset.shape))
+    part = imm_task(config, imm_model_config(config, dataset.shape)).parts["model"]
     with torch.no_grad():  # outputs of the order of one, not of the initial 1e-5
-        for parameter in task.network.parameters():
+        for parameter in part.network.parameters():
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
-    task.objective.to(device)
-    return task.objective, fetch(dataset, 0, 16, 0, torch.device(device))
+    part.objective.to(device)
+    return part.objective, fetch(dataset, 0, 16, 0, torch.device(device))
+
+
+def loss_of(objective, batch):
+    loss, numbers = objective(batch)
+    assert numbers == {}
+    return loss
 
 
 def textbook_loss(objective, batch):
@@ -66,7 +73,7 @@ def textbook_loss(objective, batch):
 @pytest.mark.parametrize("target_labels", ["dropped", "undropped"])
 def test_the_loss_is_the_textbooks(target_labels):
     objective, batch = make(**{"loss.k": 4, "data.label_dropout": 0.5, "loss.target_labels": target_labels})
-    loss, expected = objective(batch), textbook_loss(objective, batch)
+    loss, expected = loss_of(objective, batch), textbook_loss(objective, batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     parameters = list(objective.parameters())
     for ours, theirs in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
@@ -81,7 +88,7 @@ def test_hidden_labels_reach_the_target_only_if_wanted():
         hidden = student == 10
         assert 0 < hidden.sum() < 16 and torch.equal(student[~hidden], batch.labels[~hidden])
         assert torch.equal(target, student if target_labels == "dropped" else batch.labels)
-        losses[target_labels] = objective(batch).item()
+        losses[target_labels] = loss_of(objective, batch).item()
     assert losses["dropped"] != losses["undropped"]
 
 
@@ -89,12 +96,12 @@ def record_masks(objective, batch, monkeypatch):
     """The masks of all dropout layers in one pass: the student's, then the target's."""
     masks, original = [], torch.nn.functional.dropout
 
-    def dropout(x, p, training):
+    def dropout(x, p, training, inplace=False):
         masks.append(original(torch.ones_like(x), p, training))
         return x * masks[-1]
 
     monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
-    objective(batch)
+    loss_of(objective, batch)
     monkeypatch.undo()
     half = len(masks) // 2
     return masks[:half], masks[half:]
@@ -114,33 +121,33 @@ def test_both_passes_have_the_same_dropout_masks(device, monkeypatch):
 def test_with_one_time_the_loss_is_zero_with_dropout():
     """min_gap 0 and a k so large that r = t to the last bit: equal masks make y_t = y_r, other masks would not."""
     objective, batch = make(**{"network.dropout": 0.5, "loss.k": 60})
-    assert objective(batch).item() == pytest.approx(0.0, abs=1e-9)
+    assert loss_of(objective, batch).item() == pytest.approx(0.0, abs=1e-9)
 
 
 def test_flips_and_augmentation_come_with_their_label():
     objective, batch = make(**{"data.xflip": True})
-    x, label = objective._pixels(batch)
+    x, label = objective.inputs.pixels(batch)
     plain = batch.images.float() / 127.5 - 1
     flipped = [not torch.equal(a, b) for a, b in zip(x, plain, strict=True)]
     assert label is None and 0 < sum(flipped) < 16
     assert all(torch.equal(x[i], plain[i].flip(2)) for i in range(16) if flipped[i])
     objective, batch = make(**{"data.augment": 0.9})
-    x, label = objective._pixels(batch)
+    x, label = objective.inputs.pixels(batch)
     assert label.shape == (16, 9) and label.abs().sum() > 0
-    assert objective(batch).isfinite()
-    before = objective(batch).item()
+    assert loss_of(objective, batch).isfinite()
+    before = loss_of(objective, batch).item()
     with torch.no_grad():
         objective.network.augment_embed.weight.mul_(3)
-    assert objective(batch).item() != before  # the network sees the label
+    assert loss_of(objective, batch).item() != before  # the network sees the label
 
 
 def test_draws_depend_on_the_number_of_the_image_only():
     objective, batch = make()
-    whole = objective(batch)
+    whole = loss_of(objective, batch)
     parts = []
     for start in (0, 8):
         part = fetch(data.load("digits"), start, 8, 0, torch.device("cpu"))
-        parts.append(objective(part))
+        parts.append(loss_of(objective, part))
     assert whole.item() == pytest.approx(sum(parts).item() / 2, rel=1e-6)
     assert torch_seed(0, 1) != torch_seed(0, 2) != torch_seed(1, 2)
 
@@ -150,7 +157,7 @@ def test_bfloat16_is_used_by_the_student_alone():
     dtypes = []
     objective.network.out_conv.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = objective(batch)
+        loss = loss_of(objective, batch)
     assert dtypes == [torch.bfloat16, torch.float32] and loss.dtype == torch.float64
     loss.backward()
     assert all(p.grad.isfinite().all() for p in objective.parameters() if p.grad is not None)
@@ -159,10 +166,10 @@ def test_bfloat16_is_used_by_the_student_alone():
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_is_the_same_loss_and_gradient_with_dropout():
     objective, batch = make(**{"network.dropout": 0.3, "network.channel_mult": [1], "loss.k": 4})
-    eager = objective(batch)
+    eager = loss_of(objective, batch)
     expected = torch.autograd.grad(eager, list(objective.parameters()))
     compile_network(objective.network)
-    compiled = objective(batch)
+    compiled = loss_of(objective, batch)
     assert compiled.item() == pytest.approx(eager.item(), rel=1e-4)
     for ours, theirs in zip(torch.autograd.grad(compiled, list(objective.parameters())), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4 * theirs.abs().max().item() + 1e-9)
@@ -175,10 +182,10 @@ def test_optimisers_lower_the_loss(optimizer):
 
     objective, batch = make(**{"optimizer.name": optimizer, "optimizer.lr": 2e-3, "loss.k": 4})
     optimiser = build_optimizer(objective.config.optimizer, objective.parameters())
-    first = objective(batch).item()
+    first = loss_of(objective, batch).item()
     for _ in range(30):
         optimiser.zero_grad()
-        loss = objective(batch)
+        loss = loss_of(objective, batch)
         loss.backward()
         optimiser.step()
     assert loss.item() < 0.95 * first

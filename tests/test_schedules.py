@@ -7,10 +7,16 @@ import math
 import pytest
 import torch
 
-from mmgen.schedules import COSINE, FLOW, SCHEDULES
+from mmgen.errors import ConfigError
+from mmgen.schedules import COSINE, FLOW, SCHEDULES, ScheduleSettings, make_schedule
 
 TIMES = torch.tensor([1e-4, 0.006, 0.05, 0.3, 0.5, 0.7, 0.9, 0.99, 0.994, 0.996], dtype=torch.float64)
 both = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+MADE = {
+    f"{word}-{shift:g}": make_schedule(ScheduleSettings(word, shift))
+    for word in ("fm", "vp_cosine", "ddpm_linear", "edm") for shift in (1.0, 0.5, 4.0)
+}  # fmt: skip
+made = pytest.mark.parametrize("name", MADE)
 
 
 def t(*values: float) -> torch.Tensor:
@@ -65,7 +71,7 @@ def test_neighbouring_times_stay_apart(schedule):
     same(back, [gap], rtol=1e-6)
 
 
-@both
+@pytest.mark.parametrize("schedule", MADE.values(), ids=MADE)
 @pytest.mark.parametrize("function, derivative", [("alpha", "d_alpha"), ("sigma", "d_sigma"), ("log_snr", "d_log_snr")])
 def test_derivatives(schedule, function, derivative):
     """Fourth-order central differences; step h relative to the distance to the ends: error h^4 + 1e-16 / h, about 1e-11."""
@@ -106,3 +112,53 @@ def test_order_and_dtype(schedule):
     ):
         value = getattr(schedule, name)(dense.reshape(9, 111))
         assert value.dtype == torch.float64 and value.shape == (9, 111), name
+
+
+def test_made_of_a_name():
+    assert make_schedule(ScheduleSettings("fm")) is FLOW and make_schedule(ScheduleSettings()) is COSINE
+    assert make_schedule(ScheduleSettings("edm")) is make_schedule(ScheduleSettings("edm"))
+    for wrong in ({"shift": 0.0}, {"shift": math.nan}, {"sigma_min": 80.0}, {"sigma_min": 0.0}, {"sigma_max": math.inf}):
+        with pytest.raises(ConfigError, match="schedule"):
+            make_schedule(ScheduleSettings("edm", **wrong))
+
+
+@made
+def test_made_keep_their_kind(name):
+    schedule, times = MADE[name], torch.cat([TIMES, t(0.0, 1.0)])
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    kind = {"fm": alpha + sigma, "edm": alpha}.get(schedule.name, (alpha**2 + sigma**2).sqrt())
+    same(kind, torch.ones_like(times))
+    assert (sigma > 0)[:-2].all() and (alpha > 0)[:-1].all()
+
+
+@made
+def test_made_inverses_and_shift(name):
+    """The log-SNR is lower by 2 log shift; times and eta are inverse."""
+    schedule, shift = MADE[name], float(name.rsplit("-", 1)[1])
+    base = make_schedule(ScheduleSettings(schedule.name))
+    same(schedule.log_snr(TIMES), base.log_snr(TIMES) - 2 * math.log(shift), atol=1e-11, rtol=1e-11)
+    same(schedule.eta_inverse(schedule.eta(TIMES)), TIMES, rtol=1e-11)
+    assert (schedule.eta(torch.linspace(0.001, 1, 500, dtype=torch.float64)).diff() > 0).all()
+    same(schedule.eta_inverse(t(0.0, 1e30)), [0.0, 1.0], atol=1e-12)
+    for function in (schedule.alpha, schedule.sigma, schedule.d_alpha, schedule.d_sigma, schedule.eta_inverse):
+        value = function(TIMES.reshape(2, 5))
+        assert value.dtype == torch.float64 and value.shape == (2, 5)
+
+
+def test_ddpm_linear_is_the_limit_of_ddpms_betas():
+    """beta = 0.1/N to 20/N over N steps, N = 200,000: alpha-bar is the product of 1 - beta; an error of order 1/N. And the
+    end is DDPM's, 0.0064, of 1000 betas from 1e-4 to 0.02."""
+    schedule, n = MADE["ddpm_linear-1"], 200_000
+    betas = torch.linspace(0.1, 20, n, dtype=torch.float64) / n
+    bars = (1 - betas).log().cumsum(0).exp()
+    at = torch.tensor([0.1, 0.37, 0.5, 0.9, 1.0], dtype=torch.float64)
+    same(schedule.alpha(at) ** 2, bars[(at * n).long() - 1], rtol=2e-3)
+    thousand = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).neg().log1p().sum().mul(0.5).exp()
+    same(schedule.alpha(t(1.0)), thousand[None], rtol=0.05)
+
+
+def test_edms_times():
+    """The sigmas of eight steps as Moment Matching Distillation takes them, to the digits written down."""
+    sigma = MADE["edm-1"].sigma(1 - torch.arange(8, dtype=torch.float64) / 8)
+    same(sigma, [80, 39.02, 17.53, 7.10, 2.515, 0.743, 0.170, 0.0261], rtol=2.5e-3)
+    same(MADE["edm-1"].sigma(t(0.0, 1.0)), [0.002, 80.0])

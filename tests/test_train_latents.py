@@ -14,16 +14,19 @@ from tiny_vae import write_images, write_vae
 
 import mmgen
 from mmgen import config as configs
+from mmgen import imm_config
 from mmgen import vae as vae_module
 from mmgen.config import preset_names, read_preset
 from mmgen.data.encoding import EncodingSettings, encode_source
 from mmgen.data.latents import load_latents
 from mmgen.data.resolve import resolve
 from mmgen.errors import ConfigError, DataError
+from mmgen.imm_config import ImmConfig
 from mmgen.models import read_config
 from mmgen.random import keys, normal
 from mmgen.training.batches import data_indices, fetch
-from mmgen.training.imm import _LATENT, ImmObjective, imm_model_config, imm_task
+from mmgen.training.imm import ImmObjective, imm_model_config, imm_task
+from mmgen.training.inputs import LATENT
 from mmgen.training.start import load_data, train_imm
 from mmgen.vae import load_vae
 
@@ -70,7 +73,7 @@ def place(tmp_path_factory):
 
 
 def tiny(place, **changes):
-    return configs.resolve(TINY, configs.nest({"data.name": str(place / "latents"), **changes}))
+    return imm_config.resolve(TINY, configs.nest({"data.name": str(place / "latents"), **changes}, ImmConfig))
 
 
 def train(place, out, reporter=None, **changes):
@@ -98,15 +101,15 @@ def test_what_the_network_sees_is_drawn_anew_and_normalised(place, tmp_path):
     config = tiny(place)
     dataset = load_data(config.data)
     model_config = imm_model_config(config, dataset.shape)
-    objective = imm_task(config, model_config).objective
+    objective = imm_task(config, model_config).parts["model"].objective
     moments = np.concatenate([np.load(f) for f in sorted((place / "latents/shards").glob("*.npy"))]).astype(np.float64)
     seen = []
     for first in (40, 40 + 90):  # the second time in another epoch
         batch = fetch(dataset, first, 8, config.train.seed, torch.device("cpu"))
-        x, label = objective._data(batch)
+        x, label = objective.inputs.images(batch)
         assert label is None and x.shape == (8, 4, 8, 8) and x.dtype == torch.float32
         rows = data_indices(90, first, 8, config.train.seed)
-        noise = normal(keys(config.train.seed, torch.arange(first, first + 8), _LATENT), (4, 8, 8)).double().numpy()
+        noise = normal(keys(config.train.seed, torch.arange(first, first + 8), LATENT), (4, 8, 8)).double().numpy()
         raw = moments[rows, :4] + moments[rows, 4:] * noise
         mean, std = (np.array(v)[:, None, None] for v in (dataset.latents.mean, dataset.latents.std))
         torch.testing.assert_close(x.double(), torch.from_numpy((raw - mean) / std * 0.5), rtol=1e-4, atol=1e-5)
@@ -114,7 +117,7 @@ def test_what_the_network_sees_is_drawn_anew_and_normalised(place, tmp_path):
         seen.append(x)
     assert not torch.equal(*seen)
     # over the whole data set the deviation is that of the noise
-    whole = objective._data(fetch(dataset, 0, 90, 0, torch.device("cpu")))[0]
+    whole = objective.inputs.images(fetch(dataset, 0, 90, 0, torch.device("cpu")))[0]
     assert whole.std((0, 2, 3)).tolist() == pytest.approx([0.5] * 4, rel=0.03)
     assert whole.mean((0, 2, 3)).tolist() == pytest.approx([0] * 4, abs=0.03)
 
@@ -126,17 +129,17 @@ def test_latents_have_the_deviation_of_the_noise(place):
 
 
 def test_pixels_are_as_before(place):
-    config = configs.resolve({"data": {"name": "digits"}})
+    config = imm_config.resolve({"data": {"name": "digits"}})
     dataset = load_data(config.data)
     assert dataset.shape.latents is None and imm_model_config(config, dataset.shape).latents is None
     objective = ImmObjective(torch.nn.Identity(), config)
     batch = fetch(dataset, 0, 4, 0, torch.device("cpu"))
-    assert torch.equal(objective._data(batch)[0], batch.images / 127.5 - 1)
+    assert torch.equal(objective.inputs.images(batch)[0], batch.images / 127.5 - 1)
 
 
 def test_labels_are_hidden_as_often_as_configured(place):
     config = tiny(place, **{"data.label_dropout": 0.25})
-    objective = imm_task(config, imm_model_config(config, load_data(config.data).shape)).objective
+    objective = imm_task(config, imm_model_config(config, load_data(config.data).shape)).parts["model"].objective
     batch = replace(fetch(load_data(config.data), 0, 8, 0, torch.device("cpu")), index=torch.arange(4000))
     batch.labels = torch.zeros(4000, dtype=torch.int64)
     label, _ = objective._labels(batch)
@@ -181,14 +184,14 @@ def test_settings_that_contradict_the_latents(place, changes, message):
 
 
 def test_augmentation_is_for_images(place):
-    config = configs.resolve({"data": {"name": str(place / "latents"), "augment": 0.12}})
+    config = imm_config.resolve({"data": {"name": str(place / "latents"), "augment": 0.12}})
     with pytest.raises(ConfigError, match="data.augment is for images"):
         load_data(config.data)
 
 
 def test_what_is_not_there_says_how_to_make_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = configs.resolve(read_preset("imagenet256-imm-xl"))
+    config = imm_config.resolve(read_preset("imagenet256-imm-xl"))
     with pytest.raises(
         DataError, match="latents of 4 channels, and imagenet256-latents is no folder of them.*mmgen cache-latents"
     ):
@@ -211,7 +214,7 @@ def test_every_preset_on_latents_meets_a_folder_of_them(place, tmp_path, monkeyp
     assert len(names) == 5
     for name in names:
         for word in ("imagenet256-latents", "imagenet256-latents/"):
-            config = configs.resolve(read_preset(name), configs.nest({"data.name": word}))
+            config = imm_config.resolve(read_preset(name), configs.nest({"data.name": word}, ImmConfig))
             model = imm_model_config(config, load_data(config.data).shape)
             assert (model.latents.resolution, model.num_classes, model.sampling.guidance) == (256, 1000, 1.5)
             assert config.data.label_dropout == 0.1

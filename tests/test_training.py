@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from mmgen import config as configs
 from mmgen.errors import ConfigError, TrainingError
+from mmgen.imm_config import ImmConfig, resolve
 from mmgen.training import loop
 from mmgen.training.batches import data_indices, split_batch
 from mmgen.training.ema import EMA, ema_decays
@@ -51,7 +52,7 @@ def fresh_accelerator():
 
 
 def tiny(**changes):
-    return configs.resolve(TINY, configs.nest(changes))
+    return resolve(TINY, configs.nest(changes, ImmConfig))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -77,6 +78,12 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert len(list((tmp_path / "run/previews").iterdir())) == 2
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 2  # keep_checkpoints
     assert outcome.results["values"].keys() == {"1", "2"}
+
+
+def test_an_unconditional_run_has_its_pictures(tmp_path):
+    config = tiny(**{"data.conditional": False, "train.max_images": 32, "run.preview_every": 16})
+    assert train_imm(config, tmp_path / "run", Quiet(), device="cpu").finished
+    assert (tmp_path / "run/samples.png").is_file() and (tmp_path / "run/previews/000000000016.png").is_file()
 
 
 def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path):
@@ -237,7 +244,7 @@ def test_every_epoch_sees_every_image_once_in_an_order_of_its_own():
 
 def test_ema_against_its_recursion():
     layer = torch.nn.Linear(3, 2)
-    decays = ema_decays(configs.resolve(TINY).train)
+    decays = ema_decays(resolve(TINY).train)
     assert decays == {"0.9": 0.9, "64img": pytest.approx(0.5 ** (16 / 64))}
     ema, expected = EMA(layer, decays), {name: layer.weight.detach().double().clone() for name in decays}
     for step in range(5):
@@ -253,6 +260,6 @@ def test_ema_against_its_recursion():
 
 
 def test_learning_rate_warms_up_then_stays():
-    settings = configs.resolve(TINY).optimizer
-    assert learning_rate(settings, 0) == pytest.approx(1e-3 / 33)
-    assert learning_rate(settings, 32) == learning_rate(settings, 10**9) == 1e-3
+    settings = resolve(TINY).optimizer
+    assert learning_rate(settings, 0, 160) == pytest.approx(1e-3 / 33)
+    assert learning_rate(settings, 32, 160) == learning_rate(settings, 10**9, 160) == 1e-3

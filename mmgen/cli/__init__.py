@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from .. import __version__
-from . import cache_latents, convert, fid, push, sample, train_imm
+from . import cache_latents, convert, distill, fid, push, sample, train_imm, train_teacher
 
 app = typer.Typer(
     name="mmgen",
@@ -35,6 +35,8 @@ def _mmgen(
 
 
 app.command("train-imm")(train_imm.train_imm)
+app.command("train-teacher")(train_teacher.train_teacher)
+app.command("distill")(distill.distill)
 app.command("sample")(sample.sample)
 app.command("fid")(fid.fid)
 app.command("convert")(convert.convert)

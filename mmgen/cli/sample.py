@@ -32,7 +32,7 @@ def sample(
         typer.Option(
             help="Steps of the sampler; several, such as 1,2,4, draw the same images with each. A step costs an evaluation of "
             "the network, of heun two. Default: the model's, else 1 of a flow map or consistency model, and of a diffusion model "
-            "18 with heun, 50 with ddim, 250 with ancestral."
+            "18 with heun, 50 with ddim, 250 with ancestral. Of a distilled student other numbers may give worse images."
         ),
     ] = None,
     num: Annotated[int, typer.Option(help="How many images. A larger number later adds to those that are there.")] = 64,
@@ -71,16 +71,18 @@ def sample(
             metavar="pushforward|restart|ddim|ancestral|heun",
             help="Of a flow map (IMM), pushforward: from each time to the next; restart: to the end, then back with fresh noise, "
             "also of a consistency model. Of a diffusion model, ddim: deterministic, first order; heun: EDM's, second order; "
-            "ancestral: DDPM's, random. Default: the model's, else pushforward, heun where EDM trained it, otherwise ddim.",
+            "ancestral: DDPM's, random, and a student's. Default: the model's, else pushforward, heun where EDM trained it, "
+            "otherwise ddim.",
         ),
     ] = None,
     grid: Annotated[
         str | None,
         typer.Option(
-            metavar="default|uniform|edm|eta",
+            metavar="default|uniform|edm|eta|schedule",
             help="Times of the steps. default: of a flow map the paper's, uniform but for two steps, which meet at eta 1.4; of "
             "a diffusion model edm with heun or where EDM trained it, otherwise uniform. uniform: evenly spaced in the model's "
-            "own time or timesteps, from the last one on. edm: equation 5 of Karras et al. eta: those of --eta. "
+            "own time or timesteps, from the last one on. edm: equation 5 of Karras et al. eta: those of --eta. schedule: of a "
+            "distilled student (its default), evenly spaced in the time that it was distilled on. "
             "Default: the model's.",
         ),
     ] = None,
@@ -102,6 +104,12 @@ def sample(
     ] = None,
     s_noise: Annotated[
         float | None, typer.Option(help="With --churn: standard deviation of the noise added. Default: the model's, else 1.")
+    ] = None,
+    stochasticity: Annotated[
+        float | None,
+        typer.Option(
+            help="Of ancestral, the part of DDPM's noise that is drawn, from 0 (ddim) to 1. Default: the model's, else 1."
+        ),
     ] = None,
     ema: Annotated[
         str | None,
@@ -142,10 +150,13 @@ def sample(
         config = read_config(origin.file)
         common = {"seed": seed, "classes": class_list(classes, config), "guidance": guidance, "sampler": sampler}
         common |= {"grid": grid, "etas": etas, "batch_size": batch_size}
-        common |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+        common |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
         settings = [sampling.SampleSettings(steps=count, **common) for count in step_counts]
         plans = [sampling.plan(config, one) for one in settings]  # all are checked before the first is drawn
         team = find_team(cpu=device == "cpu")
+        for note in dict.fromkeys(note for chosen in plans for note in chosen.notes):
+            if team.is_main:
+                typer.echo(f"note: {note}", err=True)
         loaded = load_model(origin.file, choose_device(device))
         write = {"png": sample_folder.write_png, "npz": sample_file.write_npz, "grid": sample_file.write_grid}[layout]
 

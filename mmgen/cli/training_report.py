@@ -8,12 +8,15 @@ from typing import Any
 
 
 class TrainingReport:
-    """The loop's `Reporter`. On stderr, so that results alone go to stdout. Only one process should have a visible one."""
+    """The loop's `Reporter`. On stderr, so that results alone go to stdout. Only one process should have a visible one.
 
-    def __init__(self, visible: bool = True) -> None:
+    watch: the logged number that the bar shows; of a list its mean.
+    """
+
+    def __init__(self, visible: bool = True, watch: str = "loss") -> None:
         self.visible, self.terminal = visible, visible and sys.stderr.isatty()
         self.progress = self.task = None
-        self.loss = float("nan")
+        self.watch, self.value = watch, float("nan")
 
     def note(self, text: str) -> None:
         if self.terminal:
@@ -39,17 +42,20 @@ class TrainingReport:
                 return Text("" if not task.speed else f"{task.speed:,.0f} images/s", style="progress.data.speed")
 
         columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn()
-        loss = TextColumn("loss {task.fields[loss]:.3g}")
-        self.progress = Progress(*columns, loss, console=self._console(), speed_estimate_period=60)
-        self.task = self.progress.add_task("training", total=total, completed=images, loss=self.loss)
+        value = TextColumn(self.watch.replace("_", " ") + " {task.fields[value]:.3g}")
+        self.progress = Progress(*columns, value, console=self._console(), speed_estimate_period=60)
+        self.task = self.progress.add_task("training", total=total, completed=images, value=self.value)
         self.progress.start()
 
     def advance(self, images: int) -> None:
         if self.progress is not None:
-            self.progress.update(self.task, completed=images, loss=self.loss)
+            self.progress.update(self.task, completed=images, value=self.value)
 
     def log(self, line: dict[str, Any]) -> None:
-        self.loss = line.get("loss", self.loss)
+        found = line.get(self.watch)
+        found = [number for number in (found if isinstance(found, list) else [found]) if number is not None]
+        if found:
+            self.value = sum(found) / len(found)
         if self.visible and not self.terminal:
             print(json.dumps(line), file=sys.stderr, flush=True)
 

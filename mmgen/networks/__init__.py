@@ -6,7 +6,8 @@ twice as many channels as they get: the second half is a learned variance.
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .adm import ADM, ADMSettings
@@ -14,8 +15,9 @@ from .diffusers_unet import DiffusersUNet, DiffusersUNetSettings
 from .dit import DiT, DiTSettings
 from .edm2 import EDM2, EDM2Settings
 from .unet import UNet, UNetSettings
+from .uvit import UViT, UViTSettings
 
-NetworkSettings = UNetSettings | DiTSettings | ADMSettings | EDM2Settings | DiffusersUNetSettings
+NetworkSettings = UNetSettings | DiTSettings | ADMSettings | EDM2Settings | DiffusersUNetSettings | UViTSettings
 
 
 def build_network(
@@ -26,21 +28,46 @@ def build_network(
     num_classes: int = 0,
     augment_dim: int = 0,
     second_time: bool = True,
+    extra_channels: int = 0,
 ) -> nn.Module:
     """A freshly initialised network for images [N, channels, resolution, resolution]; num_classes 0 is unconditional.
 
-    `second_time`: whether it is given s beside t, as a flow map is and a denoiser is not. Raises ConfigError for a network
-    that cannot be one, or has no place for an augmentation label.
+    `second_time`: whether it is given s beside t, as a flow map is and a denoiser is not. `extra_channels`: how many
+    channels it is given behind those of the image, such as a student's noise. Raises ConfigError for a network that cannot be
+    such a one, or has no place for an augmentation label.
     """
+    options = {"second_time": second_time, "extra_channels": extra_channels}
     if isinstance(settings, UNetSettings):
-        return UNet(settings, resolution, channels, num_classes, augment_dim, second_time=second_time)
+        return UNet(settings, resolution, channels, num_classes, augment_dim, **options)
     if isinstance(settings, ADMSettings):
-        return ADM(settings, resolution, channels, num_classes, augment_dim, second_time=second_time)
+        return ADM(settings, resolution, channels, num_classes, augment_dim, **options)
     if augment_dim:
         raise ConfigError(f"a network of kind {settings.kind!r} takes no augmentation label")
     if isinstance(settings, DiTSettings):
-        return DiT(settings, resolution, channels, num_classes, second_time=second_time)
+        return DiT(settings, resolution, channels, num_classes, **options)
+    if isinstance(settings, UViTSettings):
+        return UViT(settings, resolution, channels, num_classes, **options)
     if second_time:
         raise ConfigError(f"a network of kind {settings.kind!r} has no second time: it can be a denoiser, not a flow map")
-    network = EDM2 if isinstance(settings, EDM2Settings) else DiffusersUNet
-    return network(settings, resolution, channels, num_classes)
+    if isinstance(settings, EDM2Settings):
+        return EDM2(settings, resolution, channels, num_classes, extra_channels=extra_channels)
+    if extra_channels:
+        raise ConfigError(f"a network of kind {settings.kind!r} takes no channels beside those of the image")
+    return DiffusersUNet(settings, resolution, channels, num_classes)
+
+
+def widen_input(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """A network's state dict as that of `network`, which differs in `extra_channels` only: their weights are zero.
+
+    So the wider network begins as the other, whatever the extra channels hold. What has its shape already is returned as it is;
+    shapes that differ otherwise are left for `load_state_dict` to refuse.
+    """
+    widened = dict(state)
+    for key, wanted in network.state_dict().items():
+        found = state.get(key)
+        if found is None or found.shape == wanted.shape or found.ndim != wanted.ndim or found.ndim < 2:
+            continue
+        more = wanted.shape[1] - found.shape[1]
+        if more > 0 and (found.shape[0], *found.shape[2:]) == (wanted.shape[0], *wanted.shape[2:]):
+            widened[key] = torch.cat([found, found.new_zeros(found.shape[0], more, *found.shape[2:])], dim=1)
+    return widened

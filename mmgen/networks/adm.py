@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
+from ..keyed_dropout import checkpointed
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 
 EPSILON = 1e-5  # of every group norm
@@ -65,6 +65,7 @@ class Block(nn.Module):
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.affine = nn.Linear(emb_channels, out_channels * (2 if settings.scale_shift_norm else 1))
         self.norm1 = _norm(out_channels, settings)
+        self.dropout = nn.Dropout(settings.dropout)
         self.conv1 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.heads = 0
@@ -87,7 +88,7 @@ class Block(nn.Module):
             hidden = self.norm1(hidden) * (1 + scale) + shift
         else:
             hidden = self.norm1(hidden + affine)
-        hidden = self.conv1(F.dropout(F.silu(hidden), self.settings.dropout, self.training))
+        hidden = self.conv1(self.dropout(F.silu(hidden)))
         x = self._resampled(x)
         x = hidden + (x if self.skip is None else self.skip(x))
         return x + self._attend(x) if self.heads else x
@@ -116,11 +117,12 @@ class ADM(nn.Module):
 
     `label` int64 [N], with num_classes as the null class, or None for all null. Without `null_class` in the settings these
     two raise ConfigError: such a network was only ever trained with classes. `augment` float [N, augment_dim] or None.
+    With `extra_channels` more than C come in, behind those of the image.
     """
 
     def __init__(
         self, settings: ADMSettings, resolution: int, channels: int, num_classes: int = 0, augment_dim: int = 0, *,
-        second_time: bool = False,
+        second_time: bool = False, extra_channels: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.settings, self.num_classes, self.has_null_class = settings, num_classes, settings.null_class
@@ -138,7 +140,7 @@ class ADM(nn.Module):
         for level, out in enumerate(widths):
             side = resolution >> level
             if level == 0:
-                self.encoder[f"{side}x{side}_conv"] = nn.Conv2d(channels, out, 3, padding=1)
+                self.encoder[f"{side}x{side}_conv"] = nn.Conv2d(channels + extra_channels, out, 3, padding=1)
             else:
                 self.encoder[f"{side}x{side}_down"] = Block(current, current, emb, settings, resampling="down")
                 skips.append(current)
@@ -178,7 +180,7 @@ class ADM(nn.Module):
 
     def _run(self, block: Block, x: Tensor, emb: Tensor) -> Tensor:
         if self.settings.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, emb, use_reentrant=False)
+            return checkpointed(block, x, emb)
         return block(x, emb)
 
     def _embed(self, t: Tensor, s: Tensor | None, label: Tensor | None, augment: Tensor | None) -> Tensor:

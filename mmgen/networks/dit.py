@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
+from ..keyed_dropout import checkpointed
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 
 EPSILON = 1e-6  # of every layer norm
@@ -77,14 +77,16 @@ def _layer_norm(x: Tensor, epsilon: float = EPSILON) -> Tensor:
 class DiT(nn.Module):
     """x float [N, C, R, R], times float64 [N] -> float [N, C, R, R], with `learn_sigma` [N, 2 C, R, R].
 
-    `label` int64 [N] with num_classes as the null class (the last row of the table), or None for all null.
+    `label` int64 [N] with num_classes as the null class (the last row of the table), or None for all null. With `extra_channels`
+    more than C come in, behind those of the image.
 
     Raises ConfigError for settings of denoisers together with a second time.
     """
 
     def __init__(
-        self, settings: DiTSettings, resolution: int, channels: int, num_classes: int = 0, *, second_time: bool = True
-    ) -> None:
+        self, settings: DiTSettings, resolution: int, channels: int, num_classes: int = 0, *,
+        second_time: bool = True, extra_channels: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         if second_time and (settings.learn_sigma or settings.reversed_flow):
             raise ConfigError("learn_sigma and reversed_flow are settings of denoisers: a flow map's network has neither")
@@ -94,7 +96,7 @@ class DiT(nn.Module):
         frequencies = positional_frequencies(SINUSOID_DIM, endpoint=settings.time_endpoint)
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.register_buffer("position", grid_embedding(dim, self.side))
-        self.patch_embed = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.patch_embed = nn.Conv2d(channels + extra_channels, dim, patch, stride=patch)
         self.time_mlp = TimeMLP(SINUSOID_DIM, dim)
         self.second_time_mlp = TimeMLP(SINUSOID_DIM, dim) if second_time else None
         self.label_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
@@ -139,7 +141,7 @@ class DiT(nn.Module):
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             if self.settings.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, use_reentrant=False)
+                x = checkpointed(block, x, condition)
             else:
                 x = block(x, condition)
         shift, scale = self.out_modulation(condition).chunk(2, dim=1)

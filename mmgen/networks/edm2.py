@@ -102,6 +102,7 @@ class Block(nn.Module):
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = Layer(out_channels if side == "enc" else in_channels, out_channels, 3)
         self.emb_linear = Layer(emb_channels, out_channels)
+        self.dropout = nn.Dropout(settings.dropout)
         self.conv_res1 = Layer(out_channels, out_channels, 3)
         self.conv_skip = Layer(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.heads = out_channels // settings.channels_per_head if attention else 0
@@ -119,7 +120,7 @@ class Block(nn.Module):
             x = normalise(x, (1,))
         scale = 1 + self.emb_linear(emb, self.emb_gain)
         hidden = mp_silu(self.conv_res0(mp_silu(x)) * scale[:, :, None, None])
-        hidden = self.conv_res1(F.dropout(hidden, self.settings.dropout, self.training))
+        hidden = self.conv_res1(self.dropout(hidden))
         if self.side == "dec" and self.conv_skip is not None:
             x = self.conv_skip(x)
         x = mp_sum(x, hidden, self.settings.res_balance)
@@ -141,12 +142,14 @@ class EDM2(nn.Module):
     """x float [N, C, R, R], time float64 [N] -> float [N, C, R, R].
 
     `label` int64 [N] with num_classes as the null class (a vector of zeros), or None for all null. No second time, no
-    augmentation label.
+    augmentation label. With `extra_channels` more than C come in, behind those of the image.
     """
 
-    def __init__(self, settings: EDM2Settings, resolution: int, channels: int, num_classes: int = 0) -> None:
+    def __init__(
+        self, settings: EDM2Settings, resolution: int, channels: int, num_classes: int = 0, *, extra_channels: int = 0
+    ) -> None:
         super().__init__()
-        self.settings, self.num_classes = settings, num_classes
+        self.settings, self.num_classes, self.channels = settings, num_classes, channels
         widths = [settings.model_channels * mult for mult in settings.channel_mult]
         noise, emb = settings.noise_channels or widths[0], settings.emb_channels or max(widths)
         self.out_gain = nn.Parameter(torch.zeros([]))
@@ -162,7 +165,7 @@ class EDM2(nn.Module):
         for level, out in enumerate(widths):
             side = resolution >> level
             if level == 0:
-                self.enc[f"{side}x{side}_conv"] = Layer(channels + 1, out, 3)
+                self.enc[f"{side}x{side}_conv"] = Layer(channels + 1 + extra_channels, out, 3)
             else:
                 self.enc[f"{side}x{side}_down"] = block(current, current, side="enc", resampling="down")
                 skips.append(current)
@@ -196,7 +199,8 @@ class EDM2(nn.Module):
             one_hot = F.one_hot(label, self.num_classes + 1)[:, :-1].to(emb.dtype)
             emb = mp_sum(emb, self.emb_label(one_hot * math.sqrt(self.num_classes)), self.settings.label_balance)
         emb = mp_silu(emb)
-        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)  # the constant stands in for biases
+        image, extra = x[:, : self.channels], x[:, self.channels :]
+        x = torch.cat([image, torch.ones_like(x[:, :1]), extra], dim=1)  # the constant stands in for biases
         skips = []
         for name, module in self.enc.items():
             x = module(x) if name.endswith("_conv") else module(x, emb)

@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from ..keyed_dropout import checkpointed
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 
 EPSILON = 1e-6  # of every group norm
@@ -88,11 +88,12 @@ class Block(nn.Module):
         attention: bool = False, resampling: Literal["up", "down"] | None = None, resample: str = "box",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.dropout, self.resampling, self.resample = dropout, resampling, resample
+        self.resampling, self.resample = resampling, resample
         self.norm0 = _norm(in_channels)
         self.conv0 = _conv(in_channels, out_channels, 3)
         self.affine = _linear(emb_channels, out_channels)
         self.norm1 = _norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
         self.conv1 = _conv(out_channels, out_channels, 3, gain=1e-5)
         self.skip = _conv(in_channels, out_channels, 1) if resampling or in_channels != out_channels else None
         self.attention = attention
@@ -104,7 +105,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         hidden = self.conv0(self._resampled(F.silu(self.norm0(x))))
         hidden = F.silu(self.norm1(hidden + self.affine(emb)[:, :, None, None]))
-        hidden = self.conv1(F.dropout(hidden, self.dropout, self.training))
+        hidden = self.conv1(self.dropout(hidden))
         x = x if self.skip is None else self.skip(self._resampled(x))
         x = (x + hidden) * SKIP_SCALE
         return (x + self._attend(x)) * SKIP_SCALE if self.attention else x
@@ -138,12 +139,12 @@ class UNet(nn.Module):
     """x float [N, C, R, R], times float64 [N] -> float [N, C, R, R].
 
     `label` int64 [N] with num_classes as the null class, or None for all null. `augment` float [N, augment_dim] or None for
-    images that were not augmented.
+    images that were not augmented. With `extra_channels` more than C come in, behind those of the image.
     """
 
     def __init__(
         self, settings: UNetSettings, resolution: int, channels: int, num_classes: int = 0, augment_dim: int = 0, *,
-        second_time: bool = True,
+        second_time: bool = True, extra_channels: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.settings, self.num_classes = settings, num_classes
@@ -166,11 +167,11 @@ class UNet(nn.Module):
 
         # Names of the blocks are EDM's: side of the image, then place.
         self.encoder = nn.ModuleDict()
-        skips, current, image = [], width, channels
+        skips, current, image = [], width, channels + extra_channels
         for level, mult in enumerate(settings.channel_mult):
             side = resolution >> level
             if level == 0:
-                self.encoder[f"{side}x{side}_conv"] = _conv(channels, width, 3)
+                self.encoder[f"{side}x{side}_conv"] = _conv(image, width, 3)
             else:
                 self.encoder[f"{side}x{side}_down"] = block(current, current, resampling="down")
                 if settings.encoder == "residual":
@@ -221,7 +222,7 @@ class UNet(nn.Module):
 
     def _run(self, block: Block, x: Tensor, emb: Tensor) -> Tensor:
         if self.settings.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, emb, use_reentrant=False)
+            return checkpointed(block, x, emb)
         return block(x, emb)
 
     def _embed(self, t: Tensor, s: Tensor | None, label: Tensor | None, augment: Tensor | None) -> Tensor:

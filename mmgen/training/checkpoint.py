@@ -1,16 +1,17 @@
 """Checkpoints: folders of .safetensors files and one JSON, written beside and renamed. Nothing in them is a pickle.
 
 checkpoints/000000512000/        images seen
-    network.safetensors          the weights that are trained
+    network.safetensors          the weights that are trained; NAME.safetensors: those of every further part of the method
     ema-NAME.safetensors         every average
-    optimizer.safetensors        tensors of the optimiser's state, "parameter number.name"
-    state.json                   images seen, seconds spent, the optimiser's other settings, the fp16 scaler
+    optimizer.safetensors        tensors of the optimiser's state, "parameter number.name"; optimizer-NAME.safetensors likewise
+    state.json                   images seen, seconds spent, the optimisers' other settings, the fp16 scaler
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ..errors import ModelError, TrainingError
 from ..files import replacing_folder
 from ..models import check_state
 from .ema import EMA
+from .sharding import as_spread, gathered, put
 
 FORMAT = 1
 
@@ -36,34 +38,52 @@ class Progress:
     seconds: float = 0.0  # spent in all invocations
 
 
+def _files(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Part -> names of the files of its network and its optimiser, without the suffix. The first part's have plain names."""
+    return {name: (name, f"optimizer-{name}") if i else ("network", "optimizer") for i, name in enumerate(names)}
+
+
 def save_checkpoint(
-    folder: Path, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, scaler: Any, progress: Progress
+    folder: Path,
+    networks: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    ema: EMA,
+    scaler: Any,
+    progress: Progress,
+    *,
+    write: bool = True,
 ) -> Path:
-    """Writes one checkpoint under `folder` and returns its path. Raises MmgenError where the disk is full."""
+    """Writes one checkpoint under `folder` and returns its path. Raises MmgenError where the disk is full.
+
+    networks, optimizers: by part, in the same order at every call. What is sharded is put together: then all processes call this,
+    those that do not `write` to give their pieces.
+    """
+    path = folder / f"{progress.images:012d}"
+    content: dict[str, Any] = {"format": FORMAT, "images": progress.images, "seconds": progress.seconds}
+    files = {}
+    for name, (network_file, optimizer_file) in _files(networks).items():
+        files[network_file] = gathered(networks[name].state_dict())
+        tensors, content[optimizer_file] = _optimizer_state(optimizers[name])
+        files[optimizer_file] = gathered(tensors)
+    for name in ema.decays:
+        files[f"ema-{name}"] = gathered(ema.state_dict(name))
+    content["scaler"] = scaler.state_dict() if scaler is not None else None
+    if write:
+        with replacing_folder(path) as temporary:
+            for name, tensors in files.items():
+                save_file(tensors, temporary / f"{name}.safetensors")
+            (temporary / "state.json").write_text(json.dumps(content, indent=2))
+    return path
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Its tensors, "parameter number.name", and the rest."""
     state = optimizer.state_dict()
     tensors, plain = {}, {}
     for number, values in state["state"].items():
         for name, value in values.items():
             (tensors if isinstance(value, torch.Tensor) else plain)[f"{number}.{name}"] = value
-    path = folder / f"{progress.images:012d}"
-    with replacing_folder(path) as temporary:
-        _save(temporary / "network.safetensors", network.state_dict())
-        for name in ema.decays:
-            _save(temporary / f"ema-{name}.safetensors", ema.state_dict(name))
-        _save(temporary / "optimizer.safetensors", tensors)
-        content = {
-            "format": FORMAT,
-            "images": progress.images,
-            "seconds": progress.seconds,
-            "optimizer": {"state": plain, "param_groups": state["param_groups"]},
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        (temporary / "state.json").write_text(json.dumps(content, indent=2))
-    return path
-
-
-def _save(path: Path, state: dict[str, torch.Tensor]) -> None:
-    save_file({key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, path)
+    return tensors, {"state": plain, "param_groups": state["param_groups"]}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -71,23 +91,31 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[0-9]*") if p.name.isdecimal() and (p / "state.json").is_file())
 
 
-def load_checkpoint(path: Path, network: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer, scaler: Any) -> Progress:
+def load_checkpoint(
+    path: Path, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], ema: EMA, scaler: Any
+) -> Progress:
     """Restores everything in place. Raises TrainingError naming what is damaged or does not fit."""
     try:
         content = json.loads((path / "state.json").read_text())
-        weights = load_file(path / "network.safetensors")
         averages = {name: load_file(path / f"ema-{name}.safetensors") for name in ema.decays}
-        tensors = load_file(path / "optimizer.safetensors")
-        for name, state in {"network": weights, **averages}.items():
-            check_state(network.state_dict(), state, f"{path / name}")
-        network.load_state_dict(weights)
-        for name, state in averages.items():
-            ema.load(name, state)
-        state: dict[int, dict[str, Any]] = {}
-        for key, value in {**tensors, **content["optimizer"]["state"]}.items():
-            number, _, name = key.partition(".")
-            state.setdefault(int(number), {})[name] = value
-        optimizer.load_state_dict({"state": state, "param_groups": content["optimizer"]["param_groups"]})
+        for name, (network_file, optimizer_file) in _files(networks).items():
+            weights = load_file(path / f"{network_file}.safetensors")
+            check_state(networks[name].state_dict(), weights, f"{path / network_file}")
+            for key, target in networks[name].state_dict().items():
+                put(weights[key], target)
+            tensors, plain = load_file(path / f"{optimizer_file}.safetensors"), content[optimizer_file]
+            state: dict[int, dict[str, Any]] = {}
+            for key, value in {**tensors, **plain["state"]}.items():
+                number, _, entry = key.partition(".")
+                state.setdefault(int(number), {})[entry] = value
+            for number, parameter in enumerate(networks[name].parameters()):
+                for entry, value in state.get(number, {}).items():
+                    if isinstance(value, torch.Tensor):
+                        state[number][entry] = as_spread(value, parameter)
+            optimizers[name].load_state_dict({"state": state, "param_groups": plain["param_groups"]})
+        for name, average in averages.items():
+            check_state(next(iter(networks.values())).state_dict(), average, f"{path / name}")
+            ema.load(name, average)
         if scaler is not None and content["scaler"] is not None:
             scaler.load_state_dict(content["scaler"])
         return Progress(content["images"], content["seconds"])

@@ -9,19 +9,41 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import ImmConfig
-from ..models import Model, ModelConfig
+from ..config import TrainSettings
+from ..models import ModelConfig, build_model
 from .batches import Parts
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step of a method does, in passes of networks of the model's size. A backward pass costs two forward ones."""
+
+    forward: float  # passes for each image of the batch
+    backward: float
+    trained: int = 1  # networks with gradients and an optimiser
+    frozen: int = 0  # as many weights besides: a teacher
+    whole: int = 0  # likewise, what is never sharded: of the instant method the teacher, its gradient and the direction
+
+    def __str__(self) -> str:
+        return f"{self.forward:g} pass{'es' * (self.forward > 1)} forward, {self.backward:g} back"
+
+
+IMM = Work(forward=2, backward=1)  # the student, the target
+DENOISING = Work(forward=1, backward=1)
+ALTERNATING = Work(forward=3, backward=1, trained=2, frozen=1)  # student, auxiliary, teacher; one of the first two is updated
+# Of one half of the batch: a student's pass, the teacher's with its gradient. Of the other: a student's with its gradient, the
+# teacher's with a derivative, twice as much.
+INSTANT = Work(forward=2.5, backward=1, whole=3)
 
 
 @dataclass(frozen=True)
 class Cost:
     """Bytes are for one device."""
 
-    parameters: int
+    parameters: int  # of one network
     macs_per_image: int  # multiply-adds of one forward pass; papers on DiT call them FLOPs
-    flops_per_step: float  # of the whole batch: two forward passes, and a backward pass that costs two more
-    weights: int  # bytes: weights and gradients
+    flops_per_step: float  # of the whole batch
+    weights: int  # bytes: weights and gradients of what is trained, weights of what is frozen
     optimizer: int  # bytes
     averages: int  # bytes: all EMA
     activations: int  # bytes kept for the backward pass, for one round
@@ -31,33 +53,40 @@ class Cost:
         return self.weights + self.optimizer + self.averages + self.activations
 
 
-def estimate(config: ImmConfig, model_config: ModelConfig, parts: Parts) -> Cost:
-    """Costs of a training step. Activations are those that autograd keeps, for float32 or for half precision."""
+def estimate(train: TrainSettings, model_config: ModelConfig, parts: Parts, work: Work, sharded: bool = False) -> Cost:
+    """Costs of a training step. Activations are those that autograd keeps, for float32 or for half precision.
+
+    sharded: weights, gradients, optimiser states and averages are spread over the devices; what a block needs whole for a moment
+    is not counted.
+    """
+    shards = parts.processes if sharded else 1
     with torch.device("meta"):
-        network = Model(model_config).network
+        network = build_model(model_config).network
     probe = 2
     parameters = sum(p.numel() for p in network.parameters())
     flops = _forward_flops(network, model_config, probe) / probe
-    saved = _saved_bytes(network, model_config, config.train.precision, probe) / probe
-    averages = len(config.train.ema_betas) + len(config.train.ema_half_lives)
+    saved = _saved_bytes(network, model_config, train.precision, probe) / probe
+    averages = len(train.ema_betas) + len(train.ema_half_lives)
     return Cost(
         parameters=parameters,
         macs_per_image=int(flops / 2),
-        flops_per_step=4 * flops * config.train.batch_size,
-        weights=2 * 4 * parameters,
-        optimizer=2 * 4 * parameters,
-        averages=averages * 4 * parameters,
+        flops_per_step=(work.forward + 2 * work.backward) * flops * train.batch_size,
+        weights=((2 * work.trained + work.frozen) * 4 * parameters) // shards + work.whole * 4 * parameters,
+        optimizer=2 * work.trained * 4 * parameters // shards,
+        averages=averages * 4 * parameters // shards,
         activations=int(saved * parts.size),
     )
 
 
-def _inputs(config: ModelConfig, count: int) -> tuple[torch.Tensor, ...]:
+def _inputs(config: ModelConfig, count: int) -> tuple[torch.Tensor | None, ...]:
+    """What a network of this model is called with; a denoiser has no second time."""
+    own_noise = config.denoiser.noise_channels if config.denoiser is not None else 0
     with torch.device("meta"):
-        x = torch.empty(count, config.channels, config.resolution, config.resolution)
+        x = torch.empty(count, config.channels + own_noise, config.resolution, config.resolution)
         t = torch.empty(count, dtype=torch.float64)
         label = torch.zeros(count, dtype=torch.int64) if config.num_classes else None
         augment = torch.empty(count, config.augment_dim) if config.augment_dim else None
-    return x, t, t, label, augment
+    return x, t, t if config.denoiser is None else None, label, augment
 
 
 def _forward_flops(network: nn.Module, config: ModelConfig, count: int) -> int:

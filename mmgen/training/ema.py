@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import TrainSettings
+from .sharding import own, put
 
 
 def ema_decays(train: TrainSettings) -> dict[str, float]:
     """Name -> decay per step. A half-life of h images at batch size B decays by 0.5^(B / h) a step.
 
-    The first is the one that previews, figures and model.safetensors use.
+    The first is the one that previews, figures and model.safetensors use; where there is none, they use the weights.
     """
     decays = {f"{beta:g}": beta for beta in train.ema_betas}
     decays |= {f"{images}img": 0.5 ** (train.batch_size / images) for images in train.ema_half_lives}
@@ -19,7 +20,10 @@ def ema_decays(train: TrainSettings) -> dict[str, float]:
 
 
 class EMA:
-    """averages[name][parameter] <- decay averages + (1 - decay) parameter at every update. Buffers are not averaged."""
+    """averages[name][parameter] <- decay averages + (1 - decay) parameter at every update. Buffers are not averaged.
+
+    Of a sharded network every process has the averages of its own pieces.
+    """
 
     def __init__(self, network: nn.Module, decays: dict[str, float]) -> None:
         self.decays = decays
@@ -29,15 +33,19 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        current = list(self.parameters.values())
+        current = own(self.parameters.values())
         for name, decay in self.decays.items():
-            torch._foreach_lerp_(list(self.averages[name].values()), current, 1 - decay)
+            torch._foreach_lerp_(own(self.averages[name].values()), current, 1 - decay)
 
-    def state_dict(self, name: str) -> dict[str, Tensor]:
-        """The network's state dict with averaged parameters."""
-        return {**self.network.state_dict(), **self.averages[name]}
+    @property
+    def first(self) -> str | None:
+        return next(iter(self.decays), None)
+
+    def state_dict(self, name: str | None) -> dict[str, Tensor]:
+        """The network's state dict with averaged parameters; None: with its own."""
+        return {**self.network.state_dict(), **(self.averages[name] if name is not None else {})}
 
     def load(self, name: str, state: dict[str, Tensor]) -> None:
         """Restores one average from a state dict with the same keys."""
         for key, average in self.averages[name].items():
-            average.copy_(state[key])
+            put(state[key], average)

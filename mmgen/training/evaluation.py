@@ -15,11 +15,12 @@ from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import MmgenError
 from ..images import labelled_rows
-from ..models import Model, ModelConfig
+from ..models import AnyModel, ModelConfig
 from ..sampling import SampleSettings, draw
 from ..vae import decoder, normalise
 
 SHOWN = 30  # images per number of steps in a picture
+_OF_EVERY_LINE = ("images", "step", "seconds", "images_per_second", "learning_rate")
 
 
 def can_show(config: ModelConfig, device: torch.device, note: Callable[[str], None]) -> bool:
@@ -34,20 +35,21 @@ def can_show(config: ModelConfig, device: torch.device, note: Callable[[str], No
         return False
 
 
-def picture(model: Model, dataset: Dataset | LatentDataset, steps: Sequence[int], seed: int) -> Image.Image:
+def picture(model: AnyModel, dataset: Dataset | LatentDataset, steps: Sequence[int], seed: int) -> Image.Image:
     """Samples of each number of steps, from the same noise, above real images."""
+    classes = "balanced" if model.config.num_classes else "random"
     rows: list[tuple[str, Tensor | np.ndarray]] = [
         (
             f"{count} step{'s' * (count > 1)}",
-            draw(model, SampleSettings(steps=count, seed=seed, classes="balanced"), range(SHOWN))[0],
+            draw(model, SampleSettings(steps=count, seed=seed, classes=classes), range(SHOWN))[0],
         )
         for count in steps
     ]
     chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), min(SHOWN, len(dataset)), replace=False))
-    return labelled_rows([*rows, _real(model, dataset, chosen)], columns=15, padding=4)
+    return labelled_rows([*rows, real_images(model, dataset, chosen)], columns=15, padding=4)
 
 
-def _real(model: Model, dataset: Dataset | LatentDataset, chosen: np.ndarray) -> tuple[str, Tensor | np.ndarray]:
+def real_images(model: AnyModel, dataset: Dataset | LatentDataset, chosen: np.ndarray) -> tuple[str, Tensor | np.ndarray]:
     """Images of the data set and their caption. Of latents, what the VAE gives back: the best that a model can reach."""
     if not isinstance(dataset, LatentDataset):
         return "real", dataset.images[chosen]
@@ -57,9 +59,11 @@ def _real(model: Model, dataset: Dataset | LatentDataset, chosen: np.ndarray) ->
 
 
 def curves(log: Sequence[dict[str, Any]], halves: float | None = None) -> Image.Image:
-    """Loss and figure over the images seen, from the lines of the log. `halves`: what two halves of the data are apart."""
-    losses = [(line["images"], line["loss"]) for line in log if "loss" in line]
-    panels = [Panel("loss", "images", {"loss": _split(losses)}, log_y=True)]
+    """Losses, other numbers and figures over the images seen, from the lines of the log.
+
+    `halves`: what two halves of the data are apart. Losses that can be negative have an axis of their own.
+    """
+    panels = _numbers(log)
     measured = [line for line in log if "values" in line]
     for name in dict.fromkeys(line["figure"] for line in measured):
         lines = [line for line in measured if line["figure"] == name]
@@ -73,6 +77,34 @@ def curves(log: Sequence[dict[str, Any]], halves: float | None = None) -> Image.
             series["two halves of the data"] = ([lines[0]["images"], lines[-1]["images"]], [halves] * 2)
         panels.append(Panel(name, "images", series, log_y=True))
     return line_chart(panels, width=600 * len(panels), height=400)
+
+
+def _numbers(log: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Panels of what training logs: losses, the numbers that a method adds, and those of them that are lists."""
+    lines = [line for line in log if "learning_rate" in line]
+    names = dict.fromkeys(name for line in lines for name in line if name not in _OF_EVERY_LINE)
+    losses, others, panels = {}, {}, []
+    for name in names:
+        points = [(line["images"], line[name]) for line in lines if line.get(name) is not None]
+        title = name.replace("_", " ")
+        if points and isinstance(points[0][1], list):
+            levels = {
+                f"level {i + 1}": _split([(x, values[i]) for x, values in points if values[i] is not None])
+                for i in range(len(points[0][1]))
+            }
+            panels.append(Panel(title, "images", levels, log_y=_positive(levels)))
+        elif points:
+            series = _split(points)
+            if name.endswith("loss") and not _positive({name: series}):
+                panels.append(Panel(f"{title}: of either sign, no measure of progress", "images", {name: series}))
+            else:
+                (losses if name.endswith("loss") else others)[title] = series
+    first = [Panel("loss", "images", losses, log_y=True)] if losses or not panels else []
+    return first + ([Panel("measures", "images", others, log_y=_positive(others))] if others else []) + panels
+
+
+def _positive(series: dict[str, tuple[list[float], list[float]]]) -> bool:
+    return all(value > 0 for _, values in series.values() for value in values)
 
 
 def _split(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from ..metrics.features import Extractor, build_extractor
 from ..metrics.image_sets import dataset_images, drawn_images
 from ..metrics.reference_sets import ReferenceSet, collect_reference
 from ..metrics.score import ScoreSettings, figure_name, score
-from ..models import Model
+from ..models import AnyModel
 from ..sampling import SampleSettings, plan
 from ..team import Team
 
@@ -35,14 +36,17 @@ class Scorer:
         self.name = figure_name(extractor.title, run.eval_num)
         self._reference: ReferenceSet | None = None
 
-    def measure(self, model: Model, steps: Sequence[int], seed: int) -> dict[int, float]:
-        """The figure for each number of steps, of the same `run.eval_num` images. To be called in all processes."""
+    def measure(self, model: AnyModel, steps: Sequence[int], seed: int, **sampling: Any) -> dict[int, float]:
+        """The figure for each number of steps, of the same `run.eval_num` images. To be called in all processes.
+
+        sampling: more of `SampleSettings` (sampler, grid, guidance, churn ...); without, what the model says of itself.
+        """
         batch = self.run.batch_per_device
         if self._reference is None:
             self._reference = collect_reference(self.images, self.extractor, batch_size=batch, device=self.device, team=self.team)
         values = {}
         for count in steps:
-            chosen = plan(model.config, SampleSettings(steps=count, seed=seed, batch_size=batch))
+            chosen = plan(model.config, SampleSettings(steps=count, seed=seed, batch_size=batch, **sampling))
             images = drawn_images(model, chosen, self.run.eval_num, name="the model")
             found = score(
                 images,

@@ -7,23 +7,23 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..augment import AUGMENT_DIM, AugmentSettings, augment
-from ..config import ImmConfig, check_network
+from ..augment import AUGMENT_DIM
+from ..config import check_network
 from ..data import DataShape
 from ..diffusion import diffuse, per_image
 from ..errors import ConfigError
 from ..flow_map import input_scale, network_times
+from ..imm_config import ImmConfig
 from ..latents import LatentSettings
 from ..losses.imm import draw_times, earlier_time, imm_loss, jump_difference
-from ..models import Model, ModelConfig, from_uint8
-from ..random import keys, normal, torch_seed, uniform
+from ..models import Model, ModelConfig
+from ..random import keys, normal, torch_seed
 from ..sampling import check_defaults
-from ..vae import draw_latents
 from .batches import Batch
-from .loop import Task
+from .inputs import Inputs
+from .task import Part, Task
 
-# Purposes of random numbers. Each is drawn with the seed and the number of the image in the whole training.
-_FLIP, _AUGMENT, _LABEL, _NOISE, _TIME, _LATENT = range(100, 106)
+_NOISE, _TIME = 103, 104  # purposes of random numbers, drawn with the seed and the number of the image: see `inputs`
 
 
 def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
@@ -54,11 +54,12 @@ def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
 def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
     """A freshly initialised network with IMM's objective."""
     network = Model(model_config).network
-    return Task(network, ImmObjective(network, config, model_config.latents), model_config)
+    objective = ImmObjective(network, config, model_config.latents)
+    return Task({"model": Part(network, objective)}, model_config, group_size=config.loss.group_size)
 
 
 class ImmObjective(nn.Module):
-    """`objective(batch)` is the mean loss over a part of the batch, a scalar float64 tensor.
+    """`objective(batch)` is the mean loss over a part of the batch, a scalar float64 tensor, and no other numbers: {}.
 
     It is a module so that DistributedDataParallel and autocast wrap the whole pass. Under autocast only the student's pass is
     in half precision: the target and the loss are float32, times and coefficients float64.
@@ -66,14 +67,15 @@ class ImmObjective(nn.Module):
 
     def __init__(self, network: nn.Module, config: ImmConfig, latents: LatentSettings | None = None) -> None:
         super().__init__()
-        self.network, self.config, self.latents = network, config, latents
+        self.network, self.config = network, config
+        self.inputs = Inputs(config.data, config.train.seed, latents)
         self.has_dropout = getattr(config.network, "dropout", 0) > 0
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, flow, seed = self.config.loss, self.config.flow, self.config.train.seed
         full_precision = torch.autocast(batch.images.device.type, enabled=False)
         with full_precision:
-            x, augment_label = self._data(batch)
+            x, augment_label = self.inputs.images(batch)
             label, target_label = self._labels(batch)
             noise = flow.sigma_data * normal(keys(seed, batch.index, _NOISE), x.shape[1:])
             s, t = draw_times(loss, flow, keys(seed, batch.index[:: loss.group_size], _TIME))  # one draw a group
@@ -85,35 +87,12 @@ class ImmObjective(nn.Module):
             with torch.no_grad():  # the target: the current weights without gradient, no EMA
                 out_r = self._output(batch, x, noise, each_s, each_r, target_label, augment_label)
             difference, y_r = jump_difference(flow, each_s, each_r, each_t, x, noise, out_t, out_r)
-            return imm_loss(loss, flow, s, r, t, difference, y_r).mean()
-
-    def _data(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What is learned, float32 [N, C, H, W], and the augmentation label [N, 9], if any.
-
-        A latent is drawn anew at each step from the moments of its image.
-        """
-        if self.latents is None:
-            return self._pixels(batch)
-        return draw_latents(batch.images, self.latents, keys(self.config.train.seed, batch.index, _LATENT)), None
-
-    def _pixels(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The images in [-1, 1], float32, mirrored and augmented as configured, and the augmentation label [N, 9]."""
-        data, seed = self.config.data, self.config.train.seed
-        x = from_uint8(batch.images)
-        if data.xflip:
-            mirrored = uniform(keys(seed, batch.index, _FLIP)) < 0.5
-            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-        if data.augment > 0:
-            return augment(x, keys(seed, batch.index, _AUGMENT), AugmentSettings(probability=data.augment))
-        return x, None
+            return imm_loss(loss, flow, s, r, t, difference, y_r).mean(), {}
 
     def _labels(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
         """Labels for the student and for the target; a hidden label is the null class, num_classes."""
-        if not self.config.data.conditional:
-            return None, None
-        hidden = uniform(keys(self.config.train.seed, batch.index, _LABEL)) < self.config.data.label_dropout
-        label = torch.where(hidden, self.network.num_classes, batch.labels)
-        return label, batch.labels if self.config.loss.target_labels == "undropped" else label
+        label = self.inputs.labels(batch, self.network.num_classes)
+        return label, batch.labels if label is not None and self.config.loss.target_labels == "undropped" else label
 
     def _output(
         self,

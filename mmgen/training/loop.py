@@ -9,59 +9,37 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..config import ImmConfig
+from ..config import OptimizerSettings, RunSettings, TrainSettings
 from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import ConfigError, TrainingError
 from ..images import save_png
 from ..metrics.frechet import halves_distance
-from ..models import MODEL_FILE, Model, ModelConfig, save_model
+from ..models import MODEL_FILE, AnyModel, ModelConfig, build_model, save_model
 from ..team import team_of
 from . import evaluation
-from .batches import fetch, split_batch
+from .batches import Batch, Parts, fetch, split_batch
 from .checkpoint import Progress, list_checkpoints, load_checkpoint, remove_old, save_checkpoint
 from .ema import EMA, ema_decays
 from .figures import make_scorer
+from .numbers import BadLoss, Numbers
 from .optim import build_optimizer, learning_rate
 from .run_folder import RunFolder
+from .sharding import gathered, is_sharded, shard, synchronise_gradients
 from .stopping import StopRequest
+from .task import Outcome, Part, Reporter, Task
+
+__all__ = ["BEST_FILE", "Outcome", "Part", "Reporter", "Task", "Trainer"]
 
 BEST_FILE = "model-best.safetensors"  # the averaged weights with the least figure so far, at the first of run.eval_steps
-
-
-@dataclass
-class Task:
-    """What a method gives the loop."""
-
-    network: nn.Module  # what is trained, averaged and saved
-    objective: nn.Module  # objective(batch) -> scalar loss; holds the network
-    model_config: ModelConfig  # what the saved model says of itself
-
-
-class Reporter(Protocol):
-    """What the loop tells whoever watches. The command line shows a bar or JSON lines."""
-
-    def note(self, text: str) -> None: ...
-    def start(self, images: int, total: int) -> None: ...
-    def advance(self, images: int) -> None: ...
-    def log(self, line: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class Outcome:
-    """How an invocation ended."""
-
-    images: int
-    signal: int | None = None  # the signal that ended it
-    finished: bool = False  # all images of the recipe were seen
-    results: dict[str, Any] | None = None  # the figures at the end
 
 
 class Trainer:
@@ -69,37 +47,47 @@ class Trainer:
 
     def __init__(
         self,
-        make_task: Callable[[], Task],
-        config: ImmConfig,
+        make_task: Callable[[Any], Task],
         dataset: Dataset | LatentDataset,
         folder: RunFolder,
         reporter: Reporter,
         accelerator: Any,
+        *,
+        train: TrainSettings,
+        optimizer: OptimizerSettings,
+        run: RunSettings,
+        config: dict[str, Any],
         max_seconds: float = math.inf,
     ) -> None:
-        self.config, self.dataset, self.folder, self.reporter = config, dataset, folder, reporter
+        """make_task(accelerator) makes the networks, whose initial weights it draws from torch's generator, seeded here.
+
+        config: all settings, as the model file keeps them. Raises ConfigError for a batch that devices cannot share.
+        """
+        self.dataset, self.folder, self.reporter = dataset, folder, reporter
         self.accelerator, self.max_seconds = accelerator, max_seconds
-        train, run = config.train, config.run
-        parts = split_batch(train.batch_size, config.loss.group_size, accelerator.num_processes, run.batch_per_device)
-        if parts is None:
-            raise ConfigError(
-                f"train.batch_size {train.batch_size} cannot be shared by {accelerator.num_processes} devices in groups of "
-                f"{config.loss.group_size}: choose a multiple of {accelerator.num_processes * config.loss.group_size}"
-            )
-        self.parts = parts
+        self.train, self.optimizer, self.run_settings, self.config = train, optimizer, run, config
         set_precision(train.precision)
         torch.manual_seed(train.seed)  # the initial weights
-        self.task = make_task()
-        self.network = self.task.network.to(accelerator.device)
-        if run.compile:
-            compile_network(self.network)
-        self.optimizer = build_optimizer(config.optimizer, self.network.parameters())
+        self.task = make_task(accelerator)
+        self.parts = share_batch(train.batch_size, self.task.group_size, accelerator.num_processes, run.batch_per_device)
+        self.sharded = is_sharded(accelerator)
+        self.networks, self.optimizers, self._prepared = {}, {}, {}
+        for network in self.task.frozen if self.sharded else ():
+            shard(network)
+        for name, part in self.task.parts.items():
+            self.networks[name] = part.network.to(accelerator.device)
+            if run.compile:
+                compile_network(part.network)
+            if self.sharded:
+                shard(part.network)
+            self.optimizers[name] = build_optimizer(optimizer, part.network.parameters())
+            both = part.objective, self.optimizers[name]
+            self._prepared[name] = both if self.sharded else accelerator.prepare(*both)
+        self.network = next(iter(self.networks.values()))
         self.ema = EMA(self.network, ema_decays(train))
-        self.ema_name = next(iter(self.ema.decays))
-        self.objective, self.wrapped_optimizer = accelerator.prepare(self.task.objective, self.optimizer)
         self.progress = Progress()
         self.log_lines: list[dict[str, Any]] = []
-        self._losses: list[Tensor] = []  # of the steps since the last log line, on the device
+        self.numbers = Numbers(accelerator, single=len(self.task.parts) == 1)
         self.team = team_of(accelerator)
         self.scorer = make_scorer(run, dataset, accelerator.device, self.team, reporter.note)
         self.shows = self.team.is_main and evaluation.can_show(self.task.model_config, accelerator.device, reporter.note)
@@ -108,9 +96,9 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Resumes where a checkpoint stands, trains, measures. Raises TrainingError for a loss that is not finite."""
-        config, run = self.config, self.config.run
+        run = self.run_settings
         self._resume()
-        total = config.train.max_images
+        total = self.train.max_images
         self.reporter.start(self.progress.images, total)
         started, seconds_before, logged_at = (
             time.monotonic(),
@@ -123,11 +111,11 @@ class Trainer:
                 self._step()
                 self.progress.seconds = seconds_before + time.monotonic() - started
                 images, done = self.progress.images, self.progress.images >= total
-                step = images // config.train.batch_size
+                step = images // self.train.batch_size
                 if step % run.log_every == 0 or done:
                     now = time.monotonic()
                     rate = (images - logged_at[1]) / (now - logged_at[0])
-                    self._log(self._flush_losses() | {"images_per_second": round(rate, 2)})
+                    self._log(self._flush() | {"images_per_second": round(rate, 2)})
                     logged_at = (now, images)
                 self.reporter.advance(images)
                 ends = done or self._should_end(stop, time.monotonic() - started, step)
@@ -152,68 +140,87 @@ class Trainer:
         return Outcome(self.progress.images, finished=finished, results=results)
 
     def _step(self) -> None:
-        """One update of the weights, over the whole global batch."""
-        train, parts, accelerator = self.config.train, self.parts, self.accelerator
+        """One update of the weights of one part, over the whole global batch."""
+        parts, accelerator = self.parts, self.accelerator
         first = self.progress.images
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optimizer, first)
+        name = self.task.turn(first // self.train.batch_size)
+        part, (objective, optimizer) = self.task.parts[name], self._prepared[name]
+        for group in self.optimizers[name].param_groups:
+            group["lr"] = learning_rate(self.optimizer, first, self.train.max_images)
+        if part.prepare is not None:
+            part.prepare(lambda: self._batches(first))
         total = 0.0
-        for round_ in range(parts.rounds):
-            start = first + parts.start(round_, accelerator.process_index)
-            batch = fetch(self.dataset, start, parts.size, train.seed, accelerator.device)
+        for round_, batch in enumerate(self._batches(first)):
             # Gradients travel between devices in the last round only
             last = round_ == parts.rounds - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.objective):
-                loss = self.objective(batch) / parts.rounds
+            with self._gradients_travel(part, objective, last):
+                with accelerator.autocast() if self.sharded else contextlib.nullcontext():  # else it is in the objective
+                    loss, numbers = objective(batch)
+                loss = loss / parts.rounds
                 accelerator.backward(loss)
             total = total + loss.detach()
-        if self.config.optimizer.grad_clip > 0:
-            accelerator.clip_grad_norm_(self.network.parameters(), self.config.optimizer.grad_clip)
-        self.wrapped_optimizer.step()
-        self.wrapped_optimizer.zero_grad()
-        self.ema.update()
-        self._losses.append(total)
-        self.progress.images = first + train.batch_size
+            self.numbers.add(numbers)
+        if self.optimizer.grad_clip > 0:
+            accelerator.clip_grad_norm_(part.network.parameters(), self.optimizer.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.ema.update()  # whatever part was updated: decays are per step
+        self.numbers.add_loss(name, total)
+        self.progress.images = first + self.train.batch_size
+
+    def _gradients_travel(self, part: Part, objective: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
+        if self.sharded:
+            synchronise_gradients(part.network, wanted)
+        return contextlib.nullcontext() if wanted or self.sharded else self.accelerator.no_sync(objective)
+
+    def _batches(self, first: int) -> Iterator[Batch]:
+        """This process's share of the global batch that begins with image number `first`, a round at a time."""
+        for round_ in range(self.parts.rounds):
+            start = first + self.parts.start(round_, self.accelerator.process_index)
+            yield fetch(self.dataset, start, self.parts.size, self.train.seed, self.accelerator.device)
 
     def _should_end(self, stop: StopRequest, seconds: float, step: int) -> bool:
         wanted = stop.signal is not None or seconds > self.max_seconds
         if self.accelerator.num_processes == 1:
             return wanted
-        if step % self.config.run.log_every:  # agreeing costs a synchronisation: not at every step
+        if step % self.run_settings.log_every:  # agreeing costs a synchronisation: not at every step
             return False
         flag = torch.tensor([float(wanted)], device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum").item())
 
     # ------------------------------------------------------------------ numbers
 
-    def _flush_losses(self) -> dict[str, Any]:
-        """The mean loss since the last call; asks the device, once. Raises TrainingError where one is not finite."""
-        if not self._losses:
+    def _flush(self) -> dict[str, Any]:
+        """Losses and numbers since the last call. Raises TrainingError where a loss is not finite."""
+        try:
+            numbers = self.numbers.flush()
+        except BadLoss as bad:
+            good = list_checkpoints(self.folder.checkpoints)
+            last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
+            what = "the loss" if self.numbers.single else f"the loss of the {bad.part}"
+            step = self.progress.images // self.train.batch_size + bad.offset + 1
+            raise TrainingError(
+                f"{what} is {bad.value} at step {step} of {self.folder.path}; {last}. "
+                "Try a lower optimizer.lr, optimizer.grad_clip=1, or train.precision=tf32, in another --out"
+            ) from bad
+        if not numbers:
             return {}
-        losses = torch.stack(self._losses)
-        if self.accelerator.num_processes > 1:
-            losses = self.accelerator.reduce(losses, reduction="mean")
-        values = losses.tolist()
-        self._losses.clear()
-        step = self.progress.images // self.config.train.batch_size
-        for offset, value in enumerate(values):
-            if not math.isfinite(value):
-                good = list_checkpoints(self.folder.checkpoints)
-                last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
-                raise TrainingError(
-                    f"the loss is {value} at step {step - len(values) + offset + 1} of {self.folder.path}; {last}. "
-                    "Try a lower optimizer.lr, optimizer.grad_clip=1, or train.precision=tf32, in another --out"
-                )
-        return {"loss": sum(values) / len(values), "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        return numbers | {"learning_rate": learning_rate(self.optimizer, self._last_step(), self.train.max_images)}
+
+    def _last_step(self) -> int:
+        """Images seen before the step that was made last."""
+        return self.progress.images - self.train.batch_size
 
     def _log(self, numbers: dict[str, Any]) -> None:
-        line = {"images": self.progress.images, "step": self.progress.images // self.config.train.batch_size, **numbers}
+        line = {"images": self.progress.images, "step": self.progress.images // self.train.batch_size, **numbers}
         line["seconds"] = round(self.progress.seconds, 2)
         self.log_lines.append(line)
         if self.accelerator.is_main_process:
             self.folder.log(line)
             self.reporter.log(line)
         scalars = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
+        lists = {k: v for k, v in numbers.items() if isinstance(v, list)}
+        scalars |= {f"{k}/{i}": v for k, values in lists.items() for i, v in enumerate(values, 1) if v is not None}
         scalars |= {f"{numbers['figure']}/{count}": value for count, value in numbers.get("values", {}).items()}
         self.accelerator.log(scalars, step=self.progress.images)
 
@@ -221,15 +228,15 @@ class Trainer:
         """The figure for the configured numbers of steps, into the log; all processes share the work. The best is kept."""
         if self.scorer is None:
             return
-        model, steps = self._averaged_model(), self.config.run.eval_steps
-        values = {str(count): value for count, value in self.scorer.measure(model, steps, self.config.train.seed).items()}
+        model, steps = self._averaged_model(), self.run_settings.eval_steps
+        values = {str(count): value for count, value in self.scorer.measure(model, steps, self.train.seed).items()}
         deciding, name = str(steps[0]), self.scorer.name
         before = [line["values"][deciding] for line in self._measured() if deciding in line["values"]]
-        if self.accelerator.is_main_process and values[deciding] < min(before, default=math.inf):
-            config = self._model_config(self.ema_name, figures={name: values})
-            save_model(self.folder.path / BEST_FILE, config, self.ema.state_dict(self.ema_name))
+        best = values[deciding] < min(before, default=math.inf)
+        if self.team.gather(best)[0]:  # only the main process has the log
+            self._save_model(self.folder.path / BEST_FILE, self.ema.first, figures={name: values})
         # After the model: were it logged before and the run killed between, no later figure would count as better
-        self._log({"figure": name, "values": values, "num": self.config.run.eval_num})
+        self._log({"figure": name, "values": values, "num": self.run_settings.eval_num})
 
     def _measured(self) -> list[dict[str, Any]]:
         """The lines of the log that hold this figure."""
@@ -240,7 +247,7 @@ class Trainer:
     def _resume(self) -> None:
         found = list_checkpoints(self.folder.checkpoints)
         if found:
-            self.progress = load_checkpoint(found[-1], self.network, self.ema, self.optimizer, self.accelerator.scaler)
+            self.progress = load_checkpoint(found[-1], self.networks, self.optimizers, self.ema, self.accelerator.scaler)
             self.reporter.note(f"resuming from {found[-1]}: {self.progress.images:,} images seen")
         if self.accelerator.is_main_process:
             self.log_lines = self.folder.rewind_log(self.progress.images)
@@ -248,22 +255,37 @@ class Trainer:
 
     def _save(self) -> None:
         """A checkpoint and the model files. Losses are looked at first: nothing that is not finite is saved as good."""
-        numbers = self._flush_losses()
-        if self.accelerator.is_main_process:
-            if numbers:
-                self._log(numbers)
-            folder = self.folder.checkpoints
-            save_checkpoint(folder, self.network, self.ema, self.optimizer, self.accelerator.scaler, self.progress)
-            remove_old(folder, self.config.run.keep_checkpoints)
-            for name in self.ema.decays:
-                file = MODEL_FILE if name == self.ema_name else f"model-ema-{name}.safetensors"
-                save_model(self.folder.path / file, self._model_config(name), self.ema.state_dict(name))
+        numbers, main, folder = self._flush(), self.accelerator.is_main_process, self.folder.checkpoints
+        if numbers and main:
+            self._log(numbers)
+        save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.accelerator.scaler, self.progress, write=main)
+        if main:
+            remove_old(folder, self.run_settings.keep_checkpoints)
+        for name in self.ema.decays or [None]:
+            file = MODEL_FILE if name == self.ema.first else f"model-ema-{name}.safetensors"
+            self._save_model(self.folder.path / file, name)
+        if main:
             save_png(self.folder.path / "curves.png", evaluation.curves(self.log_lines))
 
+    def _save_model(self, file: Path, name: str | None, **more: Any) -> None:
+        """One model file, by the main process; all give it their pieces."""
+        state = gathered(self.ema.state_dict(name))
+        if self.accelerator.is_main_process:
+            save_model(file, self._model_config(name, **more), state)
+
     def _preview(self) -> None:
-        if self.shows:
-            image = evaluation.picture(self._averaged_model(), self.dataset, self.config.run.eval_steps, self.config.train.seed)
-            save_png(self.folder.previews / f"{self.progress.images:012d}.png", image)
+        self._picture(self._averaged_model(), self.folder.previews / f"{self.progress.images:012d}.png")
+
+    def _picture(self, model: AnyModel, file: Path) -> None:
+        """The method's picture of the model, or else a sample grid; by the main process."""
+        if not self.shows:
+            return
+        if self.task.picture is not None:
+            image = self.task.picture(model, self.train.seed)
+        else:
+            image = evaluation.picture(model, self.dataset, self.run_settings.eval_steps, self.train.seed)
+        if image is not None:
+            save_png(file, image)
 
     def _finish(self) -> dict[str, Any] | None:
         """The picture and the table at the end. They are made once for every number of images trained on."""
@@ -271,14 +293,16 @@ class Trainer:
         results = self.folder.read_results() if main else None
         done = results is not None and results["images"] == images
         measured = bool(self.log_lines) and "values" in self.log_lines[-1]
-        if self.team.gather((done, measured))[0] == (False, False):  # the main process decides: only it has the log
-            self._measure()
-        if done or not main:
+        done, measured = self.team.gather((done, measured))[0]  # the main process decides: only it has the log
+        if done:
             return results
-        run, model = self.config.run, self._averaged_model()
-        if self.shows:
-            image = evaluation.picture(model, self.dataset, run.eval_steps, self.config.train.seed)
-            save_png(self.folder.path / "samples.png", image)
+        if not measured:
+            self._measure()
+        model = self._averaged_model()
+        more = None if self.task.finish is None else self.task.finish(model, self.folder.path, self.scorer)
+        if not main:
+            return None
+        self._picture(model, self.folder.path / "samples.png")
         halves = None
         if self.scorer is not None and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4:
             halves = halves_distance(self.dataset.images)
@@ -292,24 +316,37 @@ class Trainer:
             "num": last.get("num"),
             "reference": len(self.dataset),
             "between_halves": halves,
+            **(more or {}),
         }
         self.folder.write_results(results)
         return results
 
-    def _model_config(self, name: str, **more: Any) -> ModelConfig:
-        training = {"config": self.config.to_dict(), "images": self.progress.images, "ema": name, **more}
-        return replace(self.task.model_config, training=training)
+    def _model_config(self, name: str | None, **more: Any) -> ModelConfig:
+        training = {"config": self.config, "images": self.progress.images, "ema": name, **more}
+        return replace(self.task.model_config, training={**self.task.model_config.training, **training})
 
-    def _averaged_model(self) -> Model:
-        """The model with the (first) averaged weights, in evaluation mode."""
-        model = Model(self.task.model_config).to(self.accelerator.device)
-        model.network.load_state_dict(self.ema.state_dict(self.ema_name))
+    def _averaged_model(self) -> AnyModel:
+        """The model with the (first) averaged weights, whole, in evaluation mode. To be called in all processes."""
+        model = build_model(self.task.model_config).to(self.accelerator.device)
+        model.network.load_state_dict(gathered(self.ema.state_dict(self.ema.first)))
         return model.eval().requires_grad_(False)
 
 
 def crossed(before: int, after: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]."""
     return before // every != after // every
+
+
+def share_batch(batch_size: int, group_size: int, processes: int, at_most: int) -> Parts:
+    """How the global batch is cut. Raises ConfigError where the devices cannot share it in whole groups."""
+    parts = split_batch(batch_size, group_size, processes, at_most)
+    if parts is None:
+        groups = f" in groups of {group_size}" if group_size > 1 else ""
+        raise ConfigError(
+            f"train.batch_size {batch_size} cannot be shared by {processes} devices{groups}: choose a multiple of "
+            f"{processes * group_size}"
+        )
+    return parts
 
 
 def set_precision(precision: str) -> None:

@@ -25,8 +25,16 @@ def build_optimizer(settings: OptimizerSettings, parameters: Iterable[nn.Paramet
     )
 
 
-def learning_rate(settings: OptimizerSettings, images: int) -> float:
-    """The learning rate of the step that starts after `images` images: rises linearly over the warm-up, then constant."""
-    if images >= settings.warmup_images:
+def learning_rate(settings: OptimizerSettings, images: int, max_images: int) -> float:
+    """The learning rate of the step that starts after `images` of `max_images` images.
+
+    It rises linearly over the warm-up, then it is constant or falls linearly to 0 at `max_images`. A run shorter than its
+    warm-up, such as a trial, ends while it rises.
+    """
+    if images < settings.warmup_images:
+        return settings.lr * (images + 1) / (settings.warmup_images + 1)
+    if settings.decay == "none":
         return settings.lr
-    return settings.lr * (images + 1) / (settings.warmup_images + 1)
+    if images >= max_images:
+        return 0.0
+    return settings.lr * (max_images - images) / (max_images - settings.warmup_images)

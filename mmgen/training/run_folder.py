@@ -3,8 +3,9 @@
 config.json              the resolved settings and the data they met
 log.jsonl                one line per log interval and per measurement
 checkpoints/             to resume from
-model.safetensors        the (first) averaged weights at the last checkpoint; model-ema-NAME.safetensors: the others
-model-best.safetensors   the averaged weights with the least figure so far, at the first of run.eval_steps
+model.safetensors        the (first) averaged weights at the last checkpoint, or the weights where nothing is averaged
+model-ema-NAME.safetensors  the other averages
+model-best.safetensors   those weights with the least figure so far, at the first of run.eval_steps
 previews/, curves.png    sample grids over training; loss and figures over training
 samples.png, results.json   at the end: 1, 2, 4, 8 steps above real images, and the table
 """
@@ -15,16 +16,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import ImmConfig
 from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import TrainingError
 from ..files import remove_leftovers, replacing, write_json
 from ..settings import flatten
 
-# Settings with which a run may be continued although they differ from those it was started with.
-_FREE = ("run.", "train.max_images", "sampling.")
 _MISSING = object()
+
+
+def is_free(key: str, config: dict[str, Any]) -> bool:
+    """Whether a run may be continued with another value of the setting `key`. config: all settings by dotted key.
+
+    The number of images is one, unless the learning rate falls towards it; and where a teacher lies, which its sha256 identifies.
+    """
+    if key == "teacher.name":
+        return True
+    if key == "train.max_images":
+        return config.get("optimizer.decay", "none") == "none"
+    return key.startswith(("run.", "sampling."))
 
 
 class RunFolder:
@@ -36,9 +46,12 @@ class RunFolder:
         self.previews = path / "previews"
         self.log_file = path / "log.jsonl"
 
-    def open(self, config: ImmConfig, dataset: Dataset | LatentDataset) -> None:
-        """Makes the folder, or checks that it holds this very run. Raises TrainingError naming what differs."""
-        identity = {"command": "train-imm", "config": config.to_dict(), "data": dataset.fingerprint}
+    def open(self, command: str, config: dict[str, Any], dataset: Dataset | LatentDataset) -> None:
+        """Makes the folder, or checks that it holds this very run. Raises TrainingError naming what differs.
+
+        command: such as "train-imm"; config: its settings as a dictionary.
+        """
+        identity = {"command": command, "config": config, "data": dataset.fingerprint}
         identity = json.loads(json.dumps(identity))  # as it comes back: tuples are lists
         file = self.path / "config.json"
         if file.is_file():
@@ -50,6 +63,10 @@ class RunFolder:
             remove_leftovers(folder)
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        if old["command"] != new["command"]:
+            raise TrainingError(
+                f"{self.path} holds a run of `mmgen {old['command']}`, not of `mmgen {new['command']}`: give another --out"
+            )
         if old["data"] != new["data"]:
             raise TrainingError(
                 f"the data are not those that the run in {self.path} was started with: give another --out to start anew"
@@ -57,7 +74,7 @@ class RunFolder:
         before, after = dict(flatten(old["config"])), dict(flatten(new["config"]))
         for key in after | before:
             was, is_ = before.get(key, _MISSING), after.get(key, _MISSING)
-            if was != is_ and not key.startswith(_FREE):
+            if was != is_ and not is_free(key, after):
                 raise TrainingError(
                     f"{self.path} holds a run with {key} = {_show(was)}, not {_show(is_)}: give another --out to start anew, "
                     "or the same settings to resume"

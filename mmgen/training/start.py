@@ -7,18 +7,22 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .. import data
-from ..config import DataSettings, ImmConfig
+from ..config import DataSettings, RunSettings, TrainSettings
 from ..data import Dataset, DataShape
 from ..data.latents import LatentDataset, load_latents
 from ..data.resolve import find_latents
 from ..errors import ConfigError, DataError
+from ..imm_config import ImmConfig
 from .imm import imm_model_config, imm_task
-from .loop import Outcome, Reporter, Trainer
+from .loop import Trainer
 from .run_folder import RunFolder
+from .sharding import asks_for_shards
+from .task import Outcome, Reporter, Task
 
 
 def load_data(settings: DataSettings, progress: Callable[[int, int], None] | None = None) -> Dataset | LatentDataset:
@@ -74,7 +78,7 @@ def expected_shape(settings: DataSettings) -> DataShape | None:
     return DataShape(settings.resolution, settings.channels, settings.num_classes or 0)
 
 
-def make_accelerator(config: ImmConfig, out: Path, device: str):
+def make_accelerator(train: TrainSettings, run: RunSettings, out: Path, device: str) -> Any:
     """accelerate's Accelerator: devices, processes, mixed precision, trackers. device: auto, cpu or cuda."""
     from accelerate import Accelerator
     from accelerate.utils import is_tensorboard_available, is_wandb_available
@@ -82,20 +86,77 @@ def make_accelerator(config: ImmConfig, out: Path, device: str):
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU; use --device cpu, or install a torch that supports yours")
     cpu = device == "cpu" or not torch.cuda.is_available()  # Apple's GPUs have no float64, which the times need
-    precision = config.train.precision
+    precision = train.precision
     if precision == "fp16" and cpu:
         raise ConfigError("train.precision fp16 needs a GPU: use fp32 on a CPU")
+    asks_for_shards(precision)  # before accelerate complains of it at length
     for tracker, there in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
-        if tracker in config.run.log_with and not there():
+        if tracker in run.log_with and not there():
             raise ConfigError(f"run.log_with {tracker}: the package {tracker} is not installed; pip install {tracker}")
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=cpu,
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
-        log_with=list(config.run.log_with) or None,
+        log_with=list(run.log_with) or None,
         project_dir=str(out),
         step_scheduler_with_optimizer=False,
     )
-    return accelerator
+
+
+DataProgress = Callable[[], AbstractContextManager]  # entered while data are decoded; yields update(images decoded, in all)
+
+
+def load_shared(
+    accelerator: Any, settings: DataSettings, reporter: Reporter, data_progress: DataProgress = contextlib.nullcontext
+) -> Dataset | LatentDataset:
+    """The data set, in every process: one decodes, the others find the cache."""
+    with accelerator.main_process_first():
+        with data_progress() if accelerator.is_main_process else contextlib.nullcontext() as progress:
+            dataset = load_data(settings, progress)
+    reporter.note(f"data: {dataset.description}")
+    return dataset
+
+
+def run_training(
+    command: str,
+    config: Any,
+    dataset: Dataset | LatentDataset,
+    make_task: Callable[[Any], Task],
+    *,
+    accelerator: Any,
+    out: Path,
+    reporter: Reporter,
+    max_seconds: float = math.inf,
+) -> Outcome:
+    """Trains, or resumes, the run in the folder `out` (`run_folder` says what is in it).
+
+    Args:
+        command: as on the command line, such as "train-imm"; a folder of another command's run is refused.
+        config: all settings: with `train`, `optimizer`, `run` and `to_dict()`.
+        dataset: what is trained on.
+        make_task: make_task(accelerator) -> the method's Task, with freshly initialised networks where it has any.
+        accelerator: of `make_accelerator`.
+
+    Raises ConfigError, DataError, TrainingError and MmgenError, each with one sentence.
+    """
+    folder = RunFolder(out)
+    if accelerator.is_main_process:
+        folder.open(command, config.to_dict(), dataset)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("mmgen")
+    trainer = Trainer(
+        make_task, dataset, folder, reporter, accelerator, train=config.train, optimizer=config.optimizer, run=config.run,
+        config=config.to_dict(), max_seconds=max_seconds,
+    )  # fmt: skip
+    parts, train = trainer.parts, config.train
+    counts = {name: sum(p.numel() for p in network.parameters()) / 1e6 for name, network in trainer.networks.items()}
+    reporter.note(
+        f"{', '.join(f'{name}: {count:.2f}M parameters' for name, count in counts.items())}; batch {train.batch_size} = "
+        f"{parts.processes} device(s) x {parts.rounds} round(s) x {parts.size} images on {accelerator.device}, {train.precision}"
+    )
+    try:
+        return trainer.run()
+    finally:
+        accelerator.end_training()
 
 
 def train_imm(
@@ -105,34 +166,13 @@ def train_imm(
     *,
     device: str = "auto",
     max_seconds: float = math.inf,
-    data_progress: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    data_progress: DataProgress = contextlib.nullcontext,
 ) -> Outcome:
-    """Trains, or resumes, the run in the folder `out` (`run_folder` says what is in it).
-
-    `data_progress()` is entered while the data are decoded, and yields what is told (images decoded, images in all).
-    Raises ConfigError, DataError, TrainingError and MmgenError, each with one sentence.
-    """
-    accelerator = make_accelerator(config, out, device)
-    with accelerator.main_process_first():  # one process decodes, the others find the cache
-        with data_progress() if accelerator.is_main_process else contextlib.nullcontext() as progress:
-            dataset = load_data(config.data, progress)
-    reporter.note(f"data: {dataset.description}")
+    """Trains, or resumes, IMM in the folder `out`. Arguments and errors are those of `run_training`."""
+    accelerator = make_accelerator(config.train, config.run, out, device)
+    dataset = load_shared(accelerator, config.data, reporter, data_progress)
     model_config = imm_model_config(config, dataset.shape)
-    folder = RunFolder(out)
-    if accelerator.is_main_process:
-        folder.open(config, dataset)
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("mmgen")
-    trainer = Trainer(
-        lambda: imm_task(config, model_config), config, dataset, folder, reporter, accelerator, max_seconds=max_seconds
-    )
-    parameters = sum(p.numel() for p in trainer.network.parameters())
-    parts = trainer.parts
-    reporter.note(
-        f"model: {parameters / 1e6:.2f}M parameters; batch {config.train.batch_size} = {parts.processes} device(s) x "
-        f"{parts.rounds} round(s) x {parts.size} images on {accelerator.device}, {config.train.precision}"
-    )
-    try:
-        return trainer.run()
-    finally:
-        accelerator.end_training()
+    return run_training(
+        "train-imm", config, dataset, lambda accelerator: imm_task(config, model_config),
+        accelerator=accelerator, out=out, reporter=reporter, max_seconds=max_seconds,
+    )  # fmt: skip

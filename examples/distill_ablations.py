@@ -1,0 +1,196 @@
+"""What each part of moment matching distillation is worth, in small: on digits, one change at a time, over several seeds.
+
+    python examples/distill_ablations.py --out runs/distill-ablations     # about an hour on one core
+    python examples/distill_ablations.py --seeds 1 --only posterior method
+    python examples/distill_ablations.py --teacher runs/digits-teacher    # students of your own teacher of digits
+
+A small teacher is trained first, then the students (Salimans et al., arXiv:2406.04103), each from the teacher's weights and
+with as many iterations. The table has FD-pixels; the variance of the samples within their classes, in per cent of the data's;
+and, of the pixels too, precision (samples that lie among the digits) and recall (digits that lie among the samples: diversity).
+Each is the mean over the seeds, and half the distance between the lowest and the highest. Runs that are there are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+import mmgen
+from mmgen import data, distill_config, teacher_config
+from mmgen.charts import Panel, line_chart
+from mmgen.config import nest, read_preset
+from mmgen.errors import ConfigError, MmgenError
+from mmgen.images import labelled_rows, save_png
+from mmgen.metrics.frechet import fd_pixels, halves_distance, pixel_features
+from mmgen.metrics.neighbours import precision_recall
+from mmgen.models import AnyModel
+from mmgen.sampling import SampleSettings, draw
+from mmgen.teachers import load_teacher
+from mmgen.training.distill import distill
+from mmgen.training.teacher import train_teacher
+
+SHOWN = 15  # images of each row of the picture
+QUIET = {"run.checkpoint_every": 10**9, "run.preview_every": 10**9, "run.eval_num": 0}  # what is measured is measured here
+TEACHER = {"network.channel_mult": [1, 1], "train.batch_size": 128, **QUIET}
+STUDENT = {"data.name": "digits", "train.batch_size": 128, "run.teacher_steps": 0, **QUIET}
+TEACHER_STEPS = (1, 2, 4, 8, 256)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One change, and for how many steps its students are."""
+
+    group: str
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    steps: tuple[int, ...] = (8,)
+
+
+VARIANTS = [
+    Variant("steps", "alternating", {}, (8, 4, 2, 1)),
+    Variant("posterior", "unconditional posterior", {"loss.posterior": "unconditional"}, (8, 2)),
+    Variant("method", "instant", {"loss.method": "instant"}, (8, 4)),
+    Variant("weighting", "weight 1", {"loss.weighting": "uniform"}),
+    Variant("weighting", "weight min(SNR, 5)", {"loss.weighting": "min_snr"}),
+    Variant("weighting", "weight sigmoid of log-SNR", {"loss.weighting": "sigmoid"}),
+]
+GROUPS = list(dict.fromkeys(variant.group for variant in VARIANTS))
+
+
+class Silent:
+    """A reporter that shows nothing; the table does."""
+
+    def note(self, text: str) -> None: ...
+    def start(self, images: int, total: int) -> None: ...
+    def advance(self, images: int) -> None: ...
+    def log(self, line: dict) -> None: ...
+
+
+class Table:
+    """Rows that are printed as they are found. Figures are kept for the chart, pictures for the picture."""
+
+    def __init__(self, samples: int, seeds: int) -> None:
+        self.real, self.samples, self.seeds = data.load("digits"), samples, seeds
+        self.rows, self.points, self.pictures = [], {}, []
+        self.digits = {f"FD-pixels-{samples}": 3, "variance, %": 0, "precision": 2, "recall": 2}  # of the columns
+        self._add(f"| | steps | {' | '.join(self.digits)} |")
+        self._add("|---" * 6 + "|")
+        self._add(f"| halves of the data | | {halves_distance(self.real.images):.3f} | | | |")
+
+    def measure(self, name: str, steps: int, models: list[AnyModel]) -> None:
+        """A row for models of the seeds 0, 1, ..., sampled ancestrally."""
+        found = []
+        for seed, model in enumerate(models):
+            images, labels = draw(model, SampleSettings(steps, seed, sampler="ancestral"), range(self.samples))
+            found.append(self._figures(images, labels))
+            if seed == 0:
+                self.pictures.append((f"{name}, {steps}", images[:SHOWN]))
+        columns = zip(np.transpose(found), self.digits.values(), strict=True)
+        self._add(f"| {name} | {steps} | {' | '.join(spread(values, digits) for values, digits in columns)} |")
+        self.points.setdefault(name, {})[steps] = np.mean(found, axis=0)
+
+    def _figures(self, images: Tensor, labels: Tensor | None) -> tuple[float, ...]:
+        share = variance(images, labels) / variance(self.real.images, None if labels is None else self.real.labels)
+        among = precision_recall(pixel_features(self.real.images), pixel_features(images))
+        return fd_pixels(images, self.real.images), 100 * share, *among
+
+    def _add(self, row: str) -> None:
+        self.rows.append(row)
+        print(row, flush=True)
+
+    def write(self, out: Path) -> None:
+        """table.md, chart.png: figures over steps, and samples.png: the samples above real images."""
+        (out / "table.md").write_text("\n".join(self.rows) + "\n")
+        few = {name: sorted((k, values) for k, values in found.items() if k <= 8) for name, found in self.points.items()}
+        panels = [
+            Panel(title, "steps", {name: ([k for k, _ in line], [v[i] for _, v in line]) for name, line in few.items()}, i == 0)
+            for i, title in enumerate(self.digits)
+        ]
+        save_png(out / "chart.png", line_chart(panels, width=1600, height=420))
+        real = ("real", self.real.images[:SHOWN])
+        save_png(out / "samples.png", labelled_rows([*self.pictures, real], columns=SHOWN, padding=4))
+
+
+def variance(images: Tensor | np.ndarray, labels: Tensor | np.ndarray | None) -> float:
+    """The variance within the classes, pooled, summed over the pixels, of images uint8 [N, C, H, W]. No labels: that of all."""
+    x = pixel_features(images)
+    label = torch.zeros(len(x), dtype=torch.int64) if labels is None else torch.tensor(labels.tolist())
+    _, label, count = label.unique(return_inverse=True, return_counts=True)
+    means = x.new_zeros(len(count), x.shape[1]).index_add(0, label, x) / count[:, None]
+    return ((x - means[label]).square().sum() / (len(x) - len(count))).item()
+
+
+def spread(values: np.ndarray | list[float], digits: int) -> str:
+    return f"{np.mean(values):.{digits}f} ± {np.ptp(values) / 2:.{digits}f}"
+
+
+def teacher(out: Path, iterations: int) -> Path:
+    """Trains the small teacher in the folder `out`, or finds it there; the folder."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    images = iterations * TEACHER["train.batch_size"]
+    settings = {**TEACHER, "train.max_images": images, "optimizer.warmup_images": images // 20}
+    config = teacher_config.resolve(read_preset("digits-teacher", "train-teacher"), nest(settings, teacher_config.TeacherConfig))
+    train_teacher(config, out, Silent(), device="cpu")
+    return out
+
+
+def student(place: str, variant: Variant, steps: int, seed: int, iterations: int, out: Path) -> AnyModel:
+    """Distils the teacher at `place` in a folder in `out`, or finds the student there."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    images = iterations * STUDENT["train.batch_size"]
+    settings = {
+        **STUDENT, **variant.changes, "teacher.name": place, "student.steps": steps, "train.seed": seed,
+        "train.max_images": images, "optimizer.warmup_images": images // 20,
+    }  # fmt: skip
+    config = distill_config.resolve(read_preset("digits-distill", "distill"), nest(settings, distill_config.DistillConfig))
+    folder = out / f"{''.join(c if c.isalnum() else '-' for c in variant.name)}-{steps}-{seed}"
+    distill(config, folder, Silent(), device="cpu")
+    return mmgen.load(folder)
+
+
+def compare(options: argparse.Namespace) -> None:
+    place = options.teacher or str(teacher(options.out / "teacher", options.teacher_iterations))
+    model = load_teacher(place).model
+    if model.image_shape != (1, 8, 8):
+        raise ConfigError(f"the teacher {place} knows images of {model.image_shape}, and the digits are of (1, 8, 8)")
+    table = Table(options.samples, options.seeds)
+    for steps in TEACHER_STEPS:
+        table.measure("teacher", steps, [model] * options.seeds)
+    for variant in VARIANTS:
+        chosen = variant.steps if variant.group in options.only else ()
+        if variant is VARIANTS[0]:  # what the others are compared with
+            chosen = chosen or (8,)
+        for steps in chosen:
+            models = [student(place, variant, steps, seed, options.iterations, options.out) for seed in range(options.seeds)]
+            table.measure(variant.name, steps, models)
+    table.write(options.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--teacher", help="a teacher of digits: file, folder or hub id (default: one is trained, small)")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="what is compared (default: all)")
+    parser.add_argument("--seeds", type=int, default=3, help="students per variant (default 3)")
+    parser.add_argument("--iterations", type=int, default=1000, help="of each student, 128 images each (default 1000)")
+    parser.add_argument("--teacher-iterations", type=int, default=3000, help="of the teacher, 128 images each (default 3000)")
+    parser.add_argument("--samples", type=int, default=1797, help="samples per measurement (default 1,797, as many as the data)")
+    parser.add_argument("--out", type=Path, default=Path("runs/distill-ablations"), help="folder of runs, table and pictures")
+    options = parser.parse_args()
+    for name, least in (("seeds", 1), ("iterations", 1), ("teacher_iterations", 1), ("samples", 32)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    try:
+        compare(options)
+    except MmgenError as error:
+        parser.exit(error.exit_status, f"{error}\n")
+
+
+if __name__ == "__main__":
+    main()

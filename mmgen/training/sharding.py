@@ -1,0 +1,97 @@
+"""Networks whose parameters, gradients and optimiser states are spread over the devices: torch's FSDP2, where accelerate asks.
+
+`accelerate launch --use_fsdp --fsdp_version 2 ...` (or its configuration file) shards every network of a method: IMM's one;
+the student, the auxiliary and the teacher of a distillation. Files are the same as without: whole tensors, so that a run goes on
+with another number of devices, sharded or not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+
+
+def is_sharded(accelerator: Any) -> bool:
+    """Whether networks are sharded: accelerate is asked for it, and there are processes to share them."""
+    return accelerator.num_processes > 1 and asks_for_shards()
+
+
+def asks_for_shards(precision: str = "fp32") -> bool:
+    """What accelerate was told. Raises ConfigError for what it can be told and this cannot do."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ConfigError("DeepSpeed is not supported: shard with accelerate launch --use_fsdp --fsdp_version 2 instead")
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return False
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("only the second version of FSDP is supported: accelerate launch --use_fsdp --fsdp_version 2")
+    if precision == "fp16":
+        raise ConfigError("train.precision fp16 cannot be sharded: use bf16")
+    return True
+
+
+def shard(network: nn.Module) -> nn.Module:
+    """In place, each block (element of a list or table of modules) by itself and the rest together; all processes call it.
+
+    What accelerate is told of FSDP_RESHARD_AFTER_FORWARD and FSDP_OFFLOAD_PARAMS holds; its wrapping policy does not.
+    """
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import fully_shard
+
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    options = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
+    for block in _blocks(network):
+        fully_shard(block, **options)
+    return fully_shard(network, **options)
+
+
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """The modules in the lists and tables that the network itself has."""
+    containers = [child for child in network.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
+    inside = [block for container in containers for block in container.children()]
+    return [b for b in inside if not isinstance(b, nn.ModuleList | nn.ModuleDict) and any(True for _ in b.parameters())]
+
+
+def synchronise_gradients(network: nn.Module, wanted: bool) -> None:
+    """Of a sharded network: whether the next backward pass adds up the gradients of all devices."""
+    network.set_requires_gradient_sync(wanted)
+
+
+def own(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This device's pieces; a tensor that is not sharded is its own."""
+    return [tensor.to_local() if _is_spread(tensor) else tensor for tensor in tensors]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor put together from its pieces. All processes must ask, in the same order."""
+    return tensor.full_tensor() if _is_spread(tensor) else tensor
+
+
+def gathered(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of whole tensors on the CPU, one after the other; what is no tensor is kept. All processes must ask."""
+    tensors = {key: whole(value.detach()).cpu().contiguous().clone() for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: tensors.get(key, value) for key, value in state.items()}
+
+
+@torch.no_grad()
+def put(value: Tensor, target: Tensor) -> None:
+    """Copies a whole tensor, the same on all processes, into one that may be sharded."""
+    target.copy_(as_spread(value, target))
+
+
+def as_spread(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, the same on all processes, sharded as another of its shape is."""
+    if not _is_spread(like) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def _is_spread(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")

@@ -1,0 +1,84 @@
+"""What a method gives the training loop, and what the loop tells whoever watches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from PIL import Image
+from torch import nn
+
+from ..models import AnyModel, ModelConfig
+from .batches import Batch
+
+if TYPE_CHECKING:
+    from .figures import Scorer
+
+
+@dataclass
+class Part:
+    """A network that is trained, with its objective. The loop gives it an optimiser of its own.
+
+    Attributes:
+        network: what is trained; it holds only its own parameters.
+        objective: objective(batch) -> (loss, numbers): a scalar tensor, the mean over the batch, and for the log
+            name -> float [2, K], sums and counts of K means (K = 1: one number; more: one per noise level), without
+            gradient. A module whose parameters are those of the network and no others: DistributedDataParallel wraps it.
+        prepare: called before the passes of a step with a function whose every call walks anew over all batches of the step
+            on this process. What it computes from them it reduces over the processes itself.
+    """
+
+    network: nn.Module
+    objective: nn.Module
+    prepare: Callable[[Callable[[], Iterator[Batch]]], None] | None = None
+
+
+def always_first(step: int) -> str:
+    """The turn of a method with one part."""
+    return "model"
+
+
+@dataclass
+class Task:
+    """What a method gives the loop.
+
+    Attributes:
+        parts: by name; the first is averaged (EMA) and saved as the model. A method of one part calls it "model".
+        turn: the name of the part that step number 0, 1, ... updates.
+        model_config: what the saved model says of itself; the entries of its `training` are kept beside the loop's.
+        frozen: networks that are evaluated and not trained; where networks are sharded, these are too.
+        group_size: images that must stay together in one pass: the parts of a batch are multiples of it.
+        picture: picture(model, seed) takes the place of the sample grid, in previews and at the end; called by the main
+            process. None: no picture, now.
+        finish: finish(model, folder, scorer) at the end of a run, in all processes: more entries for results.json, of which
+            those of the main process count. `scorer` is None where nothing is measured.
+    """
+
+    parts: dict[str, Part]
+    model_config: ModelConfig
+    turn: Callable[[int], str] = always_first
+    frozen: Sequence[nn.Module] = ()
+    group_size: int = 1
+    picture: Callable[[AnyModel, int], Image.Image | None] | None = None
+    finish: Callable[[AnyModel, Path, Scorer | None], dict[str, Any] | None] | None = None
+
+
+class Reporter(Protocol):
+    """What the loop tells whoever watches. The command line shows a bar or JSON lines."""
+
+    def note(self, text: str) -> None: ...
+    def start(self, images: int, total: int) -> None: ...
+    def advance(self, images: int) -> None: ...
+    def log(self, line: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Outcome:
+    """How an invocation ended."""
+
+    images: int
+    signal: int | None = None  # the signal that ended it
+    finished: bool = False  # all images of the recipe were seen
+    results: dict[str, Any] | None = None  # the figures at the end

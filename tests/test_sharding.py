@@ -1,0 +1,100 @@
+"""Sharded by FSDP2 over two processes, networks train to the weights of one process, and files are those of one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_model import make_denoiser
+
+ROOT = Path(__file__).parents[1]
+TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+TINY_DIT = ["network.kind=dit", "network.patch_size=2", "network.hidden_size=32", "network.depth=2", "network.num_heads=2"]
+IMM = [
+    "train-imm", "--device", "cpu", "--batch-size", "16", "--batch-per-device", "4", "--checkpoint-every", "64",
+    "--set", "run.eval_num=32", "--set", "run.eval_steps=[1]", *(word for s in TINY_DIT for word in ("--set", s)),
+]  # fmt: skip
+
+
+def run(cwd: Path, *command: str, launcher=(), fsdp: dict | None = None) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(fsdp or {})}
+    return subprocess.run(
+        [sys.executable, *launcher, "-m", "mmgen", *command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def sharded(cwd: Path, *command: str) -> None:
+    result = run(cwd, *command, launcher=TWO, fsdp={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+    assert result.returncode == 0, result.stderr
+
+
+def assert_close(found: Path, expected: Path, relative: float = 1e-5) -> None:
+    found, expected = load_file(found), load_file(expected)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        if key.endswith("qkv.bias"):  # a bias of the keys changes nothing: its gradient is rounding, which Adam makes steps of
+            continue
+        assert (found[key] - value).norm() <= relative * value.norm() + 1e-7, key
+
+
+def test_imm_sharded_is_imm(tmp_path):
+    """Weights, averages and optimiser states; gradients are added up over two rounds on each process."""
+    assert run(tmp_path, *IMM, "--max-images", "128", "--out", "one").returncode == 0
+    sharded(tmp_path, *IMM, "--max-images", "128", "--out", "two")
+    assert_close(tmp_path / "two/model.safetensors", tmp_path / "one/model.safetensors")
+    one, two = (next((tmp_path / name / "checkpoints").glob("*128")) for name in ("one", "two"))
+    assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
+    for file in ("network.safetensors", "optimizer.safetensors"):
+        assert_close(two / file, one / file, 1e-4)
+    figures = [json.loads((tmp_path / name / "results.json").read_text())["values"]["1"] for name in ("one", "two")]
+    assert figures[0] == pytest.approx(figures[1], rel=1e-3)
+
+
+def test_goes_on_sharded_and_whole_again(tmp_path):
+    """64 images on one process, 64 sharded on two, 64 on one again: as 192 on one."""
+    assert run(tmp_path, *IMM, "--max-images", "192", "--out", "straight").returncode == 0
+    assert run(tmp_path, *IMM, "--max-images", "64", "--out", "turns").returncode == 0
+    sharded(tmp_path, *IMM, "--max-images", "128", "--out", "turns")
+    assert run(tmp_path, *IMM, "--max-images", "192", "--out", "turns").returncode == 0
+    assert_close(tmp_path / "turns/model.safetensors", tmp_path / "straight/model.safetensors")
+
+
+@pytest.mark.parametrize("launcher", ["sharded", "copied"])
+@pytest.mark.parametrize("method", ["alternating", "instant"])
+def test_distillation_on_two_processes_is_that_on_one(tmp_path, method, launcher):
+    """Student and auxiliary, and the table at the end; sharded, and with a copy on each."""
+    make_denoiser(tmp_path / "teacher.safetensors", channels=1, num_classes=10)
+    command = [
+        "distill", "--teacher", "teacher.safetensors", "--method", method, "--steps", "2", "--device", "cpu", "--batch-size", "16",
+        "--batch-per-device", "4", "--max-images", "96", "--eval-num", "32", "--teacher-steps", "4",
+        "--set", "optimizer.warmup_images=16", "--lr", "1e-3",
+    ]  # fmt: skip
+    one = run(tmp_path, *command, "--out", "one")
+    assert one.returncode == 0, one.stderr
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if launcher == "sharded" else {}
+    two = run(tmp_path, *command, "--out", "two", launcher=TWO, fsdp=fsdp)
+    assert two.returncode == 0, two.stderr
+    folder = Path("checkpoints/000000000096")
+    for file in ("network", "auxiliary")[: 2 if method == "alternating" else 1]:
+        assert_close(tmp_path / "two" / folder / f"{file}.safetensors", tmp_path / "one" / folder / f"{file}.safetensors", 1e-4)
+    results = [json.loads((tmp_path / name / "results.json").read_text())["comparison"]["rows"] for name in ("one", "two")]
+    assert len(results[0]) == len(results[1]) >= 4
+    for row, other in zip(*results, strict=True):
+        assert row["value"] == pytest.approx(other["value"], rel=1e-3)
+
+
+@pytest.mark.parametrize("fsdp, words", [
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "--fsdp_version 2"),
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
+])  # fmt: skip
+def test_what_is_not_supported_is_said(tmp_path, fsdp, words):
+    result = run(tmp_path, *IMM, "--max-images", "32", "--out", "run", fsdp=fsdp)
+    assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
