@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny_model import make_denoiser
 
 ROOT = Path(__file__).parents[1]
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
+on_cpu = pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 shards on GPUs only")
 TINY_DIT = ["network.kind=dit", "network.patch_size=2", "network.hidden_size=32", "network.depth=2", "network.num_heads=2"]
 IMM = [
     "train-imm", "--device", "cpu", "--batch-size", "16", "--batch-per-device", "4", "--checkpoint-every", "64",
@@ -45,6 +47,7 @@ def assert_close(found: Path, expected: Path, relative: float = 1e-5) -> None:
         assert (found[key] - value).norm() <= relative * value.norm() + 1e-7, key
 
 
+@on_cpu
 def test_imm_sharded_is_imm(tmp_path):
     """Weights, averages and optimiser states; gradients are added up over two rounds on each process."""
     assert run(tmp_path, *IMM, "--max-images", "128", "--out", "one").returncode == 0
@@ -58,6 +61,7 @@ def test_imm_sharded_is_imm(tmp_path):
     assert figures[0] == pytest.approx(figures[1], rel=1e-3)
 
 
+@on_cpu
 def test_goes_on_sharded_and_whole_again(tmp_path):
     """64 images on one process, 64 sharded on two, 64 on one again: as 192 on one."""
     assert run(tmp_path, *IMM, "--max-images", "192", "--out", "straight").returncode == 0
@@ -67,14 +71,14 @@ def test_goes_on_sharded_and_whole_again(tmp_path):
     assert_close(tmp_path / "turns/model.safetensors", tmp_path / "straight/model.safetensors")
 
 
-@pytest.mark.parametrize("launcher", ["sharded", "copied"])
+@pytest.mark.parametrize("launcher", [pytest.param("sharded", marks=on_cpu), "copied"])
 @pytest.mark.parametrize("method", ["alternating", "instant"])
 def test_distillation_on_two_processes_is_that_on_one(tmp_path, method, launcher):
     """Student and auxiliary, and the table at the end; sharded, and with a copy on each."""
     make_denoiser(tmp_path / "teacher.safetensors", channels=1, num_classes=10)
     command = [
-        "distill", "--teacher", "teacher.safetensors", "--method", method, "--steps", "2", "--device", "cpu", "--batch-size", "16",
-        "--batch-per-device", "4", "--max-images", "96", "--eval-num", "32", "--teacher-steps", "4",
+        "distill", "--teacher", "teacher.safetensors", "--method", method, "--steps", "2", "--device", "cpu",
+        "--batch-size", "16", "--batch-per-device", "4", "--max-images", "96", "--eval-num", "32", "--teacher-steps", "4",
         "--set", "optimizer.warmup_images=16", "--lr", "1e-3",
     ]  # fmt: skip
     one = run(tmp_path, *command, "--out", "one")
@@ -93,6 +97,7 @@ def test_distillation_on_two_processes_is_that_on_one(tmp_path, method, launcher
 
 @pytest.mark.parametrize("fsdp, words", [
     ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "--fsdp_version 2"),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "not supported"),
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported"),
 ])  # fmt: skip
 def test_what_is_not_supported_is_said(tmp_path, fsdp, words):

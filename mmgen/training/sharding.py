@@ -30,6 +30,8 @@ def asks_for_shards(precision: str = "fp32") -> bool:
         return False
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError("only the second version of FSDP is supported: accelerate launch --use_fsdp --fsdp_version 2")
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise ConfigError("parameters on the CPU (FSDP_OFFLOAD_PARAMS) are not supported: leave --fsdp_offload_params off")
     if precision == "fp16":
         raise ConfigError("train.precision fp16 cannot be sharded: use bf16")
     return True
@@ -38,16 +40,14 @@ def asks_for_shards(precision: str = "fp32") -> bool:
 def shard(network: nn.Module) -> nn.Module:
     """In place, each block (element of a list or table of modules) by itself and the rest together; all processes call it.
 
-    What accelerate is told of FSDP_RESHARD_AFTER_FORWARD and FSDP_OFFLOAD_PARAMS holds; its wrapping policy does not.
+    accelerate's --fsdp_reshard_after_forward (default true) holds; its wrapping policy, which is for other networks, does not.
     """
-    from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import fully_shard
 
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    options = {"reshard_after_forward": plugin.reshard_after_forward, "offload_policy": plugin.cpu_offload}
+    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
     for block in _blocks(network):
-        fully_shard(block, **options)
-    return fully_shard(network, **options)
+        fully_shard(block, reshard_after_forward=reshard)
+    return fully_shard(network, reshard_after_forward=reshard)
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
