@@ -14,6 +14,7 @@ from tiny_model import make_denoiser
 from torch import nn
 from typer.testing import CliRunner
 
+from mmgen.cli import app
 from mmgen.cli.sample import sample
 from mmgen.denoiser import Denoiser, DenoiserSettings
 from mmgen.diffusion import posterior
@@ -208,9 +209,9 @@ def test_a_students_image_does_not_depend_on_the_batch(own_noise):
 
 
 def run(*arguments):
-    app = typer.Typer()
-    app.command()(sample)
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    alone = typer.Typer()
+    alone.command()(sample)
+    result = CliRunner().invoke(alone, [str(a) for a in arguments])
     if result.exception is not None:
         raise result.exception
     return result
@@ -247,3 +248,18 @@ def test_records_from_before_students_are_continued():
     assert set(KINDS)  # and the models of others have no notes
     for name, (given, _) in KINDS.items():
         assert plan(config(given), SampleSettings(steps=2)).notes == (), name
+
+
+def test_fid_says_the_same_and_takes_stochasticity(own_cache, tmp_path):
+    process = PROCESSES["vp_cosine"]
+    path = make_denoiser(
+        tmp_path / "s.safetensors", own(process), channels=1, sampling=SamplingSettings(schedule=process, student_steps=8)
+    )
+    scores = tmp_path / "scores.json"
+    command = ["fid", path, "--ref", "digits", "--features", "pixels", "--num", 32, "--steps", "3,8", "--stochasticity", 0.5]
+    result = CliRunner().invoke(app, [*map(str, command), "--out", str(scores)])
+    assert result.exit_code == 0, result.output
+    assert [line.split(",")[0] for line in notes_of(result) if "distilled" in line] == [
+        "note: this student was distilled for 8 steps"
+    ]
+    assert [one["samples"]["stochasticity"] for one in json.loads(scores.read_text())["scores"]] == [0.5, 0.5]

@@ -159,6 +159,12 @@ def fid(
     s_noise: Annotated[
         float | None, typer.Option(rich_help_panel=_MODEL, help="Of heun: as in `mmgen sample`. Default: the model's.")
     ] = None,
+    stochasticity: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=_MODEL, help="Of ancestral, as in `mmgen sample`: from 0 (ddim) to 1. Default: the model's."
+        ),
+    ] = None,
     ema: Annotated[
         str | None, typer.Option(rich_help_panel=_MODEL, metavar="NAME", help="Another of a run's averages. Default: the first.")
     ] = None,
@@ -203,7 +209,7 @@ def fid(
     check_device(device)
     samples, (ref, features, clip) = [home(word) for word in samples], (home(word) for word in (ref, features, clip))
     drawing: dict[str, Any] = {"seed": seed, "guidance": guidance, "sampler": sampler, "grid": grid, "ema": ema}
-    drawing |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    drawing |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
     drawing["steps"] = None if steps is None else numbers(steps, int, "--steps", "1,2,4,8")
     drawing["etas"] = None if eta is None else tuple(numbers(eta, float, "--eta", "1.4"))
     drawing["classes"] = None if classes is None else partial(class_list, classes)
@@ -273,7 +279,8 @@ def _show(report: Report, save_stats: Path | None) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if save_stats is not None:
         console.print(f"statistics: {save_stats}", highlight=False, markup=False, soft_wrap=True)
-    notes = [warning for row in report.rows for warning in row.score.warnings] + report.notes
+    notes = [note for row in report.rows for note in row.subject.record.get("notes", [])]  # of how a model was sampled
+    notes += [warning for row in report.rows for warning in row.score.warnings] + report.notes
     for note in dict.fromkeys(notes):
         print(f"note: {note}", file=sys.stderr)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 _MADE = (
     "model", "model_sha256", "ema", "data", "vae", "steps", "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax",
-    "s_noise", "guidance", "classes", "seed",
+    "s_noise", "stochasticity", "guidance", "classes", "seed",
 )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def explanation(report: Report) -> list[str]:
 
 def _making(record: dict[str, Any], draws: int) -> str:
     """How a model's samples were drawn, as far as their record says."""
-    shown = ("sampler", *(["churn"] if record.get("churn") else []), "grid", "seed")
+    shown = ("sampler", *(key for key in ("churn", "stochasticity") if record.get(key) is not None), "grid", "seed")
     parts = [f", {key} {record[key]}" for key in shown if key in record]
     if "model_sha256" in record:
         parts.insert(0, f" (SHA-256 {record['model_sha256'][:12]})")
