@@ -56,7 +56,7 @@ class Variant:
 VARIANTS = [
     Variant("steps", "alternating", {}, (8, 4, 2, 1)),
     Variant("posterior", "unconditional posterior", {"loss.posterior": "unconditional"}, (8, 2)),
-    Variant("method", "instant", {"loss.method": "instant"}, (8, 4)),
+    Variant("method", "instant", {"loss.method": "instant"}, (8, 4, 2, 1)),
     Variant("weighting", "weight 1", {"loss.weighting": "uniform"}),
     Variant("weighting", "weight min(SNR, 5)", {"loss.weighting": "min_snr"}),
     Variant("weighting", "weight sigmoid of log-SNR", {"loss.weighting": "sigmoid"}),

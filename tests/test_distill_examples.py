@@ -52,7 +52,7 @@ def test_every_variant_has_its_row(quick):
         assert means[0] > 0 and means[1] >= 0 and all(0 <= share <= 1 for share in means[2:])
         assert spreads == (0, 0, 0, 0)  # one seed
     assert steps.pop("teacher") == [1, 2, 4, 8, 256]
-    assert steps.pop("alternating") == [8, 4, 2, 1] and steps.pop("instant") == [8, 4]
+    assert steps.pop("alternating") == [8, 4, 2, 1] and steps.pop("instant") == [8, 4, 2, 1]
     assert steps.pop("unconditional posterior") == [8, 2]
     assert set(map(tuple, steps.values())) == {(8,)} and all(name.startswith("weight ") for name in steps)
 
