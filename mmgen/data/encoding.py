@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..errors import ConfigError, DataError, MmgenError, nearest
+from ..errors import ConfigError, DataError, MmgenError, cannot_write, nearest
 from ..files import TEMPORARY, remove_leftovers, replacing, write_json
 from ..latents import LatentSettings
 from ..team import Team
@@ -192,7 +192,7 @@ def _begin(task: _Task, job: dict[str, Any], images: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MmgenError(f"cannot write {out}: {error.strerror or error}") from error
+        raise cannot_write(out, error) from error
     remove_leftovers(out)
     remove_leftovers(out / SHARDS)
     size = images * task.rows_per_image * math.prod(task.row) * np.dtype(task.settings.dtype).itemsize
@@ -359,7 +359,7 @@ def _finish(
     }
     write_json(out / RECORD, record)
     load_latents(out)  # reads back
-    (out / JOB).unlink()
+    (out / JOB).unlink(missing_ok=True)  # another process may have finished the same
 
 
 def _latents(task: _Task, moments: np.ndarray, note: Note) -> LatentSettings:
