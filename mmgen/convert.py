@@ -67,10 +67,10 @@ def convert_file(
     for written in (out, out.with_suffix(".md")):
         remove_leftovers(written.parent, written.name)
     if to == "mmgen":
-        save_model(out, converted.config, converted.state)
         card = out.with_suffix(".md")
-        with replacing(card) as temporary:
+        with replacing(card) as temporary:  # first: once the model is there, all is, and the command need not be given again
             temporary.write_text(model_card(converted.config, converted.config.training[CONVERTED]))
+        save_model(out, converted.config, converted.state)
         return _written(out, card, converted, found)
     if to == "pt":
         state = family_module(converted.family).original_state(converted.config, converted.state)

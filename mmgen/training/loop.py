@@ -325,7 +325,7 @@ class Trainer:
         return variance
 
     def _finish(self, anew: bool) -> dict[str, Any] | None:
-        """The picture and the table at the end. They are made once for every number of images; `anew`: those there are outdated."""
+        """The picture and the table at the end: once for every number of images. `anew`: those that are there are outdated."""
         images, main = self.progress.images, self.accelerator.is_main_process
         results = self.folder.read_results(images) if main and not anew else None
         done = results is not None
