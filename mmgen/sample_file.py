@@ -22,6 +22,7 @@ from .sample_folder import Written, all_labels, check_num, check_pictures, disk_
 from .sample_record import Origin, make_record, may_continue, read_record
 from .sampling import Plan, SampleSettings, plan
 from .team import Team, find_team
+from .tensor_files import save_array
 
 _PART = re.compile(r"(\d+)-(\d+)\.npy")
 _BLOCK = 1 << 24  # bytes copied at a time
@@ -114,7 +115,7 @@ def _write(model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, p
         pixels = images.permute(0, 2, 3, 1).numpy()
         for start, stop in contiguous(indices):
             with replacing(parts / f"{indices[start]:09d}-{indices[stop - 1] + 1:09d}.npy") as temporary:
-                np.save(temporary, np.ascontiguousarray(pixels[start:stop]))
+                save_array(temporary, pixels[start:stop])
     team.wait()
     if team.is_main:
         old = read_record(record_file(file)) or {}

@@ -94,15 +94,15 @@ def test_a_damaged_one_is_named_and_kept_and_the_one_before_used(name, how, tmp_
     assert run.choose() == run.path(10) and (tmp_path / f"damaged-{20:012d}-1").is_dir()
 
 
-def test_every_bit_of_every_file_counts(tmp_path):
-    """All of state.json, every seventh of the others. A flip that JSON does not see, such as 1E-8 for 1e-8, changes nothing."""
+def test_bits_of_all_files_count(tmp_path):
+    """A sample of them. A flip that JSON does not see, such as 1E-8 for 1e-8, changes nothing."""
     run = Run(tmp_path, 1)
     true = json.loads((run.path(10) / "state.json").read_text())
     unseen = 0
     for name in sorted(FILES | {"state.json"}):
         file = run.path(10) / name
         whole = file.read_bytes()
-        for bit in range(0, 8 * len(whole), 1 if name == "state.json" else 7):
+        for bit in range(0, 8 * len(whole), 5 if name == "state.json" else 31):
             flip(file, bit)
             found = damage(run.path(10), FILES)
             if found is None:
@@ -231,7 +231,7 @@ def test_what_was_due_when_it_was_killed_is_made_up_for(tmp_path, monkeypatch):
         patch.setattr("mmgen.training.loop.crossed", lambda before, after, every: after == 64)
         with pytest.raises(KeyboardInterrupt):
             train_imm(tiny(**changes), tmp_path / "cut", Quiet(), device="cpu")
-    assert not list((tmp_path / "cut/previews").iterdir())
+    assert not (tmp_path / "cut/previews").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
     train_imm(tiny(**changes), tmp_path / "cut", Quiet(), device="cpu")
     for name in ("previews/000000000064.png", "model-best.safetensors"):

@@ -28,7 +28,7 @@ from mmgen.sample_file import write_npz
 from mmgen.sample_folder import write_png
 from mmgen.sample_record import Origin
 from mmgen.sampling import SampleSettings
-from mmgen.tensor_files import save_tensors, save_torch
+from mmgen.tensor_files import save_array, save_tensors, save_torch
 from mmgen.training import checkpoint
 from mmgen.training.run_folder import RunFolder
 from mmgen.training.start import train_imm
@@ -69,6 +69,7 @@ def fails(*_, number=errno.ENOSPC, **__):
     lambda path: save_tensors({"a": torch.zeros(50_000)}, path),
     lambda path: save_torch({"a": torch.zeros(50_000)}, path),
     lambda path: np.save(path, np.zeros(50_000)),
+    lambda path: save_array(path, np.zeros((100, 126))),
     lambda path: path.write_text("x" * 200_000),
 ])  # fmt: skip
 def test_whatever_writes_leaves_the_old_file(write, tmp_path):
@@ -165,6 +166,16 @@ def test_the_log_on_a_full_disk(tmp_path):
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with pytest.raises(MmgenError, match=r"cannot write .*log\.jsonl: No space left on device: make room"):
         RunFolder(tmp_path).log({"images": 16})
+
+
+def test_arrays_are_those_of_numpy(tmp_path):
+    """Of sizes about that of a buffer, of which numpy.save may lose the rest without a word."""
+    for array in (np.arange(12.0).reshape(3, 4).T, np.zeros((0, 3), np.int64), np.ones((5, 1, 8, 8), np.float16)[::2]):
+        np.save(tmp_path / "theirs.npy", np.ascontiguousarray(array))
+        save_array(tmp_path / "ours.npy", array)
+        assert (tmp_path / "theirs.npy").read_bytes() == (tmp_path / "ours.npy").read_bytes()
+    with files_of_at_most(3000), pytest.raises(OSError, match="File too large"):
+        save_array(tmp_path / "ours.npy", np.zeros(3200, np.uint8))
 
 
 # ---- one run in a folder

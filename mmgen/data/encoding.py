@@ -26,6 +26,7 @@ from ..errors import ConfigError, DataError, MmgenError, cannot_write, nearest
 from ..files import TEMPORARY, remove_leftovers, replacing, write_json
 from ..latents import LatentSettings
 from ..team import Team
+from ..tensor_files import save_array
 from ..vae import IMM_MEAN, IMM_STD, IMM_TARGET_STD, Vae
 from .cache import check_options
 from .decoding import Chunk, Plan, decode_chunks, settle
@@ -261,7 +262,7 @@ def _write_shard(task: _Task, number: int, images: range) -> Iterator[int]:
     if skipped:  # before the shard itself, which says that all of it is there
         write_json(task.skipped_file(number), skipped)
     with replacing(task.file(number)) as temporary:
-        np.save(temporary, np.concatenate(parts), allow_pickle=False)
+        save_array(temporary, np.concatenate(parts))
 
 
 def _ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -333,7 +334,7 @@ def _finish(
         kept = np.delete(np.arange(source.length), [i for i, _ in skipped])
         labels = source.labels[kept].repeat(task.rows_per_image).astype(np.int64)
         with replacing(out / LABELS) as temporary:
-            np.save(temporary, labels, allow_pickle=False)
+            save_array(temporary, labels)
     fingerprint = hashlib.sha256(json.dumps([FORMAT, {**asdict(latents), "vae": ""}, digests]).encode())
     fingerprint.update(b"" if labels is None else labels.astype("<i8").tobytes())
     record = {
