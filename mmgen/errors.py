@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class MmgenError(Exception):
@@ -34,6 +39,18 @@ class TrainingError(MmgenError):
     """Training cannot go on: a loss that is not finite, a damaged checkpoint, a run folder of another run."""
 
     exit_status = 5
+
+
+def cannot_write(path: str | os.PathLike, error: OSError) -> MmgenError:
+    """Says which file could not be written, why, and what to do."""
+    reason, remedy = error.strerror or str(error), ""
+    if error.errno in _NO_ROOM:
+        remedy = ": make room there, then run the same command again"
+    elif error.errno in _NOT_ALLOWED:
+        remedy = ": choose a place that can be written"
+    elif error.errno is None:  # NumPy counts what it could not write, and forgets the reason
+        remedy = ": is the disk full?"
+    return MmgenError(f"cannot write {path}: {reason}{remedy}")
 
 
 def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:

@@ -21,6 +21,7 @@ from .latents import LatentSettings
 from .networks import NetworkSettings, build_network
 from .schedules import ScheduleSettings
 from .settings import from_dict
+from .tensor_files import save_tensors
 
 METADATA_KEY = "mmgen"
 FORMAT = 1
@@ -133,12 +134,10 @@ def drawn_shape(config: ModelConfig) -> tuple[int, int, int]:
 
 def save_model(path: str | os.PathLike, config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Writes one .safetensors file, atomically. `state`: the network's state dict."""
-    from safetensors.torch import save_file
-
     header = {"format": FORMAT, "mmgen_version": __version__, "kind": kind_of(config), "config": dataclasses.asdict(config)}
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
+        save_tensors(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
 
 
 def read_config(path: str | os.PathLike) -> ModelConfig:

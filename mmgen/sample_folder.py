@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConfigError, MmgenError
+from .errors import ConfigError, cannot_write
 from .files import remove_leftovers, replacing, write_json
 from .images import save_png
 from .models import AnyModel, ModelConfig, drawn_shape
@@ -92,7 +92,7 @@ def disk_errors(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MmgenError(f"cannot write {place}: {error.strerror or error}") from error
+        raise cannot_write(place, error) from error
 
 
 def check_num(num: int) -> None:

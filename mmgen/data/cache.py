@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError, MmgenError, nearest
 from ..files import TEMPORARY, replacing_folder
+from ..tensor_files import save_array
 from .dataset import Dataset
 from .decoding import Plan, decode_all, settle
 from .image_source import ImageSource
@@ -154,7 +155,7 @@ def _write(folder: Path, source: ImageSource, plan: Plan, progress: Progress | N
         file.write(_npy_header(len(kept), plan))  # now that it is known how many were skipped
     labels = None if source.labels is None else source.labels[kept]
     if labels is not None:
-        np.save(folder / "labels.npy", labels, allow_pickle=False)
+        save_array(folder / "labels.npy", labels)
     meta = {
         "format": FORMAT,
         "shape": [len(kept), plan.channels, plan.resolution, plan.resolution],

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..errors import ConfigError, DataError, MmgenError, nearest
+from ..errors import ConfigError, DataError, MmgenError, cannot_write, nearest
 from ..files import TEMPORARY, remove_leftovers, replacing, write_json
 from ..latents import LatentSettings
 from ..team import Team
+from ..tensor_files import save_array
 from ..vae import IMM_MEAN, IMM_STD, IMM_TARGET_STD, Vae
 from .cache import check_options
 from .decoding import Chunk, Plan, decode_chunks, settle
@@ -192,7 +193,7 @@ def _begin(task: _Task, job: dict[str, Any], images: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MmgenError(f"cannot write {out}: {error.strerror or error}") from error
+        raise cannot_write(out, error) from error
     remove_leftovers(out)
     remove_leftovers(out / SHARDS)
     size = images * task.rows_per_image * math.prod(task.row) * np.dtype(task.settings.dtype).itemsize
@@ -261,7 +262,7 @@ def _write_shard(task: _Task, number: int, images: range) -> Iterator[int]:
     if skipped:  # before the shard itself, which says that all of it is there
         write_json(task.skipped_file(number), skipped)
     with replacing(task.file(number)) as temporary:
-        np.save(temporary, np.concatenate(parts), allow_pickle=False)
+        save_array(temporary, np.concatenate(parts))
 
 
 def _ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -333,7 +334,7 @@ def _finish(
         kept = np.delete(np.arange(source.length), [i for i, _ in skipped])
         labels = source.labels[kept].repeat(task.rows_per_image).astype(np.int64)
         with replacing(out / LABELS) as temporary:
-            np.save(temporary, labels, allow_pickle=False)
+            save_array(temporary, labels)
     fingerprint = hashlib.sha256(json.dumps([FORMAT, {**asdict(latents), "vae": ""}, digests]).encode())
     fingerprint.update(b"" if labels is None else labels.astype("<i8").tobytes())
     record = {
@@ -359,7 +360,7 @@ def _finish(
     }
     write_json(out / RECORD, record)
     load_latents(out)  # reads back
-    (out / JOB).unlink()
+    (out / JOB).unlink(missing_ok=True)  # another process may have finished the same
 
 
 def _latents(task: _Task, moments: np.ndarray, note: Note) -> LatentSettings:

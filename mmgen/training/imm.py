@@ -55,7 +55,8 @@ def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
     """A freshly initialised network with IMM's objective."""
     network = Model(model_config).network
     objective = ImmObjective(network, config, model_config.latents)
-    return Task({"model": Part(network, objective)}, model_config, group_size=config.loss.group_size)
+    advice = "loss.group_size of 4 or more, "
+    return Task({"model": Part(network, objective)}, model_config, group_size=config.loss.group_size, advice=advice)
 
 
 class ImmObjective(nn.Module):

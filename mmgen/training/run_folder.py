@@ -8,6 +8,7 @@ model-ema-NAME.safetensors  the other averages
 model-best.safetensors   those weights with the least figure so far, at the first of run.eval_steps
 previews/, curves.png    sample grids over training; loss and figures over training
 samples.png, results.json   at the end: 1, 2, 4, 8 steps above real images, and the table
+.lock                    keeps a second run out while one is at work
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from typing import Any
 
 from ..data import Dataset
 from ..data.latents import LatentDataset
-from ..errors import TrainingError
-from ..files import remove_leftovers, replacing, write_json
+from ..errors import TrainingError, cannot_write
+from ..files import TEMPORARY, remove_leftovers, replacing, write_json
+from ..lock import LOCK_FILE
 from ..settings import flatten
 
 _MISSING = object()
@@ -38,7 +40,7 @@ def is_free(key: str, config: dict[str, Any]) -> bool:
 
 
 class RunFolder:
-    """Paths and logs of one run. Only the main process writes."""
+    """Paths and logs of one run. Only the main process writes, and where `lock.only_run_in` lets it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,16 +53,26 @@ class RunFolder:
 
         command: such as "train-imm"; config: its settings as a dictionary.
         """
-        identity = {"command": command, "config": config, "data": dataset.fingerprint}
+        identity = {"command": command, "config": config, "data": dataset.fingerprint, "images": dataset.description}
         identity = json.loads(json.dumps(identity))  # as it comes back: tuples are lists
         file = self.path / "config.json"
         if file.is_file():
-            self._compare(json.loads(file.read_text()), identity)
-        elif self.path.is_dir() and any(self.path.iterdir()):
+            self._compare(self._read(file), identity)
+        elif self.path.is_dir() and any(not p.name.startswith((TEMPORARY, LOCK_FILE)) for p in self.path.iterdir()):
             raise TrainingError(f"{self.path} is not empty and holds no run: give another --out")
         write_json(file, identity)
         for folder in (self.path, self.checkpoints, self.previews):
             remove_leftovers(folder)
+
+    def _read(self, file: Path) -> dict[str, Any]:
+        """config.json, or a TrainingError where it is damaged."""
+        try:
+            found = json.loads(file.read_text())
+            if {"command", "config", "data"} <= found.keys():
+                return found
+            raise ValueError("it is not a run's")
+        except (OSError, ValueError, AttributeError) as error:
+            raise TrainingError(f"{file} cannot be read ({error}): put it back as it was, or give another --out") from error
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old["command"] != new["command"]:
@@ -68,8 +80,11 @@ class RunFolder:
                 f"{self.path} holds a run of `mmgen {old['command']}`, not of `mmgen {new['command']}`: give another --out"
             )
         if old["data"] != new["data"]:
+            was, is_ = old.get("images"), new["images"]
+            change = "as many images, other pixels or labels" if was in (None, is_) else f"they were {was}, and are {is_}"
             raise TrainingError(
-                f"the data are not those that the run in {self.path} was started with: give another --out to start anew"
+                f"the data have changed since the run in {self.path} was started ({change}): bring the old ones back to resume, "
+                "or give another --out to start anew"
             )
         before, after = dict(flatten(old["config"])), dict(flatten(new["config"]))
         for key in after | before:
@@ -85,11 +100,14 @@ class RunFolder:
         if not self.log_file.is_file():
             return []
         lines = []
-        for line in self.log_file.read_text().splitlines():
+        for text in self.log_file.read_text(errors="replace").splitlines():
             try:
-                lines.append(json.loads(line))
+                line = json.loads(text)
             except json.JSONDecodeError:
                 break
+            if not isinstance(line, dict) or not isinstance(line.get("images"), int):
+                break
+            lines.append(line)
         return lines
 
     def rewind_log(self, images: int) -> list[dict[str, Any]]:
@@ -100,12 +118,20 @@ class RunFolder:
         return kept
 
     def log(self, line: dict[str, Any]) -> None:
-        with open(self.log_file, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Appends a line. Raises MmgenError where it cannot be written."""
+        try:
+            with open(self.log_file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise cannot_write(self.log_file, error) from error
 
-    def read_results(self) -> dict[str, Any] | None:
-        file = self.path / "results.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+    def read_results(self, images: int) -> dict[str, Any] | None:
+        """results.json, if it is of so many images."""
+        try:
+            results = json.loads((self.path / "results.json").read_text())
+            return results if results["images"] == images else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or damaged: it is made again
+            return None
 
     def write_results(self, results: dict[str, Any]) -> None:
         write_json(self.path / "results.json", results)

@@ -54,6 +54,7 @@ class Task:
             process. None: no picture, now.
         finish: finish(model, folder, scorer) at the end of a run, in all processes: more entries for results.json, of which
             those of the main process count. `scorer` is None where nothing is measured.
+        advice: what to try where training collapses, besides what helps every method; ends with a comma and a blank.
     """
 
     parts: dict[str, Part]
@@ -63,6 +64,7 @@ class Task:
     group_size: int = 1
     picture: Callable[[AnyModel, int], Image.Image | None] | None = None
     finish: Callable[[AnyModel, Path, Scorer | None], dict[str, Any] | None] | None = None
+    advice: str = ""
 
 
 class Reporter(Protocol):
