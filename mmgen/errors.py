@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -34,6 +35,30 @@ class TrainingError(MmgenError):
     """Training cannot go on: a loss that is not finite, a damaged checkpoint, a run folder of another run."""
 
     exit_status = 5
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """A value that may come from anywhere, or what an exception says, as one line that is fit for a sentence.
+
+    >>> shortened([1, 2, "a"]), shortened("x" * 1000, 5)
+    ("[1, 2, 'a']", "'xxxx...")
+    """
+    if isinstance(value, Exception):
+        text = str(value) or type(value).__name__
+    else:
+        text = _short.repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[:most] + "..."
+
+
+class _Short(reprlib.Repr):  # which does not go far into what is long or deep
+    def repr_int(self, x: int, level: int) -> str:
+        return "a number of hundreds of digits" if x.bit_length() > 1000 else str(x)  # Python refuses to write very long ones
+
+
+_short = _Short()
+_short.maxstring = _short.maxother = _short.maxlong = 200
+_short.maxlist = _short.maxtuple = _short.maxdict = 10
 
 
 def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:

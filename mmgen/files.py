@@ -1,4 +1,4 @@
-"""Writing that never half-finishes, beside the final name and then renamed; and what a file is, by its hash."""
+"""Writing that never half-finishes, beside the final name and then renamed; JSON from anywhere; a file's hash."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 from .errors import MmgenError, ModelError
 
 TEMPORARY = ".tmp-"  # names that start so are leftovers of a killed process: never read, safe to delete
+MOST_JSON = 1 << 26  # bytes of a JSON file: once read, it takes up to twenty times as many
 
 
 @contextlib.contextmanager
@@ -85,6 +86,23 @@ def _renamed_folder(source: Path, path: Path) -> bool:
             return False
         raise
     return True
+
+
+def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:
+    """What a JSON file holds. Raises OSError where it cannot be read, ValueError where it is no JSON, or none that is sane."""
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    return parse_json(content)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, which raises ValueError for whatever is wrong: also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

@@ -10,6 +10,7 @@ checkpoints/000000512000/        images seen
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import ModelError, TrainingError
-from ..files import replacing_folder
+from ..errors import ModelError, TrainingError, shortened
+from ..files import read_json, replacing_folder
 from ..models import check_state
 from .ema import EMA
 from .sharding import as_spread, gathered, put
@@ -96,7 +97,7 @@ def load_checkpoint(
 ) -> Progress:
     """Restores everything in place. Raises TrainingError naming what is damaged or does not fit."""
     try:
-        content = json.loads((path / "state.json").read_text())
+        content = read_json(path / "state.json")
         averages = {name: load_file(path / f"ema-{name}.safetensors") for name in ema.decays}
         for name, (network_file, optimizer_file) in _files(networks).items():
             weights = load_file(path / f"{network_file}.safetensors")
@@ -118,11 +119,13 @@ def load_checkpoint(
             ema.load(name, average)
         if scaler is not None and content["scaler"] is not None:
             scaler.load_state_dict(content["scaler"])
+        if type(content["images"]) is not int or not 0 <= float(content["seconds"]) < math.inf:
+            raise ValueError("its progress is no number")
         return Progress(content["images"], content["seconds"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, ModelError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ModelError) as error:
         raise TrainingError(
-            f"the checkpoint {path} cannot be used ({error}): delete that folder to go back to the one before it, "
-            "or give another --out"
+            f"the checkpoint {path} cannot be used ({shortened(error, 300)}): delete that folder to go back to the one before "
+            "it, or give another --out"
         ) from error
 
 

@@ -12,17 +12,19 @@ samples.png, results.json   at the end: 1, 2, 4, 8 steps above real images, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from ..data import Dataset
 from ..data.latents import LatentDataset
-from ..errors import TrainingError
-from ..files import remove_leftovers, replacing, write_json
+from ..errors import TrainingError, shortened
+from ..files import parse_json, read_json, remove_leftovers, replacing, write_json
 from ..settings import flatten
 
 _MISSING = object()
+_MOST_LOG = 1 << 28  # bytes of log.jsonl: a million lines
 
 
 def is_free(key: str, config: dict[str, Any]) -> bool:
@@ -55,12 +57,27 @@ class RunFolder:
         identity = json.loads(json.dumps(identity))  # as it comes back: tuples are lists
         file = self.path / "config.json"
         if file.is_file():
-            self._compare(json.loads(file.read_text()), identity)
+            self._compare(self._identity(file), identity)
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise TrainingError(f"{self.path} is not empty and holds no run: give another --out")
         write_json(file, identity)
         for folder in (self.path, self.checkpoints, self.previews):
             remove_leftovers(folder)
+
+    def _identity(self, file: Path) -> dict[str, Any]:
+        try:
+            found = read_json(file)
+            if (
+                not isinstance(found["config"], dict)
+                or not isinstance(found["data"], str)
+                or not isinstance(found["command"], str)
+            ):
+                raise ValueError("it holds no settings of a run")
+            return found
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{file} is damaged ({shortened(error)}), so that nothing says what the run there is of: give another --out"
+            ) from error
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old["command"] != new["command"]:
@@ -81,15 +98,30 @@ class RunFolder:
                 )
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of the log; a last line that a kill cut short is left out."""
+        """The lines of the log; a last line that a kill cut short is left out. Raises TrainingError where it is no log."""
         if not self.log_file.is_file():
             return []
         lines = []
-        for line in self.log_file.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        try:
+            if self.log_file.stat().st_size > _MOST_LOG:
+                raise ValueError(f"it has more than {_MOST_LOG:,} bytes")
+            written = self.log_file.read_text("utf-8").splitlines()
+            for i, text in enumerate(written, 1):
+                try:
+                    line = parse_json(text)
+                except ValueError:
+                    if i < len(written):
+                        raise
+                    break
+                if (
+                    not isinstance(line, dict)
+                    or type(line.get("images")) is not int
+                    or not isinstance(line.get("values", {}), dict)
+                ):
+                    raise ValueError(f"line {i} is none of a log")
+                lines.append(line)
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{self.log_file} is damaged ({shortened(error)}): move it away to resume without it") from error
         return lines
 
     def rewind_log(self, images: int) -> list[dict[str, Any]]:
@@ -104,8 +136,11 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def read_results(self) -> dict[str, Any] | None:
-        file = self.path / "results.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        """What the run ended with; None where it has not, or the file is damaged: it is then written anew."""
+        with contextlib.suppress(OSError, ValueError):
+            found = read_json(self.path / "results.json")
+            return found if isinstance(found, dict) and type(found.get("images")) is int else None
+        return None
 
     def write_results(self, results: dict[str, Any]) -> None:
         write_json(self.path / "results.json", results)
