@@ -91,8 +91,9 @@ def _renamed_folder(source: Path, path: Path) -> bool:
 def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:
     """What a JSON file holds. Raises OSError where it cannot be read, ValueError where it is no JSON, or none that is sane."""
     with open(path, "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1) if size <= most else b""  # as much is set aside as is asked for
+    if size > most:
         raise ValueError(f"it is larger than {most:,} bytes")
     return parse_json(content)
 

@@ -10,6 +10,12 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import accelerate  # noqa: F401  before memory is limited, of which their libraries take gigabytes of addresses
+import datasets  # noqa: F401
+
+import mmgen.metrics.evaluate
+import mmgen.training.distill
+import mmgen.training.start  # noqa: F401
 from mmgen.__main__ import main
 from mmgen.errors import MmgenError
 
