@@ -17,9 +17,20 @@ def main() -> None:
     except MmgenError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_memory(error):
+            raise
+        print("error: the memory is too small: take a smaller network or batch, or smaller images", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory could not be had: torch says so in a RuntimeError of its own, or of none."""
+    told = "allocate memory", "not enough memory", "out of memory"
+    return isinstance(error, MemoryError) or any(text in str(error) for text in told)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import reprlib
 from collections.abc import Iterable
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
@@ -51,6 +52,30 @@ def cannot_write(path: str | os.PathLike, error: OSError) -> MmgenError:
     elif error.errno is None:  # NumPy counts what it could not write, and forgets the reason
         remedy = ": is the disk full?"
     return MmgenError(f"cannot write {path}: {reason}{remedy}")
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """A value that may come from anywhere, or what an exception says, as one line that is fit for a sentence.
+
+    >>> shortened([1, 2, "a"]), shortened("x" * 1000, 5)
+    ("[1, 2, 'a']", "'xxxx...")
+    """
+    if isinstance(value, Exception):
+        text = str(value) or type(value).__name__
+    else:
+        text = _short.repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[:most] + "..."
+
+
+class _Short(reprlib.Repr):  # which does not go far into what is long or deep
+    def repr_int(self, x: int, level: int) -> str:
+        return "a number of hundreds of digits" if x.bit_length() > 1000 else str(x)  # Python refuses to write very long ones
+
+
+_short = _Short()
+_short.maxstring = _short.maxother = _short.maxlong = 200
+_short.maxlist = _short.maxtuple = _short.maxdict = 10
 
 
 def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Writing that never half-finishes, beside the final name and then renamed; and what a file is, by its hash."""
+"""Writing that never half-finishes, beside the final name and then renamed; JSON from anywhere; a file's hash."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .errors import ModelError, cannot_write
 from .lock import Held, is_held, try_lock
 
 TEMPORARY = ".tmp-"  # names that start so are unfinished: never read, and of a killed process, safe to delete
+MOST_JSON = 1 << 26  # bytes of a JSON file: once read, it takes up to twenty times as many
 
 
 @contextlib.contextmanager
@@ -88,6 +89,24 @@ def _renamed_folder(source: Path, path: Path) -> bool:
             return False
         raise
     return True
+
+
+def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:
+    """What a JSON file holds. Raises OSError where it cannot be read, ValueError where it is no JSON, or none that is sane."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1) if size <= most else b""  # as much is set aside as is asked for
+    if size > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    return parse_json(content)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, which raises ValueError for whatever is wrong: also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

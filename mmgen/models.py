@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import __version__
 from .denoiser import Denoiser, DenoiserSettings, check_settings
 from .errors import ConfigError, ModelError
-from .files import replacing
+from .files import parse_json, replacing
 from .flow_map import FlowMapSettings, flow_map
 from .latents import LatentSettings
 from .networks import NetworkSettings, build_network
@@ -125,6 +125,21 @@ def build_model(config: ModelConfig) -> AnyModel:
     return Model(config) if kind_of(config) == "imm" else Denoiser(config)
 
 
+def check_weights(config: ModelConfig) -> None:
+    """Raises ConfigError for a network whose weights alone are more than this machine's memory, before it is built."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in build_model(config).network.parameters())
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not a system that tells
+        return
+    if 4 * count > memory:
+        raise ConfigError(
+            f"the network has {count:,} parameters, whose weights take {4 * count / 1e9:,.0f} GB, and this machine has "
+            f"{memory / 1e9:,.0f} GB of memory: make it smaller by the settings of network"
+        )
+
+
 def drawn_shape(config: ModelConfig) -> tuple[int, int, int]:
     """Channels, height and width of the images that are drawn: decoded ones where the model knows latents."""
     if config.latents is not None:
@@ -152,7 +167,7 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     if METADATA_KEY not in metadata:
         raise ModelError(f"{path} is a .safetensors file, but not one of mmgen's: its header has no '{METADATA_KEY}' entry")
     try:
-        header = json.loads(metadata[METADATA_KEY])
+        header = parse_json(metadata[METADATA_KEY])
         found = header["format"]
         if found != FORMAT:
             raise ModelError(f"{path} has model format {found}, this version of mmgen reads {FORMAT}: install a newer mmgen")

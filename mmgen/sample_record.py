@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from . import __version__
 from .errors import ConfigError
-from .files import sha256_of
+from .files import read_json, sha256_of
 from .models import AnyModel, ModelConfig, drawn_shape, find_model, kind_of
 from .sampling import Plan
 
@@ -103,7 +102,7 @@ def data_options(config: ModelConfig) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record in a file, or None where there is no such file. Raises ConfigError where it is damaged."""
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import ModelError
+from ..files import read_json
 from ..models import MODEL_FILE
 
 COMPONENTS = ("unet", "transformer")
@@ -86,10 +86,8 @@ def _json(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        if path.stat().st_size > 64 * 1024**2:
-            raise ModelError(f"{path} is larger than any settings: not opened")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON: fetch it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no settings: fetch it again")

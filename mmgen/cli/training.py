@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shortened
 from .options import DEVICES
 from .progress import progress_bar
 from .training_report import TrainingReport
@@ -72,9 +72,9 @@ def choose(
     over = merge(over, nest(changes, config_class))
     if preset is None:
         word = over.get("data", {}).get("name", "digits")
-        if word not in data_presets:
+        if not isinstance(word, str) or word not in data_presets:
             names = ", ".join(preset_names(command))
-            raise ConfigError(f"no preset belongs to the data {word!r}: choose one with --preset, of {names}")
+            raise ConfigError(f"no preset belongs to the data {shortened(word)}: choose one with --preset, of {names}")
         preset = data_presets[word]
     table = read_preset(preset, command)
     config, base = resolve(table, over), resolve(table)

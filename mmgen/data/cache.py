@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError, DataError, MmgenError, nearest
-from ..files import TEMPORARY, replacing_folder
+from ..files import TEMPORARY, read_json, replacing_folder
 from ..tensor_files import save_array
 from .dataset import Dataset
 from .decoding import Plan, decode_all, settle
@@ -107,7 +107,7 @@ def _key(source: ImageSource, resolution: int | None, channels: int | None, on_c
 def _open(folder: Path) -> Dataset | None:
     """The data set of a cache entry; None where there is none, or it is damaged: sizes must agree with meta.json."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json", 1 << 30)
         images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / "labels.npy", allow_pickle=False) if meta["labelled"] else None
         if images.dtype != np.uint8 or list(images.shape) != meta["shape"]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, nearest
+from ..files import parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,7 +28,7 @@ def columns_of(schema: pyarrow.Schema) -> list[Column]:
     features = {}
     if b"huggingface" in (schema.metadata or {}):
         try:
-            features = json.loads(schema.metadata[b"huggingface"])["info"]["features"] or {}
+            features = parse_json(schema.metadata[b"huggingface"])["info"]["features"] or {}
         except (ValueError, KeyError, TypeError):
             features = {}  # another version's metadata: the Arrow types still say enough
     return [_column(field, features.get(field.name)) for field in schema]

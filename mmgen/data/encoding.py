@@ -23,7 +23,7 @@ import torch
 
 from .. import __version__
 from ..errors import ConfigError, DataError, MmgenError, cannot_write, nearest
-from ..files import TEMPORARY, remove_leftovers, replacing, write_json
+from ..files import TEMPORARY, read_json, remove_leftovers, replacing, write_json
 from ..latents import LatentSettings
 from ..team import Team
 from ..tensor_files import save_array
@@ -176,7 +176,7 @@ def _is_whole(out: Path, job: dict[str, Any]) -> bool:
         return False
     whole = (out / RECORD).is_file()
     try:
-        found = read_record(out)["job"] if whole else json.loads((out / JOB).read_text("utf-8"))
+        found = read_record(out)["job"] if whole else read_json(out / JOB)
         old, new = ({**one, "source": one["source"]["fingerprint"], "vae": ""} for one in (found, job))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out} holds a damaged {JOB} ({error!r}): delete the folder, or give another --out") from error
@@ -325,7 +325,7 @@ def _finish(
     rows, digests = [n for n, _, _ in summaries], [digest for _, digest, _ in summaries]
     number, positions = sum(rows), sum(rows) * task.row[1] * task.row[2]
     files = [file for i in range(len(rows)) if (file := task.skipped_file(i)).is_file()]
-    skipped = list(itertools.chain.from_iterable(json.loads(file.read_text("utf-8")) for file in files))
+    skipped = list(itertools.chain.from_iterable(read_json(file) for file in files))
     if number != task.rows_per_image * (source.length - len(skipped)):
         raise DataError(f"the shards in {out} hold {number:,} rows, not those of {source.length:,} images: give another --out")
     latents = _latents(task, sum(sums for _, _, sums in summaries) / positions, note)

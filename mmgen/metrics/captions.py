@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import parse_json
 from .image_sets import ImageSet
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # as `datasets` reads them in a folder of images
@@ -65,7 +65,7 @@ def _find(texts: dict[str, str], name: str, file: Path) -> str:
 
 def _json_lines(file: Path) -> list[dict]:
     try:
-        rows = [json.loads(line) for line in _lines(file) if line.strip()]
+        rows = [parse_json(line) for line in _lines(file) if line.strip()]
     except ValueError as error:
         raise DataError(f"{file} is not JSON lines: {error}") from error
     if not all(isinstance(row, dict) for row in rows):

@@ -15,7 +15,6 @@ mmgen's .safetensors and .npz               mu, sigma and a statement          s
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pickletools
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from ..checkpoints.safe_arrays import load_arrays, mistaken_download
 from ..errors import DataError
+from ..files import parse_json
 from .frechet import GaussianStatistics, StatisticsError
 
 TAKES = (
@@ -180,7 +180,7 @@ def _find_safetensors(path: Path) -> Found:
 def _stated(path: Path, text: str, mean: Any, covariance: Any) -> Found:
     """Statistics with mmgen's statement."""
     try:
-        statement = json.loads(text)
+        statement = parse_json(text)
         if statement["format"] != FORMAT:
             raise DataError(
                 f"{path} has format {statement['format']} of statistics, and this mmgen reads {FORMAT}: install a newer mmgen"

@@ -14,6 +14,7 @@ from .adm import ADM, ADMSettings
 from .diffusers_unet import DiffusersUNet, DiffusersUNetSettings
 from .dit import DiT, DiTSettings
 from .edm2 import EDM2, EDM2Settings
+from .limits import check_sizes
 from .unet import UNet, UNetSettings
 from .uvit import UViT, UViTSettings
 
@@ -36,6 +37,7 @@ def build_network(
     channels it is given behind those of the image, such as a student's noise. Raises ConfigError for a network that cannot be
     such a one, or has no place for an augmentation label.
     """
+    check_sizes(settings, resolution=resolution, channels=channels, num_classes=num_classes)
     options = {"second_time": second_time, "extra_channels": extra_channels}
     if isinstance(settings, UNetSettings):
         return UNet(settings, resolution, channels, num_classes, augment_dim, **options)

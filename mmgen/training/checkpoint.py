@@ -12,6 +12,7 @@ damaged-000000000512000/     one that was found damaged: never read, never delet
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..errors import MmgenError, ModelError, TrainingError, cannot_write
+from ..errors import MmgenError, ModelError, TrainingError, cannot_write, shortened
 from ..files import replacing_folder
 from ..models import check_state
 from ..team import Team
@@ -176,11 +177,13 @@ def load_checkpoint(
             ema.load(name, average)
         if scaler is not None and content["scaler"] is not None:
             scaler.load_state_dict(content["scaler"])
+        if type(content["images"]) is not int or not 0 <= float(content["seconds"]) < math.inf:
+            raise ValueError("its progress is no number")
         return Progress(content["images"], content["seconds"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, ModelError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ModelError) as error:
         raise TrainingError(
-            f"the checkpoint {path} cannot be used ({error}): move that folder away to go back to the one before it, "
-            "or give another --out"
+            f"the checkpoint {path} cannot be used ({shortened(error, 300)}): move that folder away to go back to the one before "
+            "it, or give another --out"
         ) from error
 
 

@@ -13,18 +13,20 @@ samples.png, results.json   at the end: 1, 2, 4, 8 steps above real images, and 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from ..data import Dataset
 from ..data.latents import LatentDataset
-from ..errors import TrainingError, cannot_write
-from ..files import TEMPORARY, remove_leftovers, replacing, write_json
+from ..errors import TrainingError, cannot_write, shortened
+from ..files import TEMPORARY, parse_json, read_json, remove_leftovers, replacing, write_json
 from ..lock import LOCK_FILE
 from ..settings import flatten
 
 _MISSING = object()
+_MOST_LOG = 1 << 28  # bytes of log.jsonl: a million lines
 
 
 def is_free(key: str, config: dict[str, Any]) -> bool:
@@ -57,22 +59,27 @@ class RunFolder:
         identity = json.loads(json.dumps(identity))  # as it comes back: tuples are lists
         file = self.path / "config.json"
         if file.is_file():
-            self._compare(self._read(file), identity)
+            self._compare(self._identity(file), identity)
         elif self.path.is_dir() and any(not p.name.startswith((TEMPORARY, LOCK_FILE)) for p in self.path.iterdir()):
             raise TrainingError(f"{self.path} is not empty and holds no run: give another --out")
         write_json(file, identity)
         for folder in (self.path, self.checkpoints, self.previews):
             remove_leftovers(folder)
 
-    def _read(self, file: Path) -> dict[str, Any]:
-        """config.json, or a TrainingError where it is damaged."""
+    def _identity(self, file: Path) -> dict[str, Any]:
         try:
-            found = json.loads(file.read_text())
-            if {"command", "config", "data"} <= found.keys():
-                return found
-            raise ValueError("it is not a run's")
-        except (OSError, ValueError, AttributeError) as error:
-            raise TrainingError(f"{file} cannot be read ({error}): put it back as it was, or give another --out") from error
+            found = read_json(file)
+            if (
+                not isinstance(found["config"], dict)
+                or not isinstance(found["data"], str)
+                or not isinstance(found["command"], str)
+            ):
+                raise ValueError("it holds no settings of a run")
+            return found
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{file} is damaged ({shortened(error)}), so that nothing says what the run there is of: give another --out"
+            ) from error
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old["command"] != new["command"]:
@@ -96,18 +103,30 @@ class RunFolder:
                 )
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of the log; a last line that a kill cut short is left out."""
+        """The lines of the log; a last line that a kill cut short is left out. Raises TrainingError where it is no log."""
         if not self.log_file.is_file():
             return []
         lines = []
-        for text in self.log_file.read_text(errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                break
-            if not isinstance(line, dict) or not isinstance(line.get("images"), int):
-                break
-            lines.append(line)
+        try:
+            if self.log_file.stat().st_size > _MOST_LOG:
+                raise ValueError(f"it has more than {_MOST_LOG:,} bytes")
+            written = self.log_file.read_text("utf-8").splitlines()
+            for i, text in enumerate(written, 1):
+                try:
+                    line = parse_json(text)
+                except ValueError:
+                    if i < len(written):
+                        raise
+                    break
+                if (
+                    not isinstance(line, dict)
+                    or type(line.get("images")) is not int
+                    or not isinstance(line.get("values", {}), dict)
+                ):
+                    raise ValueError(f"line {i} is none of a log")
+                lines.append(line)
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{self.log_file} is damaged ({shortened(error)}): move it away to resume without it") from error
         return lines
 
     def rewind_log(self, images: int) -> list[dict[str, Any]]:
@@ -126,12 +145,11 @@ class RunFolder:
             raise cannot_write(self.log_file, error) from error
 
     def read_results(self, images: int) -> dict[str, Any] | None:
-        """results.json, if it is of so many images."""
-        try:
-            results = json.loads((self.path / "results.json").read_text())
-            return results if results["images"] == images else None
-        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or damaged: it is made again
-            return None
+        """results.json, if it is of so many images; None where there is none, or it is damaged: it is then written anew."""
+        with contextlib.suppress(OSError, ValueError):
+            found = read_json(self.path / "results.json")
+            return found if isinstance(found, dict) and found.get("images") == images else None
+        return None
 
     def write_results(self, results: dict[str, Any]) -> None:
         write_json(self.path / "results.json", results)
