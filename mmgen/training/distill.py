@@ -25,7 +25,7 @@ from ..teachers import Teacher, adam_second_moments, load_teacher, range_note
 from . import teacher_report as report
 from .alternating import alternating_parts, turn
 from .inputs import Inputs
-from .instant import GROUP, MOMENT_BATCHES, choose_derivative, data_second_moments, instant_parts
+from .instant import GROUP, MOMENT_BATCHES, MOMENT_PASS, choose_derivative, data_second_moments, instant_parts
 from .matching import Matching
 from .sharding import is_sharded
 from .start import DataProgress, load_shared, make_accelerator, run_training
@@ -192,7 +192,9 @@ def second_moments(
         f"preconditioner: the teacher's training left no second moments, so they are collected from {MOMENT_BATCHES} batches of "
         f"{half} images"
     )
-    return data_second_moments(matching, dataset, accelerator, half, config.run.batch_per_device)
+    # `auto` is found with what is collected here
+    at_most = MOMENT_PASS if config.run.batch_per_device == "auto" else config.run.batch_per_device
+    return data_second_moments(matching, dataset, accelerator, half, at_most)
 
 
 def description(config: DistillConfig, teacher: Teacher) -> str:
