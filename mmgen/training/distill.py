@@ -18,7 +18,7 @@ from ..denoiser import Denoiser
 from ..distill_config import DistillConfig, settled, student_denoiser, student_network, student_schedule
 from ..errors import ConfigError
 from ..models import AnyModel, ModelConfig, SamplingSettings
-from ..networks import widen_input
+from ..networks import checkpoint_blocks, widen_input
 from ..push import CONVERTED
 from ..sampling import check_defaults
 from ..teachers import Teacher, adam_second_moments, load_teacher, range_note
@@ -148,6 +148,8 @@ def distill_task(
     own = teacher.model.config
     plain = replace(own, denoiser=replace(own.denoiser, clip=False))  # what is clipped is no mean
     network = teacher.model.network
+    if config.loss.method == "instant" and config.run.gradient_checkpointing:  # its gradient is taken as well
+        checkpoint_blocks(network)
     if config.loss.method == "alternating" and is_sharded(accelerator):  # the loop shards it; the comparison needs a whole one
         network = copy.deepcopy(network)
         teacher.model.to("cpu")

@@ -30,6 +30,7 @@ from . import evaluation
 from .auto_batch import describe, find_size
 from .batches import Batch, Parts, fetch, part_sizes, split_batch
 from .checkpoint import Progress, list_checkpoints, load_checkpoint, remove_old, save_checkpoint
+from .contention import Watch
 from .ema import EMA, ema_decays
 from .figures import make_scorer
 from .numbers import BadLoss, Numbers
@@ -125,6 +126,7 @@ class Trainer:
             self.progress.seconds,
             (time.monotonic(), self.progress.images),
         )
+        cores = Watch() if self.accelerator.device.type == "cpu" else None
         with StopRequest() as stop:
             while self.progress.images < total:
                 before = self.progress.images
@@ -137,6 +139,8 @@ class Trainer:
                     rate = (images - logged_at[1]) / (now - logged_at[0])
                     self._log(self._flush() | {"images_per_second": round(rate, 2)})
                     logged_at = (now, images)
+                    if cores is not None and (slow := cores.look(torch.get_num_threads())) is not None:
+                        self.reporter.note(slow)
                 self.reporter.advance(images)
                 ends = done or self._should_end(stop, time.monotonic() - started, step)
                 if ends or crossed(before, images, run.checkpoint_every):
