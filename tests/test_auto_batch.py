@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_task import Quiet, model_config, run_toy, toy_task
 from torch import nn
+from toy_task import Quiet, model_config, run_toy, toy_task
 
 from mmgen import config as configs
 from mmgen.cli.training_options import shared_changes

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_task import Quiet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from toy_task import Quiet
 
 from mmgen.denoiser import DenoiserSettings
 from mmgen.errors import ConfigError
