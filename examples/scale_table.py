@@ -1,12 +1,12 @@
 """Memory and time of every training preset on 1, 8 and 64 GPUs, as two tables in Markdown. Computed, not measured.
 
-    python examples/scale_table.py                                   # H200, a fifth to a half of whose peak is usual: 0.35
+    python examples/scale_table.py                                   # H200 at 35 % of their peak rate
     python examples/scale_table.py --gpu a100 --utilisation 0.3 --gradient-checkpointing
 
 Memory is `mmgen.training.cost.estimate`'s, which `--dry-run` shows: weights, gradients, optimiser, averages and the activations
 that autograd keeps, for the preset's run.batch_per_device. What kernels need for themselves, and a sharded block while it is put
-together, come on top. Time is arithmetic over the vendor's peak (dense, of the preset's precision) times the utilisation, the same
-for all networks: no communication, no input, no evaluation, and perfect scaling are assumed.
+together, come on top. Time is arithmetic over the vendor's peak (dense, of the preset's precision) times an assumed utilisation,
+the same for all networks: no communication, no input and no evaluation are counted, so that more GPUs are as many times as fast.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mmgen.denoiser import DenoiserSettings
 from mmgen.models import ModelConfig
 from mmgen.networks import ADMSettings
 from mmgen.training.batches import split_batch
-from mmgen.training.cost import ALTERNATING, DENOISING, IMM, INSTANT, Cost, Work, estimate
+from mmgen.training.cost import ALTERNATING, DENOISING, IMM, INSTANT, Cost, PassCost, Work, estimate, pass_cost
 from mmgen.training.imm import imm_model_config
 from mmgen.training.instant import GROUP
 from mmgen.training.start import expected_shape
@@ -74,11 +74,11 @@ def shape_of(config) -> DataShape:
     return SHAPES.get(config.data.name) or expected_shape(config.data)
 
 
-def costs(chosen: Recipe, gpus: int, sharded: bool, checkpointing: bool) -> Cost | None:
+def costs(chosen: Recipe, gpus: int, sharded: bool, checkpointing: bool, one: PassCost) -> Cost | None:
     """None where so many GPUs cannot share the batch."""
     train, run = chosen.config.train, chosen.config.run
     parts = split_batch(train.batch_size, chosen.group_size, gpus, run.batch_per_device)
-    return None if parts is None else estimate(train, chosen.model, parts, chosen.work, sharded, checkpointing)
+    return None if parts is None else estimate(train, chosen.model, parts, chosen.work, sharded, checkpointing, one)
 
 
 def step_seconds(chosen: Recipe, cost: Cost, gpu: dict[str, float], utilisation: float, gpus: int) -> float:
@@ -116,7 +116,8 @@ def main() -> None:
     for name in options.presets:
         chosen = recipe(name)
         train, run = chosen.config.train, chosen.config.run
-        found = {n: (costs(chosen, n, False, checkpointing), costs(chosen, n, True, checkpointing)) for n in COUNTS}
+        a_pass = pass_cost(chosen.model, train.precision, checkpointing)
+        found = {n: [costs(chosen, n, sharded, checkpointing, a_pass) for sharded in (False, True)] for n in COUNTS}
         one = found[1][0]
         label = f"`{name}`" + (f" of {STAND_INS[name]}" if name in STAND_INS else "")
         whole = [found[n][0] and found[n][0].total / GIB for n in COUNTS]

@@ -84,15 +84,17 @@ def has_checkpointing(model_config: ModelConfig) -> bool:
 
 
 def estimate(
-    train: TrainSettings, model_config: ModelConfig, parts: Parts, work: Work, sharded: bool = False, checkpointing: bool = False
-) -> Cost:
+    train: TrainSettings, model_config: ModelConfig, parts: Parts, work: Work, sharded: bool = False,
+    checkpointing: bool = False, one: PassCost | None = None,
+) -> Cost:  # fmt: skip
     """Costs of a training step. Activations are those that autograd keeps, for float32 or for half precision.
 
     sharded: weights, gradients, optimiser states and averages are spread over the devices; what a block needs whole for a moment
-    is not counted. checkpointing: blocks are computed again in the backward pass, which costs a third forward pass.
+    is not counted. checkpointing: blocks are computed again in the backward pass, which costs a third forward pass. one:
+    of `pass_cost`, where it is known already.
     """
     shards = parts.processes if sharded else 1
-    one = pass_cost(model_config, train.precision, checkpointing)
+    one = one or pass_cost(model_config, train.precision, checkpointing)
     parameters, back = one.parameters, 3 if checkpointing or has_checkpointing(model_config) else 2
     averages = len(train.ema_betas) + len(train.ema_half_lives)
     return Cost(
