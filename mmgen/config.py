@@ -76,7 +76,9 @@ class TrainSettings:
 class RunSettings:
     """Settings that leave the mathematics alone: a run may be continued with others."""
 
-    batch_per_device: int = 128  # at most so many images in one pass; the rest of the batch is accumulated
+    # At most so many images in one pass, the rest of the batch is accumulated; auto: as many as fit (`training.auto_batch`)
+    batch_per_device: int | Literal["auto"] = 128
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile the network
     checkpoint_every: int = 2_000_000  # images between checkpoints
     keep_checkpoints: int = 2
@@ -234,8 +236,8 @@ def check_shared(config: Any) -> None:
     network = getattr(config, "network", None)
     require_positive({
         "train.batch_size": train.batch_size, "train.max_images": train.max_images,
-        "run.batch_per_device": run.batch_per_device, "run.checkpoint_every": run.checkpoint_every,
-        "run.keep_checkpoints": run.keep_checkpoints, "run.preview_every": run.preview_every,
+        "run.batch_per_device": 1 if run.batch_per_device == "auto" else run.batch_per_device,
+        "run.checkpoint_every": run.checkpoint_every, "run.keep_checkpoints": run.keep_checkpoints, "run.preview_every": run.preview_every,
         "run.eval_every": run.eval_every, "run.log_every": run.log_every,
         "optimizer.lr": optimizer.lr, "optimizer.eps": optimizer.eps,
         "run.eval_steps": min(run.eval_steps, default=0), "train.ema_half_lives": min(train.ema_half_lives, default=1),

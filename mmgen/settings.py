@@ -20,8 +20,8 @@ MOST_ITEMS = 1_000_000  # of lists: the names of that many classes
 def from_dict(cls: type[T], content: dict[str, Any], prefix: str = "") -> T:
     """A data class from a dictionary such as TOML or JSON gives. Missing keys keep their defaults.
 
-    Nested data classes, unions of data classes (told apart by `kind`), Literal, Optional, tuple[int, ...] and list[...] are
-    understood. Raises ConfigError naming the key, dotted, and the nearest valid ones.
+    Nested data classes, unions of data classes (told apart by `kind`), Literal, also beside another type, Optional,
+    tuple[int, ...] and list[...] are understood. Raises ConfigError naming the key, dotted, and the nearest valid ones.
     """
     if not isinstance(content, dict):
         raise ConfigError(f"{prefix or 'the config'} must be a table, not {shortened(content)}")
@@ -89,6 +89,8 @@ def _convert_union(choices: list[Any], value: Any, name: str, optional: bool) ->
         return None
     if len(choices) == 1:
         return convert(choices[0], value, name)
+    if not any(dataclasses.is_dataclass(c) for c in choices):
+        return _convert_to_word_or(choices, value, name)
     if isinstance(value, tuple(choices)):
         return value
     # Data classes that say what they are in `kind`
@@ -99,6 +101,18 @@ def _convert_union(choices: list[Any], value: Any, name: str, optional: bool) ->
             f"{name}.kind = {shortened(kind)} is not possible: {nearest(kind[:80] if isinstance(kind, str) else '', kinds)}"
         )
     return from_dict(kinds[kind], value, name)
+
+
+def _convert_to_word_or(choices: list[Any], value: Any, name: str) -> Any:
+    """A Literal beside another plain type, such as int | Literal["auto"]."""
+    words = [word for c in choices if typing.get_origin(c) is typing.Literal for word in typing.get_args(c)]
+    (other,) = (c for c in choices if typing.get_origin(c) is not typing.Literal)
+    if isinstance(value, str) and value in words:
+        return value
+    try:
+        return convert(other, value, name)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or {' or '.join(map(repr, words))}") from error
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,8 @@ twice as many channels as they get: the second half is a learned variance.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -56,6 +58,26 @@ def build_network(
     if extra_channels:
         raise ConfigError(f"a network of kind {settings.kind!r} takes no channels beside those of the image")
     return DiffusersUNet(settings, resolution, channels, num_classes)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """What the network is a sequence of: the modules in the lists and tables that it has."""
+    containers = [child for child in network.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
+    inside = [block for container in containers for block in container.children()]
+    return [b for b in inside if not isinstance(b, nn.ModuleList | nn.ModuleDict) and any(True for _ in b.parameters())]
+
+
+def checkpoint_blocks(network: nn.Module) -> None:
+    """From now on blocks are computed again in the backward pass, not kept; results are the same, and so is the state dict.
+
+    Raises ConfigError for a network that cannot.
+    """
+    if not hasattr(network.settings, "gradient_checkpointing"):
+        raise ConfigError(
+            f"run.gradient_checkpointing: a network of kind {network.settings.kind!r} cannot recompute its blocks; leave it out "
+            "and lower run.batch_per_device"
+        )
+    network.settings = replace(network.settings, gradient_checkpointing=True)
 
 
 def widen_input(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

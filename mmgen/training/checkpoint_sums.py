@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, TrainingError
-from ..files import sha256_of
+from ..files import read_json, sha256_of
 
 STATE = "state.json"
 FORMAT = 2  # 1 had no sums
@@ -33,7 +33,7 @@ def write_state(folder: Path, content: dict[str, Any]) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """The content of state.json, with or without sums. Raises ValueError where it is damaged, OSError where it cannot be read."""
-    state = json.loads((folder / STATE).read_bytes().decode("utf-8"))
+    state = read_json(folder / STATE)
     if not isinstance(state, dict):
         raise ValueError(f"{STATE} is no table")
     if state.get("format") == 1 and not {_SUM, _FILES} & state.keys():

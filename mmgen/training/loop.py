@@ -24,10 +24,13 @@ from ..errors import ConfigError, TrainingError
 from ..images import save_png
 from ..metrics.frechet import halves_distance
 from ..models import MODEL_FILE, AnyModel, ModelConfig, build_model, save_model
+from ..networks import checkpoint_blocks
 from ..team import team_of
 from . import collapse, evaluation
-from .batches import Batch, Parts, fetch, split_batch
+from .auto_batch import describe, find_size
+from .batches import Batch, Parts, fetch, part_sizes, split_batch
 from .checkpoint import Progress, file_names, list_checkpoints, load_checkpoint, newest_whole, remove_old, save_checkpoint
+from .contention import Watch
 from .ema import EMA, ema_decays
 from .figures import make_scorer
 from .gradients import measure_and_clip
@@ -70,13 +73,16 @@ class Trainer:
         set_precision(train.precision)
         torch.manual_seed(train.seed)  # the initial weights
         self.task = make_task(accelerator)
-        self.parts = share_batch(train.batch_size, self.task.group_size, accelerator.num_processes, run.batch_per_device)
+        at_most = train.batch_size if run.batch_per_device == "auto" else run.batch_per_device
+        self.parts = share_batch(train.batch_size, self.task.group_size, accelerator.num_processes, at_most)
         self.sharded = is_sharded(accelerator)
         self.networks, self.optimizers, self._prepared = {}, {}, {}
         for network in self.task.frozen if self.sharded else ():
             shard(network)
         for name, part in self.task.parts.items():
             self.networks[name] = part.network.to(accelerator.device)
+            if run.gradient_checkpointing:
+                checkpoint_blocks(part.network)
             if run.compile:
                 compile_network(part.network)
             if self.sharded:
@@ -90,8 +96,23 @@ class Trainer:
         self.log_lines: list[dict[str, Any]] = []
         self.numbers = Numbers(accelerator, single=len(self.task.parts) == 1)
         self.team = team_of(accelerator)
+        if run.batch_per_device == "auto":
+            self.parts = self._parts_that_fit()
+            run = replace(run, batch_per_device=self.parts.size)
         self.scorer = make_scorer(run, dataset, accelerator.device, self.team, reporter.note)
         self.shows = self.team.is_main and evaluation.can_show(self.task.model_config, accelerator.device, reporter.note)
+
+    def _parts_that_fit(self) -> Parts:
+        train, processes, group_size = self.train, self.accelerator.num_processes, self.task.group_size
+        found = find_size(
+            part_sizes(train.batch_size, group_size, processes), parts=self.task.parts, optimizers=self.optimizers,
+            batch_of=lambda size: fetch(self.dataset, 0, size, train.seed, self.accelerator.device),
+            model_config=self.task.model_config, precision=train.precision,
+            checkpointing=self.run_settings.gradient_checkpointing, sharded=self.sharded,
+            device=self.accelerator.device, team=self.team, folder=self.folder.path,
+        )  # fmt: skip
+        self.reporter.note(describe(found))
+        return share_batch(train.batch_size, group_size, processes, found.size)
 
     # ------------------------------------------------------------------ a run
 
@@ -106,6 +127,7 @@ class Trainer:
             self.progress.seconds,
             (time.monotonic(), self.progress.images),
         )
+        cores = Watch() if self.accelerator.device.type == "cpu" else None
         with StopRequest() as stop:
             if 0 < self.progress.images < total:
                 self._look(self.progress.images - self.train.batch_size, again=False)
@@ -120,6 +142,8 @@ class Trainer:
                     rate = (images - logged_at[1]) / max(now - logged_at[0], 1e-9)  # a clock may be coarse
                     self._log(self._flush() | {"images_per_second": round(rate, 2)})
                     logged_at = (now, images)
+                    if cores is not None and (slow := cores.look(torch.get_num_threads())) is not None:
+                        self.reporter.note(slow)
                 self.reporter.advance(images)
                 ends = done or self._should_end(stop, time.monotonic() - started, step)
                 if ends or crossed(before, images, run.checkpoint_every):

@@ -1,6 +1,7 @@
 """The folder of a run: its settings, its log, and where everything else in it lies.
 
 config.json              the resolved settings and the data they met
+batch_per_device.json    the size that run.batch_per_device = "auto" has found
 log.jsonl                one line per log interval and per measurement
 checkpoints/             to resume from
 model.safetensors        the (first) averaged weights at the last checkpoint, or the weights where nothing is averaged

@@ -28,11 +28,13 @@ class Part:
             gradient. A module whose parameters are those of the network and no others: DistributedDataParallel wraps it.
         prepare: called before the passes of a step with a function whose every call walks anew over all batches of the step
             on this process. What it computes from them it reduces over the processes itself.
+        rehearse: of a part that prepares, its work on one batch without the other processes: it tells what fits into memory.
     """
 
     network: nn.Module
     objective: nn.Module
     prepare: Callable[[Callable[[], Iterator[Batch]]], None] | None = None
+    rehearse: Callable[[Batch], None] | None = None
 
 
 def always_first(step: int) -> str:
