@@ -1,0 +1,117 @@
+"""Two sides of a comparison, run in turns in one process; the peak memory of each, in a process of its own; the table."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+Size = Literal["tiny", "quick", "full"]  # tiny: for the tests, of no meaning as a figure
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """mmgen's way and the plain one to do the same work. Each is made first, then run once to warm up, then in turns."""
+
+    name: str
+    unit: str  # of what a run does `amount` of, such as images
+    amount: float
+    ours: Callable[[], Run]
+    plain: Callable[[], Run]
+    repetitions: int = 5
+    note: Callable[[float], str] = lambda rate: ""  # of mmgen's rate, units/s
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. `ratio`: how many times as fast mmgen is as the plain reference."""
+
+    name: str
+    unit: str
+    ours: float
+    plain: float | None = None
+    ratio: float | None = None
+    ours_mib: float | None = None
+    plain_mib: float | None = None
+    note: str = ""
+
+
+def synchronise() -> None:
+    """Waits for the GPU, where there is one, so that a clock that is read next tells the truth."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(run: Run) -> float:
+    synchronise()
+    start = time.perf_counter()
+    run()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def in_turns(runs: dict[str, Run], repetitions: int) -> dict[str, float]:
+    """The least seconds of each, after one run of each that does not count. Others on the machine only ever add time."""
+    for run in runs.values():
+        run()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(repetitions):
+        for name in list(runs)[:: -1 if number % 2 else 1]:
+            found[name].append(seconds(runs[name]))
+    return {name: min(times) for name, times in found.items()}
+
+
+def compared(benchmark: str, case: Case, size: Size, device: str) -> Row:
+    """Speed side by side, and the memory of each side alone."""
+    least = in_turns({"ours": case.ours(), "plain": case.plain()}, case.repetitions)
+    ours, plain = case.amount / least["ours"], case.amount / least["plain"]
+    memory = {side: peak_of(benchmark, case.name, side, size, device) for side in ("ours", "plain")}
+    note = case.note(ours)
+    return Row(case.name, f"{case.unit}/s", ours, plain, ours / plain, memory["ours"], memory["plain"], note)
+
+
+def peak_of(benchmark: str, case: str, side: str, size: Size, device: str) -> float | None:
+    """Peak resident MiB of a process that does one side of a case twice; None at size tiny."""
+    if size == "tiny":
+        return None
+    command = [sys.executable, "-m", "tests.benchmarks", "--peak", benchmark, case, side, "--device", device]
+    return process([*command, *(["--full"] if size == "full" else [])])[1]
+
+
+def process(command: list[str], environment: dict[str, str] | None = None) -> tuple[float, float, str]:
+    """(seconds, peak MiB of the process itself, output) of a command; SystemExit where it fails."""
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})}, stdout=output, stderr=output)
+        _, status, usage = os.wait4(child.pid, 0)
+        passed = time.perf_counter() - start
+        child.returncode = os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command[:6])} failed: {text[-2000:]}")
+    return passed, usage.ru_maxrss / 1024, text
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as text, a line each."""
+    lines = [f"{'':44}{'':>11}{'mmgen':>11}{'plain':>11}{'ratio':>8}{'MiB':>8}{'plain':>8}"]
+    for row in rows:
+        numbers = f"{row.ours:11.4g}{_number(row.plain, '11.4g')}{_number(row.ratio, '8.2f')}"
+        memory = f"{_number(row.ours_mib, '8.0f')}{_number(row.plain_mib, '8.0f')}"
+        lines.append(f"{row.name:44}{row.unit:>11}{numbers}{memory}  {row.note}".rstrip())
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+    return format(value, form) if value is not None else " " * int(form.partition(".")[0])
