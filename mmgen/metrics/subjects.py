@@ -119,6 +119,9 @@ def own_reference(subjects: Sequence[Subject]) -> tuple[str, dict[str, Any]]:
         word, options = subject.record.get("data"), subject.record.get("data_options")
         if not word or not isinstance(options, dict):
             raise ConfigError(f"nothing says what to compare {subject.name} with: give --ref. {TAKES}")
+        kinds = {"resolution": int, "channels": int}
+        if not isinstance(word, str) or not all(isinstance(options[key], kinds.get(key, str)) for key in options):
+            raise ConfigError(f"the record of {subject.name} has been changed: its data are not a name and options; give --ref")
         if unknown := set(options) - _DATA_OPTIONS:
             raise ConfigError(f"the record of {subject.name} has been changed: {min(unknown)!r} is unknown; give --ref")
         if (word, options) not in named:
