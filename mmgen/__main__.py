@@ -15,7 +15,7 @@ def main() -> None:
     try:
         app()
     except MmgenError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(error.exit_status)
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
@@ -25,6 +25,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _one_line(error: Exception) -> str:
+    """Without line breaks and what moves a terminal's cursor: names of files and columns can hold anything."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(error))
 
 
 def _is_memory(error: Exception) -> bool:

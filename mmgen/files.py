@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelError, cannot_write
+from .errors import DataError, MmgenError, ModelError, cannot_write
 from .lock import Held, is_held, try_lock
 
 TEMPORARY = ".tmp-"  # names that start so are unfinished: never read, and of a killed process, safe to delete
@@ -89,6 +89,27 @@ def _renamed_folder(source: Path, path: Path) -> bool:
             return False
         raise
     return True
+
+
+def at_home(place: str | os.PathLike) -> Path:
+    """A path in which ~ is the home folder; of somebody unknown it stays as it is."""
+    return Path(os.path.expanduser(place))
+
+
+def exists(place: Path) -> bool:
+    """Whether something is there. A name that no file can have is not."""
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # too long, or with a zero in it
+        return False
+
+
+def resolved(place: Path) -> Path:
+    """Without links. Raises DataError where they go round."""
+    try:
+        return place.resolve()
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{place} is a link that leads nowhere") from error
 
 
 def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from . import __version__
 from .denoiser import Denoiser, DenoiserSettings, check_settings
-from .errors import ConfigError, ModelError
+from .errors import ConfigError, ModelError, shortened
 from .files import parse_json, replacing
 from .flow_map import FlowMapSettings, flow_map
+from .flow_map import check_settings as check_flow
 from .latents import LatentSettings
 from .networks import NetworkSettings, build_network
+from .networks.limits import check_sizes
 from .schedules import ScheduleSettings
 from .settings import from_dict
 from .tensor_files import save_tensors
@@ -172,11 +174,29 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
         if found != FORMAT:
             raise ModelError(f"{path} has model format {found}, this version of mmgen reads {FORMAT}: install a newer mmgen")
         config = from_dict(ModelConfig, header["config"])
-        if kind_of(config) == "denoiser":
-            check_settings(config.denoiser)
+        _check_config(config)
         return config
     except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise ModelError(f"the config in the header of {path} is damaged: {error}") from error
+        raise ModelError(f"the config in the header of {path} is damaged: {shortened(error, 2000)}") from error
+
+
+def _check_config(config: ModelConfig) -> None:
+    """Raises ConfigError for a config that is none of a model, so that nothing is built of it."""
+    check_sizes(config.network, resolution=config.resolution, channels=config.channels, num_classes=config.num_classes)
+    if not 0 <= config.augment_dim <= 1024:
+        raise ConfigError(f"augment_dim {config.augment_dim} is impossible: 0 to 1024")
+    if kind_of(config) == "denoiser":
+        check_settings(config.denoiser)
+    else:
+        check_flow(config.flow)
+    for name, values in (("class_names", config.class_names), ("class_counts", config.class_counts)):
+        if values is not None and len(values) > max(config.num_classes, 1):
+            raise ConfigError(f"{name} has {len(values):,} entries for {config.num_classes:,} classes")
+    if config.class_counts is not None and (min(config.class_counts, default=0) < 0 or sum(config.class_counts) == 0):
+        raise ConfigError("class_counts are no numbers of images")
+    trained = config.training.get("config", {})
+    if not isinstance(trained, dict) or not isinstance(trained.get("data", {}), dict):
+        raise ConfigError("training.config holds no settings")
 
 
 def load_model(path: str | os.PathLike, device: str | torch.device = "cpu") -> AnyModel:

@@ -107,7 +107,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): delete it with its samples, or choose another --out") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("num"), int):
+    if not isinstance(record, dict) or record.get("format") != FORMAT or type(record.get("num")) is not int or record["num"] < 1:
         raise ConfigError(f"{path} is no record of samples that this mmgen understands: choose another --out")
     return record
 
@@ -142,5 +142,6 @@ def may_continue(place: Path, old: dict[str, Any] | None, new: dict[str, Any], o
 
 
 def _short(value: Any) -> str:
-    text = ",".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+    plain = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+    text = ",".join(f"{v:g}" for v in value) if plain else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -58,6 +58,8 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         return value
     if origin in (typing.Union, types.UnionType):
         return _convert_union([a for a in arguments if a is not type(None)], value, name, type(None) in arguments)
+    if origin is dict and not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a table, not {shortened(value)}")
     if origin in (tuple, list):
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{name} must be a list, such as [1, 2], not {shortened(value)}")

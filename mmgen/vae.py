@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, ModelError
-from .files import read_json, sha256_of
+from .files import at_home, read_json, sha256_of
 from .latents import LatentSettings
 from .metrics.network_file import content
 from .models import from_uint8, to_uint8
@@ -212,7 +212,7 @@ def _read_module(model_class: Any, folder: Path, word: str) -> torch.nn.Module:
 
 def _folder(word: str) -> Path:
     """The folder with config.json and the weights: below `word`, or the hub's cache, filled by download."""
-    place = Path(word).expanduser()
+    place = at_home(word)
     if place.is_dir():
         return _inside(place, word)
     if place.is_file():

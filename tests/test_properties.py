@@ -193,7 +193,11 @@ def test_denoiser_samplers_give_the_point(settings, steps, sampler, grid, seed):
     """In any number of steps, on any grid: each of the samplers that a model has."""
     known = diffusion_samplers.samplers_of(settings)
     name = sampler if sampler in known else next(iter(known))
-    sigmas = diffusion_samplers.sigma_grid(settings, steps, grid, (), name)
+    try:
+        sigmas = diffusion_samplers.sigma_grid(settings, steps, grid, (), name)
+    except ConfigError:  # a grid that this sampler cannot walk
+        assert name == "heun" or grid == "edm"
+        return
     assert len(sigmas) == steps + 1 and all(a > b for a, b in zip(sigmas[:-1], sigmas[1:]))
 
     def noise(step):
@@ -273,11 +277,11 @@ words = st.one_of(
 
 @pytest.fixture
 def offline(own_cache, monkeypatch, tmp_path):
-    import huggingface_hub
+    from huggingface_hub import constants
 
     monkeypatch.setenv("MMGEN_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
 @examples(200)

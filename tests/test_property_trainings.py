@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -125,35 +126,37 @@ STUDENT = chosen(
     student__noise_channels=st.sampled_from([0, 0, 1]),
     student__dropout=st.sampled_from([0.0, 0.0, 0.1]),
     teacher__guidance=st.sampled_from([1.0, 1.5]),
-    **{**OPTIMIZERS, "train__precision": st.sampled_from(["fp32", "fp32", "tf32"]), "train__ema_betas": st.sampled_from([[], [0.9]])},
+    # Clipped always: sums over pixels have gradients of 10^8 and more, and RAdam's first steps are those of plain descent
+    **{**OPTIMIZERS, "train__ema_betas": st.sampled_from([[], [0.9]]), "optimizer__grad_clip": st.just(1.0),
+       "train__precision": st.sampled_from(["fp32", "tf32"])},
 )  # fmt: skip
-count = {"steps": 0, "refused": 0}
+count: Counter[str] = Counter()
 
 
-@examples(40)
+@examples(25, simplify=False)
 @given(changes=IMM, kind=networks)
 def test_train_imm(digits, place, changes, kind):
     try:
         config = imm_config.resolve(nest({**TINY, **NETWORKS[kind], **changes}, imm_config.ImmConfig))
         model_config = imm_model_config(config, digits.shape)
     except ConfigError:
-        count["refused"] += 1
+        count["train_imm refused"] += 1
         return
     steps(lambda accelerator: imm_task(config, model_config), config, digits, place)
-    count["steps"] += 1
+    count["train_imm"] += 1
 
 
-@examples(40)
+@examples(25, simplify=False)
 @given(changes=TEACHER, kind=networks)
 def test_train_teacher(digits, place, changes, kind):
     try:
         config = teacher_config.resolve(nest({**TINY, **NETWORKS[kind], **changes}, teacher_config.TeacherConfig))
         model_config = teacher_model_config(config, digits.shape)
     except ConfigError:
-        count["refused"] += 1
+        count["train_teacher refused"] += 1
         return
     steps(lambda accelerator: teacher_task(config, model_config), config, digits, place)
-    count["steps"] += 1
+    count["train_teacher"] += 1
 
 
 SCHEDULE = ScheduleSettings("vp_cosine")
@@ -172,7 +175,7 @@ def teachers(tmp_path_factory):
             for name, settings in TEACHERS.items()}  # fmt: skip
 
 
-@examples(40)
+@examples(12, simplify=False)
 @given(changes=STUDENT, name=st.sampled_from(sorted(TEACHERS)))
 def test_distill(digits, place, teachers, changes, name):
     own = {"teacher.name": str(teachers[name]), "data.name": "digits", "run.teacher_steps": 0, "optimizer.warmup_images": 0}
@@ -190,12 +193,13 @@ def test_distill(digits, place, teachers, changes, name):
             2,
         )
     except ConfigError:
-        count["refused"] += 1
+        count["distill refused"] += 1
         return
-    count["steps"] += 1
+    count["distill"] += 1
 
 
-def test_most_combinations_train():
+def test_many_combinations_train():
     """The properties above were not of refusals only."""
-    print(count)
-    assert not count["refused"] or count["steps"] > count["refused"] / 4
+    print(dict(count))
+    for name in ("train_imm", "train_teacher", "distill"):
+        assert not count[f"{name} refused"] or count[name] >= count[f"{name} refused"] / 4, count

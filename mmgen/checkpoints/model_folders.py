@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import ModelError
-from ..files import read_json
+from ..files import at_home, exists, read_json
 from ..models import MODEL_FILE
 
 COMPONENTS = ("unet", "transformer")
@@ -99,8 +99,8 @@ def locate(place: str | os.PathLike) -> Path:
 
     A run folder of mmgen's means the model in it. Of a repository, only the settings and one set of weights are fetched. Raises ModelError saying where it looked.
     """
-    path = Path(place).expanduser()
-    if path.exists():
+    path = at_home(place)
+    if exists(path):
         return path / MODEL_FILE if (path / MODEL_FILE).is_file() and (path / "log.jsonl").is_file() else path
     word = str(place)
     repository, _, file = word.removeprefix("hf://").partition("/")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError, DataError, MmgenError, nearest
-from ..files import TEMPORARY, read_json, replacing_folder
+from ..files import TEMPORARY, at_home, read_json, replacing_folder
 from ..tensor_files import save_array
 from .dataset import Dataset
 from .decoding import Plan, decode_all, settle
@@ -96,7 +96,7 @@ def decode_in_memory(
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
     """The folder given, else $MMGEN_CACHE, else ~/.cache/mmgen."""
-    return Path(cache_dir or os.environ.get("MMGEN_CACHE") or "~/.cache/mmgen").expanduser()
+    return at_home(cache_dir or os.environ.get("MMGEN_CACHE") or "~/.cache/mmgen")
 
 
 def _key(source: ImageSource, resolution: int | None, channels: int | None, on_corrupt: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import parse_json
+from ..files import at_home, parse_json
 from .image_sets import ImageSet
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # as `datasets` reads them in a folder of images
@@ -23,7 +23,7 @@ def read_captions(images: ImageSet, file: Path | None = None) -> list[str]:
     """
     if file is not None:
         return _from_file(images, file)
-    folder = Path(images.name).expanduser()
+    folder = at_home(images.name)
     for name in TABLES if folder.is_dir() else ():
         if (folder / name).is_file():
             return _from_file(images, folder / name)

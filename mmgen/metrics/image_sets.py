@@ -20,7 +20,7 @@ from ..data.decode import open_image
 from ..data.image_source import CorruptImage, ImageSource
 from ..data.resolve import resolve
 from ..errors import DataError, MmgenError
-from ..files import read_json, write_json
+from ..files import at_home, read_json, write_json
 from ..sample_folder import RECORD
 from ..sample_record import read_record
 from .npz_images import NpzImages
@@ -84,7 +84,7 @@ def image_set(
     Images are decoded as the FID codes do: Pillow's `convert("RGB")`, no turning by EXIF, transparency dropped. Samples
     that `mmgen sample` wrote bring their record with them. Raises DataError.
     """
-    path = Path(word).expanduser()
+    path = at_home(word)
     if path.is_file() and path.suffix.lower() == ".npz":
         if split != "train" or image_column is not None:
             what = f"the split {split}" if image_column is None else f"the column {image_column}"

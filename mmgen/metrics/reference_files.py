@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.safe_arrays import load_arrays, mistaken_download
-from ..errors import DataError
+from ..errors import DataError, shortened
 from ..files import parse_json
 from .frechet import GaussianStatistics, StatisticsError
 
@@ -278,4 +278,6 @@ def _first_text(path: Path) -> str | None:
 
 
 def _damaged(path: Path, error: Exception | str) -> DataError:
-    return DataError(f"{path} is cut short or damaged ({str(error) or type(error).__name__}): make or fetch it again")
+    return DataError(
+        f"{path} is cut short or damaged ({shortened(error, 200) if isinstance(error, Exception) else error}): make or fetch it again"
+    )
