@@ -165,7 +165,7 @@ def test_nothing_fits(tmp_path, own_cache, monkeypatch):
 
 def found(tmp_path, monkeypatch, free: int, team: Team = Team(), **changes):
     monkeypatch.setattr(auto_batch, "free_memory", lambda device: free)
-    monkeypatch.setattr(auto_batch, "pass_cost", lambda *_: PassCost(1000, flops=1e7, bytes=1e6))
+    monkeypatch.setattr(auto_batch, "pass_cost", lambda *_: PassCost(1000, flops=4e7, bytes=1e6))
     network = nn.Linear(10, 99, bias=False)
     options = {
         "parts": {"model": Part(network, network)}, "optimizers": {"model": torch.optim.Adam(network.parameters())},
@@ -185,7 +185,7 @@ def test_on_a_cpu_the_estimate_decides(tmp_path, monkeypatch):
     (tmp_path / auto_batch.FILE).unlink()
     assert found(tmp_path, monkeypatch, 2 * (16 * 10**6 + states) - 2).size == 8
     (tmp_path / auto_batch.FILE).unlink()
-    plenty = found(tmp_path, monkeypatch, 10**12).size  # 1e9 / 1e7 = 100 images are enough for a core
+    plenty = found(tmp_path, monkeypatch, 10**12).size  # 4e9 / 4e7 = 100 images are enough for a core
     assert plenty == 128
     with pytest.raises(TrainingError, match="not even 4 images"):
         (tmp_path / auto_batch.FILE).unlink()

@@ -94,10 +94,10 @@ def test_goes_on_sharded_and_whole_again(tmp_path):
     assert_close(tmp_path / "turns/model.safetensors", tmp_path / "straight/model.safetensors")
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("sharded", marks=on_cpu), "copied"])
+@on_cpu
 @pytest.mark.parametrize("method", ["alternating", "instant"])
-def test_distillation_on_two_processes_is_that_on_one(tmp_path, method, launcher):
-    """Student and auxiliary, and the table at the end; sharded, and with a copy on each."""
+def test_distillation_on_two_processes_is_that_on_one(tmp_path, method):
+    """Student and auxiliary, sharded, and the table at the end. With a copy on each: test_processes.py."""
     make_denoiser(tmp_path / "teacher.safetensors", channels=1, num_classes=10)
     command = [
         "distill", "--teacher", "teacher.safetensors", "--method", method, "--steps", "2", "--device", "cpu",
@@ -106,9 +106,7 @@ def test_distillation_on_two_processes_is_that_on_one(tmp_path, method, launcher
     ]  # fmt: skip
     one = run(tmp_path, *command, "--out", "one")
     assert one.returncode == 0, one.stderr
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if launcher == "sharded" else {}
-    two = run(tmp_path, *command, "--out", "two", launcher=TWO, fsdp=fsdp)
-    assert two.returncode == 0, two.stderr
+    sharded(tmp_path, *command, "--out", "two")
     folder = Path("checkpoints/000000000096")
     for file in ("network", "auxiliary")[: 2 if method == "alternating" else 1]:
         assert_close(tmp_path / "two" / folder / f"{file}.safetensors", tmp_path / "one" / folder / f"{file}.safetensors", 1e-4)
