@@ -9,12 +9,14 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import MmgenError, ModelError
 
+_UMASK = threading.Lock()
 TEMPORARY = ".tmp-"  # names that start so are leftovers of a killed process: never read, safe to delete
 
 
@@ -115,6 +117,7 @@ def remove_leftovers(folder: str | os.PathLike) -> None:
 
 
 def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
+    with _UMASK:  # it is the process's: two threads that ask at once could leave it at 0
+        current = os.umask(0)
+        os.umask(current)
     return current
