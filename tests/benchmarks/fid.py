@@ -22,7 +22,7 @@ from PIL import Image
 
 from tests.tiny_inception import write_inception
 
-from .measuring import Row, Size, process, table
+from .measuring import Row, Size, process, show
 
 CLEAN_FID = """
 import sys, torch
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     size = "full" if options.full else "quick"
-    print(table(rows(size, images=options.images, dim=options.dim, rounds=options.rounds)))
+    show(rows(size, images=options.images, dim=options.dim, rounds=options.rounds))
 
 
 if __name__ == "__main__":

@@ -112,14 +112,24 @@ def process(command: list[str], environment: dict[str, str] | None = None) -> tu
     return passed, usage.ru_maxrss / 1024, text
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows as text, a line each."""
-    lines = [f"{'':44}{'':>11}{'mmgen':>11}{'plain':>11}{'ratio':>8}{'MiB':>8}{'plain':>8}"]
+HEADER = f"{'':44}{'':>11}{'mmgen':>11}{'plain':>11}{'ratio':>8}{'MiB':>8}{'plain':>8}"
+
+
+def line(row: Row) -> str:
+    """A row of the table below HEADER."""
+    numbers = f"{row.ours:11.4g}{_number(row.plain, '11.4g')}{_number(row.ratio, '8.2f')}"
+    memory = f"{_number(row.ours_mib, '8.0f')}{_number(row.plain_mib, '8.0f')}"
+    return f"{row.name:46}{row.unit:>9}{numbers}{memory}  {row.note}".rstrip()
+
+
+def show(rows: Iterable[Row]) -> list[Row]:
+    """Prints the table, each row as soon as it is measured."""
+    print(HEADER, flush=True)
+    shown = []
     for row in rows:
-        numbers = f"{row.ours:11.4g}{_number(row.plain, '11.4g')}{_number(row.ratio, '8.2f')}"
-        memory = f"{_number(row.ours_mib, '8.0f')}{_number(row.plain_mib, '8.0f')}"
-        lines.append(f"{row.name:44}{row.unit:>11}{numbers}{memory}  {row.note}".rstrip())
-    return "\n".join(lines)
+        print(line(row), flush=True)
+        shown.append(row)
+    return shown
 
 
 def _number(value: float | None, form: str) -> str:
