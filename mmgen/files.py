@@ -9,13 +9,15 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, MmgenError, ModelError, cannot_write
+from .errors import DataError, ModelError, cannot_write
 from .lock import Held, is_held, try_lock
 
+_UMASK = threading.Lock()
 TEMPORARY = ".tmp-"  # names that start so are unfinished: never read, and of a killed process, safe to delete
 MOST_JSON = 1 << 26  # bytes of a JSON file: once read, it takes up to twenty times as many
 
@@ -184,6 +186,7 @@ def _in_use(path: Path) -> Iterator[None]:
 
 
 def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
+    with _UMASK:  # it is the process's: two threads that ask at once could leave it at 0
+        current = os.umask(0)
+        os.umask(current)
     return current

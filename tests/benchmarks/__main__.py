@@ -19,7 +19,6 @@ import argparse  # noqa: E402
 import importlib  # noqa: E402
 import json  # noqa: E402
 import platform  # noqa: E402
-import sys  # noqa: E402
 from dataclasses import asdict  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -27,7 +26,7 @@ import torch  # noqa: E402
 
 from mmgen.files import replacing  # noqa: E402
 
-from .measuring import table  # noqa: E402
+from .measuring import show  # noqa: E402
 
 # name -> module: `rows(size, device)`, and `cases(size, device)` where sides are measured alone as well
 BENCHMARKS = {"imm": "imm_step", "matching": "matching_step", "sampling": "sampling", "data": "pipeline",
@@ -50,13 +49,9 @@ def main(arguments: list[str] | None = None) -> None:
     if options.peak:
         run_one_side(*options.peak, size, device)
         return
-    rows = []
-    for name in options.only or [name for name in BENCHMARKS if name != "fid"]:
-        for row in module(name).rows(size, device):
-            rows.append(row)
-            print(f"{name}: {row.name}", file=sys.stderr)
+    names = options.only or [name for name in BENCHMARKS if name != "fid"]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {device}, {platform.machine()}, {size}")
-    print(table(rows))
+    rows = show(row for name in names for row in module(name).rows(size, device))
     if options.json:
         with replacing(options.json) as temporary:
             temporary.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from mmgen.training.loop import Trainer
 from mmgen.training.teacher import teacher_model_config
 
 from . import plain_matching as plain_
-from .measuring import Case, Row, Run, Size, compared
+from .measuring import Case, Row, Run, Size, compared, temporary_folder
 from .plain_imm import clip, plain_optimizer
 from .plain_unet import unet
 from .runs import Silent, trainer
@@ -61,7 +60,7 @@ def make_teacher(size: Size) -> Path:
         for parameter in model.network.parameters():
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
-    file = Path(tempfile.mkdtemp(prefix="mmgen-benchmark-")) / "teacher.safetensors"
+    file = temporary_folder() / "teacher.safetensors"
     save_model(file, model_config, model.network.state_dict())
     return file
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,6 +46,13 @@ class Row:
     ours_mib: float | None = None
     plain_mib: float | None = None
     note: str = ""
+
+
+def temporary_folder() -> Path:
+    """A folder that goes when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="mmgen-benchmark-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def synchronise() -> None:
@@ -88,29 +97,48 @@ def peak_of(benchmark: str, case: str, side: str, size: Size, device: str) -> fl
     return process([*command, *(["--full"] if size == "full" else [])])[1]
 
 
+# A process begins with the peak memory of whoever forked it, so that a small one starts the command and reads the clock.
+STARTER = """
+import os, sys, time
+start = time.perf_counter()
+pid = os.spawnvp(os.P_NOWAIT, sys.argv[1], sys.argv[1:])
+_, status, usage = os.wait4(pid, 0)
+print("\\nmeasured", time.perf_counter() - start, usage.ru_maxrss / 1024)
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+
+
 def process(command: list[str], environment: dict[str, str] | None = None) -> tuple[float, float, str]:
     """(seconds, peak MiB of the process itself, output) of a command; SystemExit where it fails."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as output:
-        child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(environment or {})}, stdout=output, stderr=output)
-        _, status, usage = os.wait4(child.pid, 0)
-        passed = time.perf_counter() - start
-        child.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        text = output.read()
-    if child.returncode:
-        raise SystemExit(f"{' '.join(command[:6])} failed: {text[-2000:]}")
-    return passed, usage.ru_maxrss / 1024, text
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", STARTER, *command], cwd=ROOT, env={**os.environ, **(environment or {})}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    text, _, figures = done.stdout.rpartition("\nmeasured ")
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command[:6])} failed: {done.stdout[-2000:]}")
+    passed, mib = map(float, figures.split())
+    return passed, mib, text
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows as text, a line each."""
-    lines = [f"{'':44}{'':>11}{'mmgen':>11}{'plain':>11}{'ratio':>8}{'MiB':>8}{'plain':>8}"]
+HEADER = f"{'':44}{'':>11}{'mmgen':>11}{'plain':>11}{'ratio':>8}{'MiB':>8}{'plain':>8}"
+
+
+def line(row: Row) -> str:
+    """A row of the table below HEADER."""
+    numbers = f"{row.ours:11.4g}{_number(row.plain, '11.4g')}{_number(row.ratio, '8.2f')}"
+    memory = f"{_number(row.ours_mib, '8.0f')}{_number(row.plain_mib, '8.0f')}"
+    return f"{row.name:46}{row.unit:>9}{numbers}{memory}  {row.note}".rstrip()
+
+
+def show(rows: Iterable[Row]) -> list[Row]:
+    """Prints the table, each row as soon as it is measured."""
+    print(HEADER, flush=True)
+    shown = []
     for row in rows:
-        numbers = f"{row.ours:11.4g}{_number(row.plain, '11.4g')}{_number(row.ratio, '8.2f')}"
-        memory = f"{_number(row.ours_mib, '8.0f')}{_number(row.plain_mib, '8.0f')}"
-        lines.append(f"{row.name:44}{row.unit:>11}{numbers}{memory}  {row.note}".rstrip())
-    return "\n".join(lines)
+        print(line(row), flush=True)
+        shown.append(row)
+    return shown
 
 
 def _number(value: float | None, form: str) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import itertools
-import shutil
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +14,7 @@ from PIL import Image
 from mmgen import data
 from mmgen.training.batches import fetch
 
-from .measuring import Case, Row, Run, Size, compared
+from .measuring import Case, Row, Run, Size, compared, temporary_folder
 
 NUM = {"tiny": 32, "quick": 2000, "full": 20_000}
 BATCH, BATCHES = 128, 20
@@ -44,8 +41,7 @@ def rows(size: Size, device: str) -> Iterator[Row]:
 
 def make_folder(num: int) -> Path:
     """32 x 32 RGB in class folders."""
-    place = Path(tempfile.mkdtemp(prefix="mmgen-benchmark-"))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    place = temporary_folder()
     random = np.random.default_rng(0)
     for i in range(num):
         folder = place / "images" / f"{i % CLASSES}"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,8 @@ from mmgen.training.loop import Trainer
 from mmgen.training.run_folder import RunFolder
 from mmgen.training.start import make_accelerator
 from mmgen.training.task import Task
+
+from .measuring import temporary_folder
 
 IMAGES = 256  # of a data set made of noise
 
@@ -53,7 +53,7 @@ def noise_latents(classes: int) -> LatentDataset:
 def trainer(config: Any, dataset: Any, make_task: Callable[[Any], Task], device: str) -> Trainer:
     """`trainer(...)._step()` is one step of the run."""
     AcceleratorState._reset_state(reset_partial_state=True)  # each may have a precision of its own
-    folder = Path(tempfile.mkdtemp(prefix="mmgen-benchmark-"))
+    folder = temporary_folder()
     accelerator = make_accelerator(config.train, config.run, folder, device)
     return Trainer(
         make_task, dataset, RunFolder(folder), Silent(), accelerator, train=config.train, optimizer=config.optimizer,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -20,7 +19,7 @@ from mmgen.sampling import SampleSettings, draw
 from mmgen.team import Team
 from mmgen.training.imm import imm_model_config
 
-from .measuring import Case, Row, Run, Size, compared, seconds
+from .measuring import Case, Row, Run, Size, compared, seconds, temporary_folder
 from .plain_imm import jump
 from .plain_unet import unet
 from .runs import imm_config, noise_images
@@ -62,7 +61,7 @@ def make_model(preset: str, changes: dict, device: str) -> tuple[Model, Path]:
     dataset = data.load("digits") if preset == "digits-imm" else noise_images(32)
     torch.manual_seed(0)
     model = Model(imm_model_config(config, dataset.shape)).to(device).eval().requires_grad_(False)
-    folder = Path(tempfile.mkdtemp(prefix="mmgen-benchmark-"))
+    folder = temporary_folder()
     save_model(folder / "model.safetensors", model.config, model.network.state_dict())
     return model, folder
 
