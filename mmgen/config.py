@@ -15,8 +15,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from .errors import ConfigError, nearest
+from .errors import ConfigError, nearest, shortened
 from .networks import ADMSettings, DiTSettings, EDM2Settings, NetworkSettings, UNetSettings
+from .networks.limits import check_sizes
 from .settings import flatten, from_dict
 
 try:
@@ -25,6 +26,10 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 Config = TypeVar("Config")  # a data class whose fields are the sections; it has defaults for all, and to_dict()
+MOST_TOML = 1 << 16  # bytes of a file of settings
+MOST_ENTRIES = 32  # averages of the weights, and numbers of steps measured
+MOST_POINTS = 500  # of one line of such a file
+DEEPEST = 10  # tables and lists in each other
 _COMMAND = "command"  # the key of a TOML file that says for which command it is
 
 
@@ -71,7 +76,9 @@ class TrainSettings:
 class RunSettings:
     """Settings that leave the mathematics alone: a run may be continued with others."""
 
-    batch_per_device: int = 128  # at most so many images in one pass; the rest of the batch is accumulated
+    # At most so many images in one pass, the rest of the batch is accumulated; auto: as many as fit (`training.auto_batch`)
+    batch_per_device: int | Literal["auto"] = 128
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
     compile: bool = False  # torch.compile the network
     checkpoint_every: int = 2_000_000  # images between checkpoints
     keep_checkpoints: int = 2
@@ -107,31 +114,57 @@ def _for_command(table: dict[str, Any], command: str | None, name: str) -> dict[
     """The table without its `command`. Raises ConfigError where that is another one."""
     found = table.get(_COMMAND)
     if None not in (command, found) and found != command:
-        raise ConfigError(f"{name} is for `mmgen {found}`, not for `mmgen {command}`")
-    return {key: value for key, value in copy.deepcopy(table).items() if key != _COMMAND}
+        raise ConfigError(f"{name} is for `mmgen {str(found)[:40]}`, not for `mmgen {command}`")
+    sections = {key: value for key, value in copy.deepcopy(table).items() if key != _COMMAND}
+    for section, value in sections.items():
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} sets {shortened(section)} itself, which is no setting: settings are in sections")
+    return sections
 
 
 def read_toml(path: str | Path, command: str | None = None) -> dict[str, Any]:
     """The table of a settings file. Raises ConfigError where it cannot be read, or says that it is for another command."""
     try:
-        table = tomllib.loads(Path(path).read_text("utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(MOST_TOML + 1)
+        if len(content) > MOST_TOML:
+            raise ConfigError(f"{path} has more than {MOST_TOML:,} bytes, which is no file of settings")
+        return _for_command(_parse_toml(content.decode("utf-8")), command, str(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from error
-    return _for_command(table, command, str(path))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid TOML: {shortened(error, 200)}") from error
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """Raises ValueError for whatever is wrong: what is nested deeply, or numbers of thousands of digits, too."""
+    if any(line.count(".") > MOST_POINTS for line in text.splitlines()):  # the parser takes time for names of so many parts
+        raise ValueError(f"a line with more than {MOST_POINTS} points")
+    try:
+        table = tomllib.loads(text)
+        depth = _depth(table)
+    except RecursionError:
+        depth = DEEPEST + 1
+    if depth > DEEPEST:
+        raise ValueError(f"tables and lists in each other more than {DEEPEST} deep")
+    return table
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
     """("loss.k", 12) from "loss.k=12"; the value as TOML writes it, quotes around a word may be left out."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"--set {text!r} must be key=value, such as loss.k=12")
+        raise ConfigError(f"--set {shortened(text)} must be key=value, such as loss.k=12")
     try:
-        parsed = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
-    return key.strip(), parsed
+        parsed = _parse_toml(f"value = {value.strip()}")
+    except ValueError:
+        return key.strip(), value.strip()
+    return key.strip(), parsed["value"] if parsed.keys() == {"value"} else value.strip()
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -154,11 +187,13 @@ def nest(dotted: dict[str, Any], cls: type[Config]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in dotted.items():
         *tables, name = key.split(".")
-        if not tables or tables[0] not in defaults:
-            raise ConfigError(f"unknown setting {key!r}: {nearest(key, dict.fromkeys(valid))}")
+        if not tables or tables[0] not in defaults or len(tables) > DEEPEST:
+            raise ConfigError(f"unknown setting {shortened(key)}: {nearest(key[:80], dict.fromkeys(valid))}")
         inner = nested
         for table in tables:
             inner = inner.setdefault(table, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{table} is set as a whole and in parts ({shortened(key)}): choose one")
         inner[name] = value
     return nested
 
@@ -201,8 +236,8 @@ def check_shared(config: Any) -> None:
     network = getattr(config, "network", None)
     require_positive({
         "train.batch_size": train.batch_size, "train.max_images": train.max_images,
-        "run.batch_per_device": run.batch_per_device, "run.checkpoint_every": run.checkpoint_every,
-        "run.keep_checkpoints": run.keep_checkpoints, "run.preview_every": run.preview_every,
+        "run.batch_per_device": 1 if run.batch_per_device == "auto" else run.batch_per_device,
+        "run.checkpoint_every": run.checkpoint_every, "run.keep_checkpoints": run.keep_checkpoints, "run.preview_every": run.preview_every,
         "run.eval_every": run.eval_every, "run.log_every": run.log_every,
         "optimizer.lr": optimizer.lr, "optimizer.eps": optimizer.eps,
         "run.eval_steps": min(run.eval_steps, default=0), "train.ema_half_lives": min(train.ema_half_lives, default=1),
@@ -212,6 +247,12 @@ def check_shared(config: Any) -> None:
         "optimizer.beta2": optimizer.beta2,
         **({"network.dropout": network.dropout} if hasattr(network, "dropout") else {}),
     })  # fmt: skip
+    for name, entries in (
+        ("train.ema_betas", train.ema_betas),
+        ("train.ema_half_lives", train.ema_half_lives),
+        ("run.eval_steps", run.eval_steps),
+    ):
+        require(len(entries) <= MOST_ENTRIES, f"{name} has {len(entries):,} entries: at most {MOST_ENTRIES} make sense")
     for beta in train.ema_betas:
         require(0 < beta < 1, f"train.ema_betas must lie between 0 and 1, not {beta}")
     for name in ("weight_decay", "grad_clip", "warmup_images"):
@@ -224,7 +265,9 @@ def check_shared(config: Any) -> None:
 
 def check_network(network: NetworkSettings, resolution: int, channels: int) -> None:
     """Raises ConfigError where a network cannot take images of this size. A UViT says so itself when it is built."""
+    check_sizes(network, resolution=resolution, channels=channels, num_classes=0)
     if isinstance(network, DiTSettings):
+        require(network.num_heads > 0, "network.num_heads must be at least 1")
         if resolution % network.patch_size:
             raise ConfigError(f"network.patch_size {network.patch_size} does not divide the resolution {resolution}")
         if network.hidden_size % network.num_heads or network.hidden_size % 4:

@@ -13,10 +13,11 @@ from .checkpoints.family import Converted, ConvertOptions
 from .checkpoints.reading import Found, read
 from .checkpoints.recognise import FAMILIES, convert, family_module, family_of
 from .errors import ConfigError, ModelError, nearest
-from .files import replacing
+from .files import remove_leftovers, replacing
 from .model_card import model_card
 from .models import ModelConfig, build_model, check_state, read_config, save_model
 from .push import CONVERTED
+from .tensor_files import save_torch
 
 TARGETS = ("mmgen", "diffusers", "pt")
 PRECISIONS = ("fp32", "fp16")
@@ -63,16 +64,18 @@ def convert_file(
         raise ConfigError(f"{out} exists: choose another name, or replace it with --overwrite")
     found = read(place, weights=weights)
     converted = _own(found, to) if family_of(found) == "mmgen" else _checked(found, convert(found, options), weights)
+    for written in (out, out.with_suffix(".md")):
+        remove_leftovers(written.parent, written.name)
     if to == "mmgen":
-        save_model(out, converted.config, converted.state)
         card = out.with_suffix(".md")
-        with replacing(card) as temporary:
+        with replacing(card) as temporary:  # first: once the model is there, all is, and the command need not be given again
             temporary.write_text(model_card(converted.config, converted.config.training[CONVERTED]))
+        save_model(out, converted.config, converted.state)
         return _written(out, card, converted, found)
     if to == "pt":
         state = family_module(converted.family).original_state(converted.config, converted.state)
         with replacing(out) as temporary:
-            torch.save(state, temporary)
+            save_torch(state, temporary)
         return _written(out, None, converted, found)
     from .checkpoints.diffusers import write_diffusers
 

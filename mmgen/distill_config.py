@@ -106,7 +106,7 @@ def check(config: DistillConfig) -> None:
         f"train.batch_size {train.batch_size} must be even: the instant method takes two minibatches of half as many images",
     )
     require(
-        not instant or config.run.batch_per_device > 1,
+        not instant or config.run.batch_per_device == "auto" or config.run.batch_per_device > 1,
         "run.batch_per_device must be at least 2: the instant method has an image of each minibatch in a pass",
     )
     require(config.run.teacher_steps >= 0, f"run.teacher_steps cannot be negative, and is {config.run.teacher_steps}")

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import reprlib
 from collections.abc import Iterable
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class MmgenError(Exception):
@@ -34,6 +40,42 @@ class TrainingError(MmgenError):
     """Training cannot go on: a loss that is not finite, a damaged checkpoint, a run folder of another run."""
 
     exit_status = 5
+
+
+def cannot_write(path: str | os.PathLike, error: OSError) -> MmgenError:
+    """Says which file could not be written, why, and what to do."""
+    reason, remedy = error.strerror or str(error), ""
+    if error.errno in _NO_ROOM:
+        remedy = ": make room there, then run the same command again"
+    elif error.errno in _NOT_ALLOWED:
+        remedy = ": choose a place that can be written"
+    elif error.errno is None:  # NumPy counts what it could not write, and forgets the reason
+        remedy = ": is the disk full?"
+    return MmgenError(f"cannot write {path}: {reason}{remedy}")
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """A value that may come from anywhere, or what an exception says, as one line that is fit for a sentence.
+
+    >>> shortened([1, 2, "a"]), shortened("x" * 1000, 5)
+    ("[1, 2, 'a']", "'xxxx...")
+    """
+    if isinstance(value, Exception):
+        text = str(value) or type(value).__name__
+    else:
+        text = _short.repr(value)
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[:most] + "..."
+
+
+class _Short(reprlib.Repr):  # which does not go far into what is long or deep
+    def repr_int(self, x: int, level: int) -> str:
+        return "a number of hundreds of digits" if x.bit_length() > 1000 else str(x)  # Python refuses to write very long ones
+
+
+_short = _Short()
+_short.maxstring = _short.maxother = _short.maxlong = 200
+_short.maxlist = _short.maxtuple = _short.maxdict = 10
 
 
 def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:

@@ -1,4 +1,4 @@
-"""Writing that never half-finishes, beside the final name and then renamed; and what a file is, by its hash."""
+"""Writing that never half-finishes, beside the final name and then renamed; JSON from anywhere; a file's hash."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import MmgenError, ModelError
+from .errors import DataError, ModelError, cannot_write
+from .lock import Held, is_held, try_lock
 
-TEMPORARY = ".tmp-"  # names that start so are leftovers of a killed process: never read, safe to delete
+_UMASK = threading.Lock()
+TEMPORARY = ".tmp-"  # names that start so are unfinished: never read, and of a killed process, safe to delete
+MOST_JSON = 1 << 26  # bytes of a JSON file: once read, it takes up to twenty times as many
 
 
 @contextlib.contextmanager
@@ -28,19 +32,20 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=path.suffix, dir=path.parent)
         os.close(handle)
         os.chmod(name, 0o666 & ~_umask())
     except OSError as error:
-        raise MmgenError(f"cannot write {path}: {error.strerror or error}") from error
+        raise cannot_write(path, error) from error
     temporary = Path(name)
     try:
-        yield temporary
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        with _in_use(temporary):
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
     except OSError as error:
-        raise MmgenError(f"cannot write {path}: {error.strerror or error}") from error
+        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,23 +60,24 @@ def replacing_folder(path: str | os.PathLike, keep: Callable[[], bool] = lambda:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
         os.chmod(temporary, 0o777 & ~_umask())
     except OSError as error:
-        raise MmgenError(f"cannot write {path}: {error.strerror or error}") from error
+        raise cannot_write(path, error) from error
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-        while not _renamed_folder(temporary, path) and not keep():
-            old = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
-            with contextlib.suppress(FileNotFoundError):  # another process moved it away first
-                os.replace(path, old / path.name)
-            shutil.rmtree(old, ignore_errors=True)
+        with _in_use(temporary):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as written:
+                        os.fsync(written.fileno())
+            while not _renamed_folder(temporary, path) and not keep():
+                old = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+                with contextlib.suppress(FileNotFoundError):  # another process moved it away first
+                    os.replace(path, old / path.name)
+                shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        raise MmgenError(f"cannot write {path}: {error.strerror or error}") from error
+        raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -85,6 +91,45 @@ def _renamed_folder(source: Path, path: Path) -> bool:
             return False
         raise
     return True
+
+
+def at_home(place: str | os.PathLike) -> Path:
+    """A path in which ~ is the home folder; of somebody unknown it stays as it is."""
+    return Path(os.path.expanduser(place))
+
+
+def exists(place: Path) -> bool:
+    """Whether something is there. A name that no file can have is not."""
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # too long, or with a zero in it
+        return False
+
+
+def resolved(place: Path) -> Path:
+    """Without links. Raises DataError where they go round."""
+    try:
+        return place.resolve()
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{place} is a link that leads nowhere") from error
+
+
+def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:
+    """What a JSON file holds. Raises OSError where it cannot be read, ValueError where it is no JSON, or none that is sane."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1) if size <= most else b""  # as much is set aside as is asked for
+    if size > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    return parse_json(content)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, which raises ValueError for whatever is wrong: also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
@@ -105,16 +150,43 @@ def sha256_of(path: str | os.PathLike) -> str:
     return digest.hexdigest()
 
 
-def remove_leftovers(folder: str | os.PathLike) -> None:
-    """Deletes what killed processes left in a folder that this process owns."""
-    for leftover in Path(folder).glob(TEMPORARY + "*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
+def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
+    """Deletes what killed processes left in a folder; what a living one is writing to stays.
+
+    name: only what was to become this file or folder, where others write to the folder too. Then nothing is deleted on file
+    systems without locks, which do not tell whether a process lives.
+    """
+    prefix = TEMPORARY if name is None else _prefix(Path(name))
+    for entry in list(os.scandir(folder)) if os.path.isdir(folder) else ():
+        if not entry.name.startswith(prefix) or is_held(entry.path, otherwise=name is not None):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
         else:
-            leftover.unlink(missing_ok=True)
+            Path(entry.path).unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    """How the names of temporary files begin that are to become `path`; names have at most 255 bytes."""
+    return f"{TEMPORARY}{path.name[:40]}-"
+
+
+@contextlib.contextmanager
+def _in_use(path: Path) -> Iterator[None]:
+    """Locks a temporary file or folder, so that `remove_leftovers` of other processes leaves it alone."""
+    try:
+        lock = try_lock(path)
+    except Held:  # by a process that looks whether it may delete it
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
+    with _UMASK:  # it is the process's: two threads that ask at once could leave it at 0
+        current = os.umask(0)
+        os.umask(current)
     return current

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .diffusion import ddim_coefficients, per_image
+from .errors import ConfigError
 from .guidance import guided
 from .schedules import SCHEDULES, Schedule
 
@@ -33,6 +34,14 @@ class FlowMapSettings:
 
     def get_schedule(self) -> Schedule:
         return SCHEDULES[self.schedule]
+
+
+def check_settings(flow: FlowMapSettings) -> None:
+    """Raises ConfigError for settings that make no flow map. Times that are unset make one only once they are filled in."""
+    if flow.sigma_data <= 0 or flow.time_scale <= 0:
+        raise ConfigError(f"flow.sigma_data {flow.sigma_data:g} and flow.time_scale {flow.time_scale:g} must be more than 0")
+    if flow.t_min is None or flow.t_max is None or not 0 <= flow.t_min < flow.t_max <= 1:
+        raise ConfigError(f"0 <= flow.t_min < flow.t_max <= 1 must hold, not {flow.t_min}, {flow.t_max}")
 
 
 def coefficients(flow: FlowMapSettings, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

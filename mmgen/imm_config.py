@@ -65,7 +65,7 @@ def check(config: ImmConfig) -> None:
     require(min(loss.min_gap, loss.a) >= 0, "loss.min_gap and loss.a cannot be negative")
     require(train.batch_size % loss.group_size == 0,
             f"train.batch_size {train.batch_size} must be a multiple of loss.group_size {loss.group_size}")  # fmt: skip
-    require(run.batch_per_device >= loss.group_size,
+    require(run.batch_per_device == "auto" or run.batch_per_device >= loss.group_size,
             f"run.batch_per_device {run.batch_per_device} must hold a group of loss.group_size {loss.group_size}")  # fmt: skip
     require(
         0 <= flow.t_min < flow.t_max <= 1,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from .random import bits
@@ -41,13 +42,18 @@ def dropouts(network: nn.Module) -> int:
 
 
 def checkpointed(block: nn.Module, *inputs: Tensor) -> Tensor:
-    """block(*inputs), computed again in the backward pass instead of kept (gradient checkpointing), with the same masks."""
+    """block(*inputs), computed again in the backward pass instead of kept (gradient checkpointing), with the same masks.
+
+    And with the same parameters, also where `functional_call` has put others in the place of the block's own.
+    """
+    foreign = {name: value for name, value in block.named_parameters() if not isinstance(value, nn.Parameter)}
+    run = (lambda *inputs: functional_call(block, foreign, inputs)) if foreign else block
     random: Keys = {m: m.image_keys for m in block.modules() if isinstance(m, KeyedDropout)}
     if not random:
-        return checkpoint(block, *inputs, use_reentrant=False)
+        return checkpoint(run, *inputs, use_reentrant=False)
     # By the backward pass `keyed_dropout` is over
     contexts = lambda: (contextlib.nullcontext(), _keyed(random))  # noqa: E731
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 class KeyedDropout(nn.Dropout):

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from . import __version__
 from .denoiser import Denoiser, DenoiserSettings, check_settings
-from .errors import ConfigError, ModelError
-from .files import replacing
+from .errors import ConfigError, ModelError, shortened
+from .files import parse_json, replacing
 from .flow_map import FlowMapSettings, flow_map
+from .flow_map import check_settings as check_flow
 from .latents import LatentSettings
 from .networks import NetworkSettings, build_network
+from .networks.limits import check_sizes
 from .schedules import ScheduleSettings
 from .settings import from_dict
+from .tensor_files import save_tensors
 
 METADATA_KEY = "mmgen"
 FORMAT = 1
@@ -124,6 +127,21 @@ def build_model(config: ModelConfig) -> AnyModel:
     return Model(config) if kind_of(config) == "imm" else Denoiser(config)
 
 
+def check_weights(config: ModelConfig) -> None:
+    """Raises ConfigError for a network whose weights alone are more than this machine's memory, before it is built."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in build_model(config).network.parameters())
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not a system that tells
+        return
+    if 4 * count > memory:
+        raise ConfigError(
+            f"the network has {count:,} parameters, whose weights take {4 * count / 1e9:,.0f} GB, and this machine has "
+            f"{memory / 1e9:,.0f} GB of memory: make it smaller by the settings of network"
+        )
+
+
 def drawn_shape(config: ModelConfig) -> tuple[int, int, int]:
     """Channels, height and width of the images that are drawn: decoded ones where the model knows latents."""
     if config.latents is not None:
@@ -133,12 +151,10 @@ def drawn_shape(config: ModelConfig) -> tuple[int, int, int]:
 
 def save_model(path: str | os.PathLike, config: ModelConfig, state: dict[str, Tensor]) -> None:
     """Writes one .safetensors file, atomically. `state`: the network's state dict."""
-    from safetensors.torch import save_file
-
     header = {"format": FORMAT, "mmgen_version": __version__, "kind": kind_of(config), "config": dataclasses.asdict(config)}
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
+        save_tensors(tensors, temporary, metadata={METADATA_KEY: json.dumps(header)})
 
 
 def read_config(path: str | os.PathLike) -> ModelConfig:
@@ -153,16 +169,34 @@ def read_config(path: str | os.PathLike) -> ModelConfig:
     if METADATA_KEY not in metadata:
         raise ModelError(f"{path} is a .safetensors file, but not one of mmgen's: its header has no '{METADATA_KEY}' entry")
     try:
-        header = json.loads(metadata[METADATA_KEY])
+        header = parse_json(metadata[METADATA_KEY])
         found = header["format"]
         if found != FORMAT:
             raise ModelError(f"{path} has model format {found}, this version of mmgen reads {FORMAT}: install a newer mmgen")
         config = from_dict(ModelConfig, header["config"])
-        if kind_of(config) == "denoiser":
-            check_settings(config.denoiser)
+        _check_config(config)
         return config
     except (ValueError, KeyError, TypeError, ConfigError) as error:
-        raise ModelError(f"the config in the header of {path} is damaged: {error}") from error
+        raise ModelError(f"the config in the header of {path} is damaged: {shortened(error, 2000)}") from error
+
+
+def _check_config(config: ModelConfig) -> None:
+    """Raises ConfigError for a config that is none of a model, so that nothing is built of it."""
+    check_sizes(config.network, resolution=config.resolution, channels=config.channels, num_classes=config.num_classes)
+    if not 0 <= config.augment_dim <= 1024:
+        raise ConfigError(f"augment_dim {config.augment_dim} is impossible: 0 to 1024")
+    if kind_of(config) == "denoiser":
+        check_settings(config.denoiser)
+    else:
+        check_flow(config.flow)
+    for name, values in (("class_names", config.class_names), ("class_counts", config.class_counts)):
+        if values is not None and len(values) > max(config.num_classes, 1):
+            raise ConfigError(f"{name} has {len(values):,} entries for {config.num_classes:,} classes")
+    if config.class_counts is not None and (min(config.class_counts, default=0) < 0 or sum(config.class_counts) == 0):
+        raise ConfigError("class_counts are no numbers of images")
+    trained = config.training.get("config", {})
+    if not isinstance(trained, dict) or not isinstance(trained.get("data", {}), dict):
+        raise ConfigError("training.config holds no settings")
 
 
 def load_model(path: str | os.PathLike, device: str | torch.device = "cpu") -> AnyModel:

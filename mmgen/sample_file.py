@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ConfigError, MmgenError
+from .errors import ConfigError, MmgenError, cannot_write
 from .files import remove_leftovers, replacing, write_json
 from .images import grid
 from .models import AnyModel, drawn_shape
@@ -22,6 +22,7 @@ from .sample_folder import Written, all_labels, check_num, check_pictures, disk_
 from .sample_record import Origin, make_record, may_continue, read_record
 from .sampling import Plan, SampleSettings, plan
 from .team import Team, find_team
+from .tensor_files import save_array
 
 _PART = re.compile(r"(\d+)-(\d+)\.npy")
 _BLOCK = 1 << 24  # bytes copied at a time
@@ -114,7 +115,7 @@ def _write(model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, p
         pixels = images.permute(0, 2, 3, 1).numpy()
         for start, stop in contiguous(indices):
             with replacing(parts / f"{indices[start]:09d}-{indices[stop - 1] + 1:09d}.npy") as temporary:
-                np.save(temporary, np.ascontiguousarray(pixels[start:stop]))
+                save_array(temporary, pixels[start:stop])
     team.wait()
     if team.is_main:
         old = read_record(record_file(file)) or {}
@@ -125,7 +126,7 @@ def _write(model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, p
             try:
                 os.replace(parts / f"whole{file.suffix}", file)
             except OSError as error:
-                raise MmgenError(f"cannot write {file}: {error.strerror or error}") from error
+                raise cannot_write(file, error) from error
         finish(record_file(file), record, bool(missing))
         with disk_errors(file):
             _remove_parts(file)
@@ -163,8 +164,8 @@ def _prepare(file: Path, record: dict[str, Any], overwrite: bool) -> None:
         old = None
     elif old["num"] < record["num"] and not _is_npz(file):
         file.unlink(missing_ok=True)  # a picture of fewer images cannot be continued, only what is in parts
-    if parts_folder(file).is_dir():
-        remove_leftovers(parts_folder(file))
+    remove_leftovers(file.parent, record_file(file).name)
+    remove_leftovers(parts_folder(file))
     if old is None or not old.get("complete") or _missing(file, record["num"]):
         write_json(record_file(file), record)
 

@@ -6,14 +6,16 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from .errors import ConfigError, MmgenError
+from .errors import ConfigError, MmgenError, cannot_write
 from .files import remove_leftovers, replacing, write_json
 from .images import save_png
 from .models import AnyModel, ModelConfig, drawn_shape
@@ -25,6 +27,7 @@ from .team import Team, find_team
 RECORD = "samples.json"
 LABELS = "dataset.json"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_WRITERS = 16  # threads: they wait for the disk, not for the processor
 _OURS = re.compile(r"\d{6,}\.png")
 
 
@@ -72,9 +75,9 @@ def write_png(
     team.wait()  # nobody may look before the main process has cleared up ...
     missing = _missing(folder, num, digits)
     team.wait()  # ... nor write before all have looked
-    for indices, images in draw_missing(model, chosen, missing, num, team, progress):
-        for i, image in zip(indices, images, strict=True):
-            save_png(folder / _name(i, digits), image)
+    with _in_background() as write:
+        for indices, images in draw_missing(model, chosen, missing, num, team, progress):
+            write((folder / _name(i, digits), image) for i, image in zip(indices, images, strict=True))
     team.wait()
     if team.is_main:
         labels = all_labels(model.config, chosen, num)
@@ -87,12 +90,40 @@ def write_png(
 
 
 @contextlib.contextmanager
+def _in_background() -> Iterator[Callable[[Iterable[tuple[Path, Tensor]]], None]]:
+    """write(files): starts to write a batch of PNG files, once the batch before is on the disk; at the end all are.
+
+    So that the next batch is drawn meanwhile: writing waits for the disk most of the time. Raises what `save_png` raises, and
+    then leaves out what was not begun; whatever else ends the block, what was drawn is written.
+    """
+    pool, begun = ThreadPoolExecutor(_WRITERS, "png"), []
+
+    def finish() -> None:
+        try:
+            while begun:
+                begun.pop(0).result()
+        except MmgenError:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+    def write(files: Iterable[tuple[Path, Tensor]]) -> None:
+        finish()
+        begun.extend(pool.submit(save_png, path, image) for path, image in files)
+
+    try:
+        yield write
+        finish()
+    finally:
+        pool.shutdown()
+
+
+@contextlib.contextmanager
 def disk_errors(place: Path) -> Iterator[None]:
     """What the system says against looking at or clearing a place becomes a MmgenError of one sentence."""
     try:
         yield
     except OSError as error:
-        raise MmgenError(f"cannot write {place}: {error.strerror or error}") from error
+        raise cannot_write(place, error) from error
 
 
 def check_num(num: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from . import __version__
 from .errors import ConfigError
-from .files import sha256_of
+from .files import read_json, sha256_of
 from .models import AnyModel, ModelConfig, drawn_shape, find_model, kind_of
 from .sampling import Plan
 
@@ -103,12 +102,12 @@ def data_options(config: ModelConfig) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record in a file, or None where there is no such file. Raises ConfigError where it is damaged."""
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): delete it with its samples, or choose another --out") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not isinstance(record.get("num"), int):
+    if not isinstance(record, dict) or record.get("format") != FORMAT or type(record.get("num")) is not int or record["num"] < 1:
         raise ConfigError(f"{path} is no record of samples that this mmgen understands: choose another --out")
     return record
 
@@ -143,5 +142,6 @@ def may_continue(place: Path, old: dict[str, Any] | None, new: dict[str, Any], o
 
 
 def _short(value: Any) -> str:
-    text = ",".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
+    plain = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+    text = ",".join(f"{v:g}" for v in value) if plain else str(value)
     return text if len(text) <= 60 else text[:57] + "..."

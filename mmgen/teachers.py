@@ -143,11 +143,15 @@ def adam_second_moments(teacher: Teacher) -> dict[str, Tensor] | None:
     from safetensors.torch import load_file
 
     from .training.checkpoint import list_checkpoints
+    from .training.checkpoint_sums import damage
 
     found = list_checkpoints(teacher.run / "checkpoints") if teacher.run is not None else []
     if not found:
         return None
-    file = found[-1] / "optimizer.safetensors"
+    newest = next((path for path in reversed(found) if damage(path, {"optimizer.safetensors"}) is None), None)
+    if newest is None:
+        raise ModelError(f"every checkpoint in {found[-1].parent} is damaged: give loss.preconditioner=identity")
+    file = newest / "optimizer.safetensors"
     try:
         saved = load_file(file)
     except (OSError, SafetensorError) as error:

@@ -8,7 +8,6 @@ standard deviation, the moments that `mmgen cache-latents` keeps.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, ModelError
-from .files import sha256_of
+from .files import at_home, read_json, sha256_of
 from .latents import LatentSettings
 from .metrics.network_file import content
 from .models import from_uint8, to_uint8
@@ -169,7 +168,7 @@ def _diffusers_classes() -> dict[str, Any]:
 
 def _read_config(folder: Path, word: str) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_json(folder / "config.json")
         name = config["_class_name"]
         channels = config.get("in_channels", 3), config.get("out_channels", 3)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -213,7 +212,7 @@ def _read_module(model_class: Any, folder: Path, word: str) -> torch.nn.Module:
 
 def _folder(word: str) -> Path:
     """The folder with config.json and the weights: below `word`, or the hub's cache, filled by download."""
-    place = Path(word).expanduser()
+    place = at_home(word)
     if place.is_dir():
         return _inside(place, word)
     if place.is_file():

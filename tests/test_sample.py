@@ -20,7 +20,7 @@ from tiny_model import NAMES, make_model
 from typer.testing import CliRunner
 
 import mmgen
-from mmgen import sample_drawing, sample_file
+from mmgen import sample_drawing, sample_file, sample_folder
 from mmgen.cli.sample import sample
 from mmgen.errors import ConfigError, MmgenError, ModelError
 
@@ -365,6 +365,39 @@ def test_a_disk_that_fills_up(model, tmp_path, monkeypatch):
     assert not (tmp_path / "a.npz").exists() and not list((tmp_path / "a.npz.parts").iterdir())
     run(model, "--num", 4, "--out", tmp_path / "a.npz")
     assert len(np.load(tmp_path / "a.npz")["arr_0"]) == 4
+
+
+def test_a_disk_that_fills_up_while_pictures_are_written(model, tmp_path, monkeypatch):
+    original = sample_folder.save_png
+
+    def full(path, image):
+        if path.name == "000002.png":
+            raise MmgenError(f"cannot write {path}: No space left on device")
+        original(path, image)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_folder, "save_png", full)
+        with pytest.raises(MmgenError, match="000002.png: No space left"):
+            run(model, "--num", 6, "--out", tmp_path / "a", "--batch-size", 2)
+    assert {"000000.png", "000001.png"} <= {path.name for path in (tmp_path / "a").glob("*.png")}
+    assert not json.loads((tmp_path / "a" / "samples.json").read_text())["complete"]
+    run(model, "--num", 6, "--out", tmp_path / "a", "--batch-size", 2)
+    assert len(list((tmp_path / "a").glob("*.png"))) == 6
+
+
+def test_what_was_drawn_before_a_failure_is_written(model, tmp_path, monkeypatch):
+    original, calls = sample_drawing.draw, []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("the network failed")
+        return original(*arguments)
+
+    monkeypatch.setattr(sample_drawing, "draw", failing)
+    with pytest.raises(RuntimeError, match="the network failed"):
+        run(model, "--num", 6, "--out", tmp_path / "a", "--batch-size", 2)
+    assert sorted(path.name for path in (tmp_path / "a").glob("*.png")) == [f"00000{i}.png" for i in range(4)]
 
 
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])

@@ -49,9 +49,9 @@ def assert_close(found: Path, expected: Path, relative: float = 1e-5) -> None:
 
 @on_cpu
 def test_imm_sharded_is_imm(tmp_path):
-    """Weights, averages and optimiser states; gradients are added up over two rounds on each process."""
+    """Weights, averages and optimiser states; gradients are added up over two rounds on each process, which recomputes blocks."""
     assert run(tmp_path, *IMM, "--max-images", "128", "--out", "one").returncode == 0
-    sharded(tmp_path, *IMM, "--max-images", "128", "--out", "two")
+    sharded(tmp_path, *IMM, "--max-images", "128", "--set", "run.gradient_checkpointing=true", "--out", "two")
     assert_close(tmp_path / "two/model.safetensors", tmp_path / "one/model.safetensors")
     one, two = (next((tmp_path / name / "checkpoints").glob("*128")) for name in ("one", "two"))
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
@@ -59,6 +59,29 @@ def test_imm_sharded_is_imm(tmp_path):
         assert_close(two / file, one / file, 1e-4)
     figures = [json.loads((tmp_path / name / "results.json").read_text())["values"]["1"] for name in ("one", "two")]
     assert figures[0] == pytest.approx(figures[1], rel=1e-3)
+
+
+@on_cpu
+def test_bf16_sharded(tmp_path):
+    """Two steps in bfloat16, of a size that is found: weights, averages and optimiser states are float32, whole and finite."""
+    command = [*IMM, "--max-images", "32", "--precision", "bf16", "--set", "run.eval_num=0", "--set", "run.log_every=1"]
+    result = run(
+        tmp_path, *command, "--batch-per-device", "auto", "--set", "run.gradient_checkpointing=true", "--out", "run",
+        launcher=TWO, fsdp={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "batch_per_device auto: 8 images in a pass (estimated" in result.stderr
+    checkpoint = tmp_path / "run/checkpoints/000000000032"
+    names = {path.name for path in checkpoint.glob("*.safetensors")}
+    assert names == {"network.safetensors", "optimizer.safetensors", "ema-0.996.safetensors"}
+    shapes = {key: value.shape for key, value in load_file(tmp_path / "run/model.safetensors").items()}
+    for name in names:
+        tensors = load_file(checkpoint / name)
+        assert all(value.dtype in (torch.float32, torch.int64) and value.isfinite().all() for value in tensors.values()), name
+        assert name == "optimizer.safetensors" or {key: value.shape for key, value in tensors.items()} == shapes
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 2 and all(0 < loss < 100 for loss in losses)
 
 
 @on_cpu
@@ -71,10 +94,10 @@ def test_goes_on_sharded_and_whole_again(tmp_path):
     assert_close(tmp_path / "turns/model.safetensors", tmp_path / "straight/model.safetensors")
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("sharded", marks=on_cpu), "copied"])
+@on_cpu
 @pytest.mark.parametrize("method", ["alternating", "instant"])
-def test_distillation_on_two_processes_is_that_on_one(tmp_path, method, launcher):
-    """Student and auxiliary, and the table at the end; sharded, and with a copy on each."""
+def test_distillation_on_two_processes_is_that_on_one(tmp_path, method):
+    """Student and auxiliary, sharded, and the table at the end. With a copy on each: test_processes.py."""
     make_denoiser(tmp_path / "teacher.safetensors", channels=1, num_classes=10)
     command = [
         "distill", "--teacher", "teacher.safetensors", "--method", method, "--steps", "2", "--device", "cpu",
@@ -83,9 +106,7 @@ def test_distillation_on_two_processes_is_that_on_one(tmp_path, method, launcher
     ]  # fmt: skip
     one = run(tmp_path, *command, "--out", "one")
     assert one.returncode == 0, one.stderr
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if launcher == "sharded" else {}
-    two = run(tmp_path, *command, "--out", "two", launcher=TWO, fsdp=fsdp)
-    assert two.returncode == 0, two.stderr
+    sharded(tmp_path, *command, "--out", "two")
     folder = Path("checkpoints/000000000096")
     for file in ("network", "auxiliary")[: 2 if method == "alternating" else 1]:
         assert_close(tmp_path / "two" / folder / f"{file}.safetensors", tmp_path / "one" / folder / f"{file}.safetensors", 1e-4)

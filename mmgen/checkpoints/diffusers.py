@@ -26,6 +26,7 @@ from ..files import replacing_folder
 from ..models import ModelConfig
 from ..networks.diffusers_unet import DiffusersUNet, DiffusersUNetSettings
 from ..networks.dit import DiTSettings
+from ..tensor_files import save_tensors
 from . import diffusers_dit
 from .diffusers_scheduler import read_scheduler, write_scheduler
 from .family import Converted, ConvertOptions
@@ -163,8 +164,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
     # Copies of one tensor are stored as often as diffusers has them
     separate = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    save_file(separate, path, metadata={"format": "pt"})
+    save_tensors(separate, path, metadata={"format": "pt"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection
@@ -11,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import ModelError
+from ..files import at_home, exists, read_json
 from ..models import MODEL_FILE
 
 COMPONENTS = ("unet", "transformer")
@@ -86,10 +86,8 @@ def _json(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        if path.stat().st_size > 64 * 1024**2:
-            raise ModelError(f"{path} is larger than any settings: not opened")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read as JSON: fetch it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds no settings: fetch it again")
@@ -101,8 +99,8 @@ def locate(place: str | os.PathLike) -> Path:
 
     A run folder of mmgen's means the model in it. Of a repository, only the settings and one set of weights are fetched. Raises ModelError saying where it looked.
     """
-    path = Path(place).expanduser()
-    if path.exists():
+    path = at_home(place)
+    if exists(path):
         return path / MODEL_FILE if (path / MODEL_FILE).is_file() and (path / "log.jsonl").is_file() else path
     word = str(place)
     repository, _, file = word.removeprefix("hf://").partition("/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError, nearest
-from ..files import sha256_of
+from ..files import parse_json, sha256_of
 from .contents import choose
 from .model_folders import locate, model_folder
 from .safe_pickle import Holder, materialise
@@ -111,7 +110,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     arguments: dict[str, Any] = {"metadata": metadata} if metadata else {}
     if "mmgen" in metadata:
         try:
-            arguments = {"mmgen": json.loads(metadata["mmgen"])}
-        except (ValueError, RecursionError) as error:
+            arguments = {"mmgen": parse_json(metadata["mmgen"])}
+        except ValueError as error:
             raise ModelError(f"the config in the header of {path} is damaged: {error}") from error
     return tensors, arguments

@@ -173,11 +173,11 @@ def _preset(file: Path | None, assignments: list[str], changes: dict[str, Any]) 
     given = merge(read_toml(file, "distill") if file else {}, nest(dict(map(parse_assignment, assignments)), DistillConfig))
     given = merge(given, nest(changes, DistillConfig))
     try:  # another project's file does not name its data: its size is not worth reading it twice
-        model = read_config(find_model(given.get("teacher", {}).get("name", "")))
+        model = read_config(find_model(str(given.get("teacher", {}).get("name", ""))))
     except MmgenError:
         model = None
     word = given.get("data", {}).get("name") or (model.data if model is not None else "")
-    if word in DATA_PRESETS:
+    if isinstance(word, str) and word in DATA_PRESETS:
         return DATA_PRESETS[word]
     return GENERAL if model is None else SIZE_PRESETS.get(model.resolution, GENERAL)
 

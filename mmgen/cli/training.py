@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shortened
 from .options import DEVICES
 from .progress import progress_bar
 from .training_report import TrainingReport
@@ -72,9 +72,9 @@ def choose(
     over = merge(over, nest(changes, config_class))
     if preset is None:
         word = over.get("data", {}).get("name", "digits")
-        if word not in data_presets:
+        if not isinstance(word, str) or word not in data_presets:
             names = ", ".join(preset_names(command))
-            raise ConfigError(f"no preset belongs to the data {word!r}: choose one with --preset, of {names}")
+            raise ConfigError(f"no preset belongs to the data {shortened(word)}: choose one with --preset, of {names}")
         preset = data_presets[word]
     table = read_preset(preset, command)
     config, base = resolve(table, over), resolve(table)
@@ -214,10 +214,12 @@ def show_cost(config: Any, model_config_of: Callable[[DataShape], ModelConfig], 
         if shape is None:
             raise
     processes, train = int(os.environ.get("WORLD_SIZE", "1")), config.train
-    parts = share_batch(train.batch_size, group_size, processes, config.run.batch_per_device)
+    auto, checkpointing = config.run.batch_per_device == "auto", config.run.gradient_checkpointing
+    # auto is found on the devices when the run begins; here it is shown for one group in a pass, which is the least
+    parts = share_batch(train.batch_size, group_size, processes, group_size if auto else config.run.batch_per_device)
     model_config = model_config_of(shape)
     sharded = processes > 1 and asks_for_shards()
-    cost = estimate(train, model_config, parts, work, sharded)
+    cost = estimate(train, model_config, parts, work, sharded, checkpointing)
     gib, size, networks = 1024**3, shape.resolution, work.trained + work.frozen + work.whole
     table = table_of("dry run", "")
     for name, value in (
@@ -229,7 +231,8 @@ def show_cost(config: Any, model_config_of: Callable[[DataShape], ModelConfig], 
         ("one step", f"{cost.flops_per_step / 1e12:,.3f} TFLOP: {work}, {train.batch_size} images"),
         ("the whole run", f"{train.max_images // train.batch_size:,} steps, {train.max_images:,} images, "
                           f"{cost.flops_per_step * train.max_images / train.batch_size:.3g} FLOP"),
-        ("passes per step", f"{parts.processes} device(s) x {parts.rounds} round(s) x {parts.size} images"),
+        ("passes per step", f"{parts.processes} device(s) x {parts.rounds} round(s) x {parts.size} images"
+                            + ", the least: auto finds more when the run begins" * auto),
         ("memory per device" + ", sharded" * sharded,
                               f"about {cost.total / gib:.2f} GiB: weights and gradients {cost.weights / gib:.2f}, "
                               f"optimiser {cost.optimizer / gib:.2f}, averages {cost.averages / gib:.2f}, "

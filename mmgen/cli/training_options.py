@@ -48,8 +48,12 @@ OnCorrupt = Annotated[
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Images per step, over all devices. Default: the preset's.")]
 BatchPerDevice = Annotated[
-    int | None,
-    typer.Option(help="At most so many images in one pass; smaller needs less memory. Default: the preset's."),
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        help="At most so many images in one pass; smaller needs less memory. auto: as many as fit, found when the run begins. "
+        "Default: the preset's.",
+    ),
 ]
 LearningRate = Annotated[float | None, typer.Option(help="Learning rate. Default: the preset's.")]
 MaxImages = Annotated[int | None, typer.Option(help="Images to train on, in all. Default: the preset's.")]
@@ -99,6 +103,8 @@ _SETTINGS = {
 def shared_changes(given: dict[str, Any]) -> dict[str, Any]:
     """The shared options among a command's arguments, name -> value, as settings by dotted key; those not given are left out."""
     changes = {key: given[name] for name, key in _SETTINGS.items() if given.get(name) is not None}
+    if (count := changes.get("run.batch_per_device", "")).isdecimal():
+        changes["run.batch_per_device"] = int(count)
     if given.get("log_with"):
         changes["run.log_with"] = given["log_with"].split(",")
     return changes

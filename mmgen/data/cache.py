@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError, DataError, MmgenError, nearest
-from ..files import TEMPORARY, replacing_folder
+from ..files import TEMPORARY, at_home, read_json, replacing_folder
+from ..tensor_files import save_array
 from .dataset import Dataset
 from .decoding import Plan, decode_all, settle
 from .image_source import ImageSource
@@ -95,7 +96,7 @@ def decode_in_memory(
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
     """The folder given, else $MMGEN_CACHE, else ~/.cache/mmgen."""
-    return Path(cache_dir or os.environ.get("MMGEN_CACHE") or "~/.cache/mmgen").expanduser()
+    return at_home(cache_dir or os.environ.get("MMGEN_CACHE") or "~/.cache/mmgen")
 
 
 def _key(source: ImageSource, resolution: int | None, channels: int | None, on_corrupt: str) -> str:
@@ -106,7 +107,7 @@ def _key(source: ImageSource, resolution: int | None, channels: int | None, on_c
 def _open(folder: Path) -> Dataset | None:
     """The data set of a cache entry; None where there is none, or it is damaged: sizes must agree with meta.json."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json", 1 << 30)
         images = np.load(folder / "images.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / "labels.npy", allow_pickle=False) if meta["labelled"] else None
         if images.dtype != np.uint8 or list(images.shape) != meta["shape"]:
@@ -154,7 +155,7 @@ def _write(folder: Path, source: ImageSource, plan: Plan, progress: Progress | N
         file.write(_npy_header(len(kept), plan))  # now that it is known how many were skipped
     labels = None if source.labels is None else source.labels[kept]
     if labels is not None:
-        np.save(folder / "labels.npy", labels, allow_pickle=False)
+        save_array(folder / "labels.npy", labels)
     meta = {
         "format": FORMAT,
         "shape": [len(kept), plan.channels, plan.resolution, plan.resolution],

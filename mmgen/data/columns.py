@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, nearest
+from ..files import parse_json
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,7 +28,8 @@ def columns_of(schema: pyarrow.Schema) -> list[Column]:
     features = {}
     if b"huggingface" in (schema.metadata or {}):
         try:
-            features = json.loads(schema.metadata[b"huggingface"])["info"]["features"] or {}
+            features = parse_json(schema.metadata[b"huggingface"])["info"]["features"]
+            features = features if isinstance(features, dict) else {}
         except (ValueError, KeyError, TypeError):
             features = {}  # another version's metadata: the Arrow types still say enough
     return [_column(field, features.get(field.name)) for field in schema]
@@ -42,7 +43,9 @@ def _column(field: pyarrow.Field, feature: object) -> Column:
         return Column(field.name, "image", "Image")
     if types.is_integer(field.type):
         if kind == "ClassLabel":
-            return Column(field.name, "class", "ClassLabel", feature.get("names") or None)
+            names = feature.get("names")
+            known = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
+            return Column(field.name, "class", "ClassLabel", names if known else None)
         return Column(field.name, "integer", str(field.type))
     if _holds_bytes(field.type):
         return Column(field.name, "bytes", str(field.type))

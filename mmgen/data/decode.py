@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
+from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 from PIL import Image
@@ -10,6 +14,10 @@ from PIL import Image
 from .image_source import CorruptImage
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: beyond it, a small file may be made to fill the memory
+_LARGE = 1 << 24  # pixels: of images beyond, several at a time could fill the memory
+# What images of training sets come in. Not among them: EPS, which Pillow has Ghostscript run, and other rare decoders
+_FORMATS = ("PNG", "JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "TGA")
+_large_one = threading.RLock()
 _GREY_MODES = ("1", "L", "LA", "La", "I")
 _ORIENTATION = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what undoes it
@@ -25,24 +33,47 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
 
 def decode(raw: bytes | Image.Image, resolution: int, channels: int) -> np.ndarray:
     """An encoded image, or a PIL one -> uint8 [channels, resolution, resolution]. Raises CorruptImage."""
-    return to_pixels(open_image(raw), resolution, channels)
+    with open_image(raw) as image:
+        return to_pixels(image, resolution, channels)
 
 
-def open_image(raw: bytes | Image.Image, upright: bool = True) -> Image.Image:
-    """Decodes an image fully and, if `upright`, turns it as its EXIF orientation says.
+@contextlib.contextmanager
+def open_image(raw: bytes | Image.Image, upright: bool = True, most: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Decodes an image fully and, if `upright`, turns it as its EXIF orientation says. It is to be used within the block:
+    of large images only one thread at a time has one.
 
-    Raises CorruptImage where the bytes are no image, are cut short, or are too many pixels.
+    Raises CorruptImage where the bytes are no image, are cut short, or are more than `most` pixels.
     """
+    image = _begun(raw, most)
+    with _large_one if image.width * image.height > _LARGE else contextlib.nullcontext():
+        yield _decoded(raw, image, upright)
+
+
+def _begun(raw: bytes | Image.Image, most: int) -> Image.Image:
+    """An image whose header alone has been read, and says that it is small enough to decode."""
     try:
-        image = raw if isinstance(raw, Image.Image) else Image.open(io.BytesIO(raw))
-        _check_size(*image.size)  # before any pixel is decoded
-        image.load()
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1)) if upright else None
-        return image.transpose(turn) if turn is not None else image
+        image = raw if isinstance(raw, Image.Image) else Image.open(io.BytesIO(raw), formats=_formats())
+        _check_size(*image.size, most)
+        return image
     except CorruptImage:
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise CorruptImage(_reason(raw, error)) from error
+
+
+def _decoded(raw: bytes | Image.Image, image: Image.Image, upright: bool) -> Image.Image:
+    try:
+        image.load()
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1)) if upright else None
+        return image.transpose(turn) if turn is not None else image
+    except Exception as error:
+        raise CorruptImage(_reason(raw, error)) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def is_grey(image: Image.Image) -> bool:
@@ -78,7 +109,7 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
-    _check_size(*size)  # a strip of 1 x 100,000 pixels enlarged
+    _check_size(*size, MAX_PIXELS)  # a strip of 1 x 100,000 pixels enlarged
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))
@@ -97,15 +128,20 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit grey -> 8-bit: round(v / 257), which maps 65535 to 255. Pillow's own conversion clips at 255."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise CorruptImage("its grey values do not fit 16 bits")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    values = values.astype(np.int32)
+    values += 128
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8))
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise CorruptImage(f"{width} x {height} pixels are more than the {MAX_PIXELS:,} that are safe to open")
+def _check_size(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise CorruptImage(f"{width} x {height} pixels are more than the {most:,} that are safe to open")
+    if width < 1 or height < 1:
+        raise CorruptImage(f"{width} x {height} pixels are none")
 
 
 def _reason(raw: bytes | Image.Image, error: Exception) -> str:
@@ -116,5 +152,5 @@ def _reason(raw: bytes | Image.Image, error: Exception) -> str:
     if raw.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the image itself: run `git lfs pull`"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image that Pillow knows"
+        return "not an image of a format that is known"
     return str(error) or type(error).__name__

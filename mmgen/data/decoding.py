@@ -45,14 +45,14 @@ def settle(source: ImageSource, resolution: int | None, channels: int | None, on
         if own_size is not None and (channels is not None or colour or i >= PROBED and grey):
             break
         try:
-            image = open_image(source.read(i))
-            if own_size is None:
-                if image.width != image.height:
-                    size = f"{image.width}x{image.height}"
-                    raise DataError(f"{source.names(i)} is {size}, not square: give --resolution to resize and crop")
-                own_size = image.width
-            colour = colour or not is_grey(image)
-            grey += not colour
+            with open_image(source.read(i)) as image:
+                if own_size is None:
+                    if image.width != image.height:
+                        size = f"{image.width}x{image.height}"
+                        raise DataError(f"{source.names(i)} is {size}, not square: give --resolution to resize and crop")
+                    own_size = image.width
+                colour = colour or not is_grey(image)
+                grey += not colour
         except CorruptImage as error:
             if on_corrupt != "skip":
                 raise _stop(source.names(i), error) from error
@@ -95,16 +95,16 @@ def decode_chunks(source: ImageSource, plan: Plan, numbers: range, size: int) ->
 def _pixels(source: ImageSource, i: int, plan: Plan) -> np.ndarray | None:
     """Image i, uint8 [C, R, R]; None where it cannot be read and may be skipped."""
     try:
-        image = open_image(source.read(i))
-        if plan.same_size and image.size != (plan.resolution, plan.resolution):
-            first = f"{plan.resolution}x{plan.resolution}"
-            raise DataError(
-                f"{source.names(i)} is {image.width}x{image.height}, but the first image is {first}: "
-                "give --resolution to resize and crop all of them"
-            )
-        if plan.only_grey and not is_grey(image):
-            raise DataError(f"{source.names(i)} is in colour, but the first images are grey: give --channels 3, or 1")
-        return to_pixels(image, plan.resolution, plan.channels)
+        with open_image(source.read(i)) as image:
+            if plan.same_size and image.size != (plan.resolution, plan.resolution):
+                first = f"{plan.resolution}x{plan.resolution}"
+                raise DataError(
+                    f"{source.names(i)} is {image.width}x{image.height}, but the first image is {first}: "
+                    "give --resolution to resize and crop all of them"
+                )
+            if plan.only_grey and not is_grey(image):
+                raise DataError(f"{source.names(i)} is in colour, but the first images are grey: give --channels 3, or 1")
+            return to_pixels(image, plan.resolution, plan.channels)
     except CorruptImage as error:
         if plan.skip_corrupt:
             return None

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..errors import ConfigError, DataError, MmgenError, nearest
-from ..files import TEMPORARY, remove_leftovers, replacing, write_json
+from ..errors import ConfigError, DataError, MmgenError, cannot_write, nearest
+from ..files import TEMPORARY, read_json, remove_leftovers, replacing, write_json
 from ..latents import LatentSettings
 from ..team import Team
+from ..tensor_files import save_array
 from ..vae import IMM_MEAN, IMM_STD, IMM_TARGET_STD, Vae
 from .cache import check_options
 from .decoding import Chunk, Plan, decode_chunks, settle
@@ -175,7 +176,7 @@ def _is_whole(out: Path, job: dict[str, Any]) -> bool:
         return False
     whole = (out / RECORD).is_file()
     try:
-        found = read_record(out)["job"] if whole else json.loads((out / JOB).read_text("utf-8"))
+        found = read_record(out)["job"] if whole else read_json(out / JOB)
         old, new = ({**one, "source": one["source"]["fingerprint"], "vae": ""} for one in (found, job))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{out} holds a damaged {JOB} ({error!r}): delete the folder, or give another --out") from error
@@ -192,7 +193,7 @@ def _begin(task: _Task, job: dict[str, Any], images: int) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise MmgenError(f"cannot write {out}: {error.strerror or error}") from error
+        raise cannot_write(out, error) from error
     remove_leftovers(out)
     remove_leftovers(out / SHARDS)
     size = images * task.rows_per_image * math.prod(task.row) * np.dtype(task.settings.dtype).itemsize
@@ -261,7 +262,7 @@ def _write_shard(task: _Task, number: int, images: range) -> Iterator[int]:
     if skipped:  # before the shard itself, which says that all of it is there
         write_json(task.skipped_file(number), skipped)
     with replacing(task.file(number)) as temporary:
-        np.save(temporary, np.concatenate(parts), allow_pickle=False)
+        save_array(temporary, np.concatenate(parts))
 
 
 def _ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -324,7 +325,7 @@ def _finish(
     rows, digests = [n for n, _, _ in summaries], [digest for _, digest, _ in summaries]
     number, positions = sum(rows), sum(rows) * task.row[1] * task.row[2]
     files = [file for i in range(len(rows)) if (file := task.skipped_file(i)).is_file()]
-    skipped = list(itertools.chain.from_iterable(json.loads(file.read_text("utf-8")) for file in files))
+    skipped = list(itertools.chain.from_iterable(read_json(file) for file in files))
     if number != task.rows_per_image * (source.length - len(skipped)):
         raise DataError(f"the shards in {out} hold {number:,} rows, not those of {source.length:,} images: give another --out")
     latents = _latents(task, sum(sums for _, _, sums in summaries) / positions, note)
@@ -333,7 +334,7 @@ def _finish(
         kept = np.delete(np.arange(source.length), [i for i, _ in skipped])
         labels = source.labels[kept].repeat(task.rows_per_image).astype(np.int64)
         with replacing(out / LABELS) as temporary:
-            np.save(temporary, labels, allow_pickle=False)
+            save_array(temporary, labels)
     fingerprint = hashlib.sha256(json.dumps([FORMAT, {**asdict(latents), "vae": ""}, digests]).encode())
     fingerprint.update(b"" if labels is None else labels.astype("<i8").tobytes())
     record = {
@@ -359,7 +360,7 @@ def _finish(
     }
     write_json(out / RECORD, record)
     load_latents(out)  # reads back
-    (out / JOB).unlink()
+    (out / JOB).unlink(missing_ok=True)  # another process may have finished the same
 
 
 def _latents(task: _Task, moments: np.ndarray, note: Note) -> LatentSettings:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import lzma
+import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
-from .image_source import MISSING, CorruptImage, ImageSource, checked_labels, fingerprint, summary
+from ..errors import DataError, shortened
+from ..files import parse_json, read_json
+from .image_source import MISSING, MOST_CLASSES, CorruptImage, ImageSource, checked_labels, fingerprint, summary
 from .splits import ALIASES, canonical, no_split
 from .walk import Found, Listing
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 EDM_LABELS = "dataset.json"
 MAX_ENTRY = 1 << 28  # bytes of one unpacked zip entry: more is no image of a training set
+MOST_LABELS = 1 << 27  # bytes of dataset.json: four million images
 
 
 def open_image_folder(listing: Listing, images: list[Found], split: str) -> ImageSource:
@@ -57,7 +62,8 @@ def open_image_folder(listing: Listing, images: list[Found], split: str) -> Imag
 def open_edm_folder(listing: Listing, images: list[Found]) -> ImageSource:
     """A folder with dataset.json = {"labels": [[name, class], ...] or null}. Raises DataError."""
     place = listing.folder
-    listed = _read_labels((place / EDM_LABELS).read_bytes(), str(place / EDM_LABELS))
+    with _damaged_labels(str(place / EDM_LABELS)):
+        listed = _labels_of(read_json(place / EDM_LABELS, MOST_LABELS))
     labels_file = [f for f in listing.files if f.name == EDM_LABELS]
     return _edm_source(
         "EDM folder",
@@ -73,11 +79,16 @@ def open_edm_zip(path: Path) -> ImageSource:
     """A zip of images, with EDM's dataset.json or without any labels. Raises DataError."""
     try:
         archive = zipfile.ZipFile(path)  # stays open: threads read from it, each with its own position
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"cannot read {path} (is the download complete?): {error}") from error
-    entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-    for name, entry in entries.items():
-        _check_entry(entry, name, path)
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        raise DataError(f"cannot read {path} (is the download complete?): {shortened(error)}") from error
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for entry in archive.infolist():
+        if entry.filename.endswith("/"):
+            continue
+        _check_entry(entry, entry.filename, path)
+        if entry.filename in entries:
+            raise DataError(f"{path} holds two entries {shortened(entry.filename)}: nothing says which is meant, pack it anew")
+        entries[entry.filename] = entry
     images = sorted(name for name in entries if name.lower().endswith(IMAGE_SUFFIXES) and "__MACOSX" not in name)
     if not images:
         latents = any(name.endswith(".npy") for name in entries)
@@ -87,12 +98,15 @@ def open_edm_zip(path: Path) -> ImageSource:
     def read(name: str) -> bytes:
         try:
             return archive.read(entries[name])
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-            raise CorruptImage(str(error)) from error
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError) as error:
+            raise CorruptImage(shortened(error)) from error
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
-    listed = _read_labels(read(EDM_LABELS), f"{EDM_LABELS} of {path}") if EDM_LABELS in entries else None
+    listed = None
+    if EDM_LABELS in entries:
+        with _damaged_labels(f"{EDM_LABELS} of {path}"):
+            listed = _labels_of(parse_json(read(EDM_LABELS)))
     status = path.stat()
     identity = fingerprint("EDM zip", [(str(path), status.st_size, status.st_mtime_ns)])
     return _edm_source("EDM zip", images, listed, path, read=lambda i: read(images[i]), identity=identity)
@@ -103,7 +117,7 @@ def is_edm_folder(listing: Listing) -> bool:
     if not any(f.name == EDM_LABELS for f in listing.files):
         return False
     try:
-        content = json.loads((listing.folder / EDM_LABELS).read_bytes())
+        content = read_json(listing.folder / EDM_LABELS, MOST_LABELS)
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and "labels" in content
@@ -134,29 +148,34 @@ def _edm_source(
     )
 
 
-def _read_labels(content: bytes, place: str) -> dict[str, int] | None:
-    """dataset.json -> label of each name, None where it has none."""
+@contextlib.contextmanager
+def _damaged_labels(place: str) -> Iterator[None]:
     try:
-        labels = json.loads(content)["labels"]
-        if labels is None:
-            return None
-        listed = {name: label for name, label in labels}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{place} is not {{"labels": [[name, class], ...]}}: {error}') from error
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{place} is not {{"labels": [[name, class], ...]}}: {shortened(error)}') from error
+
+
+def _labels_of(content: Any) -> dict[str, int] | None:
+    """What dataset.json holds -> label of each name, None where it has none. Raises ValueError, KeyError or TypeError."""
+    if content["labels"] is None:
+        return None
+    listed = {name: label for name, label in content["labels"]}
     for name, label in listed.items():
-        if type(label) is not int:  # EDM allows vectors; bool is an int to isinstance
-            raise DataError(f"{place}: the label of {name} is {label!r}, not an integer class")
+        if type(label) is not int or abs(label) > MOST_CLASSES:  # EDM allows vectors; bool is an int to isinstance
+            raise ValueError(f"the label of {shortened(name)} is {shortened(label)}, not an integer class")
     return listed
 
 
 def _check_entry(entry: zipfile.ZipInfo, name: str, path: Path) -> None:
     parts = PurePosixPath(name.replace("\\", "/"))
-    if parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
-        raise DataError(f"{path} holds an entry {name!r} that leads out of it: it was made to do harm, or is damaged")
+    if not parts.parts or parts.is_absolute() or ".." in parts.parts or ":" in parts.parts[0]:
+        raise DataError(f"{path} holds an entry {shortened(name)} that leads out of it: it was made to do harm, or is damaged")
     if entry.flag_bits & 1:
         raise DataError(f"{path} is encrypted: unpack it and give the folder")
-    if entry.file_size > MAX_ENTRY and name != EDM_LABELS:
-        raise DataError(f"{path} holds an entry {name!r} of {entry.file_size:,} bytes: that is no image")
+    if entry.file_size > (MAX_ENTRY if name != EDM_LABELS else MOST_LABELS):
+        what = "image" if name != EDM_LABELS else "list of labels"
+        raise DataError(f"{path} holds an entry {shortened(name)} of {entry.file_size:,} bytes: that is no {what}")
 
 
 def _of_split(images: list[Found], split: str, place: str) -> tuple[list[Found], str]:

@@ -8,7 +8,6 @@ latents-unfinished.json  what was asked for, until all is encoded
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
+from ..files import read_json
 from ..latents import LatentSettings
 from ..settings import from_dict
 from .dataset import Labelled
@@ -80,7 +80,7 @@ def is_latents(place: Path) -> bool:
 def source_of(place: Path) -> str:
     """The --data word of the images that a folder of latents came from, to be shown; the resolution is beside it."""
     try:
-        record = json.loads((place / (RECORD if (place / RECORD).is_file() else JOB)).read_text("utf-8"))
+        record = read_json(place / (RECORD if (place / RECORD).is_file() else JOB))
         return f"{record['source']['word']} at {record['resolution']} pixels"
     except (OSError, ValueError, KeyError, TypeError):
         return "images"
@@ -96,7 +96,7 @@ def read_record(place: Path) -> dict[str, Any]:
     if not file.is_file():
         raise DataError(f"{place} is not whole yet: the same `mmgen cache-latents` command that began it continues it")
     try:
-        record = json.loads(file.read_text("utf-8"))
+        record = read_json(file)
         if record["format"] != FORMAT:
             raise DataError(f"{file} has format {record['format']}, this version of mmgen reads {FORMAT}: install a newer mmgen")
         return record

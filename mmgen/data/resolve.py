@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DataError, nearest
+from ..errors import DataError, nearest, shortened
+from ..files import at_home, exists
 from . import hub
 from .image_source import ImageSource, fingerprint
 from .latents import is_latents, source_of
@@ -39,7 +40,7 @@ def resolve(word: str, *, split: str = "train", image_column: str | None = None,
     looked = []
     name = SHORT_NAMES.get(word, word)
     for place in _places(word, name):
-        if place.exists():
+        if exists(place):
             if is_latents(place):
                 raise DataError(f"{place} holds latents, not images: give the images that they came from, {source_of(place)}")
             return open_source(place, split=split, **columns)
@@ -49,14 +50,14 @@ def resolve(word: str, *, split: str = "train", image_column: str | None = None,
     if _NAME.match(word):
         known = [DIGITS, *SHORT_NAMES, *_names_in(_data_dir())]
         raise DataError(f"no data set {word!r}: {nearest(word, known)}; or give a path, or user/name of the hub")
-    raise DataError(f"there is no file or folder {word}")
+    raise DataError(f"there is no file or folder {word if word.isprintable() and len(word) < 1000 else shortened(word)}")
 
 
 def find_latents(word: str) -> Path | None:
     """The folder of latents that `word` means, a path or a name in $MMGEN_DATA_DIR; None where it means something else."""
     if word == DIGITS:
         return None
-    place = next((place for place in _places(word, SHORT_NAMES.get(word, word)) if place.exists()), None)
+    place = next((place for place in _places(word, SHORT_NAMES.get(word, word)) if exists(place)), None)
     return place if place is not None and is_latents(place) else None
 
 
@@ -85,7 +86,7 @@ def open_digits(split: str = "train", image_column: str | None = None, label_col
 
 def _places(word: str, name: str) -> list[Path]:
     """Where a word may lie on this machine, most specific first."""
-    places = [] if word in SHORT_NAMES else [Path(word).expanduser()]
+    places = [] if word in SHORT_NAMES else [at_home(word)]
     folder = _data_dir()
     if folder is not None and (_HUB_ID.match(name) or _NAME.match(name)):
         places += [folder / name, folder / name.split("/")[-1]]
@@ -94,7 +95,7 @@ def _places(word: str, name: str) -> list[Path]:
 
 def _data_dir() -> Path | None:
     folder = os.environ.get("MMGEN_DATA_DIR")
-    return Path(folder).expanduser() if folder else None
+    return at_home(folder) if folder else None
 
 
 def _names_in(folder: Path | None) -> list[str]:

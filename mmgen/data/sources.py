@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import at_home, resolved
 from . import folders, tables
 from .image_source import ImageSource
 from .splits import canonical, no_split, split_of
@@ -36,7 +37,7 @@ def open_source(
     Raises DataError where the layout is not known (and says what to do instead), the split or a column is not there,
     the labels are incomplete, or a file is damaged. Images themselves are not read here.
     """
-    path = path.expanduser().resolve()
+    path = resolved(at_home(path))
     if path.is_file():
         return _open_file(path, split, image_column, label_column)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError
+from ..files import read_json
 from .columns import Column, choose_image, choose_label, columns_of
 from .image_source import MISSING, CorruptImage, ImageSource, checked_labels, fingerprint, summary
 from .splits import canonical, no_split, parts_missing, select_split
@@ -74,7 +74,7 @@ def open_saved(folder: Path, split: str, image_column: str | None, label_column:
     chosen, place = folder, str(folder)
     if (folder / "dataset_dict.json").is_file():
         with _readable(folder / "dataset_dict.json"):
-            names = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+            names = read_json(folder / "dataset_dict.json")["splits"]
         by_split = {canonical(name): name for name in names}
         if canonical(split) not in by_split:
             raise no_split(place, split, names)

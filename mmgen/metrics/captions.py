@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import at_home, parse_json
 from .image_sets import ImageSet
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # as `datasets` reads them in a folder of images
@@ -23,7 +23,7 @@ def read_captions(images: ImageSet, file: Path | None = None) -> list[str]:
     """
     if file is not None:
         return _from_file(images, file)
-    folder = Path(images.name).expanduser()
+    folder = at_home(images.name)
     for name in TABLES if folder.is_dir() else ():
         if (folder / name).is_file():
             return _from_file(images, folder / name)
@@ -65,7 +65,7 @@ def _find(texts: dict[str, str], name: str, file: Path) -> str:
 
 def _json_lines(file: Path) -> list[dict]:
     try:
-        rows = [json.loads(line) for line in _lines(file) if line.strip()]
+        rows = [parse_json(line) for line in _lines(file) if line.strip()]
     except ValueError as error:
         raise DataError(f"{file} is not JSON lines: {error}") from error
     if not all(isinstance(row, dict) for row in rows):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from ..data.decode import open_image
 from ..data.image_source import CorruptImage, ImageSource
 from ..data.resolve import resolve
 from ..errors import DataError, MmgenError
-from ..files import write_json
+from ..files import at_home, read_json, write_json
 from ..sample_folder import RECORD
 from ..sample_record import read_record
 from .npz_images import NpzImages
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 _GREY = ("1", "L", "LA", "La")
 _TYPES = {"model": str, "model_sha256": str, "sampler": str, "grid": str, "data": str | None, "data_options": dict,
           "steps": int, "nfe": int, "guidance": int | float, "seed": int}  # fmt: skip
+MOST_PIXELS = 1 << 24  # of one image that is scored: a batch of them is in memory in its own size
 _THREADS = 8  # that read files to hash them
 
 
@@ -84,7 +84,7 @@ def image_set(
     Images are decoded as the FID codes do: Pillow's `convert("RGB")`, no turning by EXIF, transparency dropped. Samples
     that `mmgen sample` wrote bring their record with them. Raises DataError.
     """
-    path = Path(word).expanduser()
+    path = at_home(word)
     if path.is_file() and path.suffix.lower() == ".npz":
         if split != "train" or image_column is not None:
             what = f"the split {split}" if image_column is None else f"the column {image_column}"
@@ -197,10 +197,10 @@ def _read_source(source: ImageSource, start: int, stop: int, colour: bool) -> li
 def _pixels(source: ImageSource, i: int, colour: bool) -> np.ndarray:
     """Image i, uint8 [3, H, W], or [1, H, W] if it is grey and may stay so."""
     try:
-        image = open_image(source.read(i), upright=False)
-        if image.mode.startswith(("I", "F")):  # Pillow's conversion would clip them at 255
-            raise CorruptImage(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8 bits, as you mean it")
-        return _plane(image, colour)
+        with open_image(source.read(i), upright=False, most=MOST_PIXELS) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow's conversion would clip them at 255
+                raise CorruptImage(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8 bits, as you mean it")
+            return _plane(image, colour)
     except (CorruptImage, ValueError) as error:
         raise DataError(f"{source.names(i)} cannot be scored: {error}") from error
 
@@ -218,8 +218,8 @@ def _coloured(images: np.ndarray, colour: bool) -> np.ndarray:
 def _content(source: ImageSource) -> str:
     """SHA-256 over all encoded images, the same wherever they lie. Remembered for files that have not changed since."""
     memory = cache_root() / "content" / f"{source.fingerprint}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):  # not known yet, or damaged: the images are read
-        return json.loads(memory.read_text())["sha256"]
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not known yet, or damaged: the images are read
+        return read_json(memory)["sha256"]
     digest = hashlib.sha256()
     with ThreadPoolExecutor(_THREADS) as threads:
         for start in range(0, source.length, 1024):

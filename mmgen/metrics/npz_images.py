@@ -10,7 +10,8 @@ from typing import IO
 
 import numpy as np
 
-from ..errors import DataError
+from ..data.decode import MAX_PIXELS
+from ..errors import DataError, shortened
 
 MEMBER = "arr_0.npy"
 _DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, OSError)  # RuntimeError: encrypted
@@ -42,8 +43,12 @@ class NpzImages:
         except _DAMAGED as error:
             raise self._damaged(error) from error
         self.length, height, width, channels = shape
-        if not self.length:
-            raise DataError(f"{path} holds no images: its arr_0 is empty")
+        if min(shape) < 1:
+            raise DataError(f"{path} holds no images: its arr_0 is empty, of shape {shortened(list(shape))}")
+        if height * width > MAX_PIXELS:
+            raise DataError(
+                f"{path} holds images of {width} x {height} pixels, more than the {MAX_PIXELS:,} that are safe to open"
+            )
         self.shape = (channels, height, width)
         self._size = height * width * channels
 
@@ -83,8 +88,8 @@ class NpzImages:
         if len(shape) == 3:
             shape = (*shape, 1)
         if len(shape) != 4 or shape[3] not in (1, 3):
-            raise DataError(f"arr_0 of {self.path} has the shape {list(shape)}, not [N, H, W, 3] or [N, H, W, 1]")
+            raise DataError(f"arr_0 of {self.path} has the shape {shortened(list(shape))}, not [N, H, W, 3] or [N, H, W, 1]")
         return shape
 
     def _damaged(self, error: Exception) -> DataError:
-        return DataError(f"{self.path} is damaged or no npz file ({error}): make or fetch it again")
+        return DataError(f"{self.path} is damaged or no npz file ({shortened(error, 200)}): make or fetch it again")

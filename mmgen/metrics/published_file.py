@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..data.cache import cache_root
 from ..errors import MmgenError, ModelError
-from ..files import replacing, sha256_of
+from ..files import at_home, replacing, sha256_of
 
 Progress = Callable[[int, int], None]
 
@@ -77,7 +77,7 @@ def locate(
         path = explicit / file.name if explicit.is_dir() else explicit
         return _named(path, file, file.option)
     if value := os.environ.get(file.variable):
-        path = Path(value).expanduser()
+        path = at_home(value)
         if not path.exists():
             raise ModelError(f"${file.variable} names {path}, which does not exist")
         if path.name in others:

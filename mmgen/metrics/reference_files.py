@@ -15,7 +15,6 @@ mmgen's .safetensors and .npz               mu, sigma and a statement          s
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import pickletools
@@ -31,7 +30,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.safe_arrays import load_arrays, mistaken_download
-from ..errors import DataError
+from ..errors import DataError, shortened
+from ..files import parse_json
 from .frechet import GaussianStatistics, StatisticsError
 
 TAKES = (
@@ -180,7 +180,7 @@ def _find_safetensors(path: Path) -> Found:
 def _stated(path: Path, text: str, mean: Any, covariance: Any) -> Found:
     """Statistics with mmgen's statement."""
     try:
-        statement = json.loads(text)
+        statement = parse_json(text)
         if statement["format"] != FORMAT:
             raise DataError(
                 f"{path} has format {statement['format']} of statistics, and this mmgen reads {FORMAT}: install a newer mmgen"
@@ -278,4 +278,6 @@ def _first_text(path: Path) -> str | None:
 
 
 def _damaged(path: Path, error: Exception | str) -> DataError:
-    return DataError(f"{path} is cut short or damaged ({str(error) or type(error).__name__}): make or fetch it again")
+    return DataError(
+        f"{path} is cut short or damaged ({shortened(error, 200) if isinstance(error, Exception) else error}): make or fetch it again"
+    )

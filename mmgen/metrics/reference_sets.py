@@ -17,6 +17,7 @@ from ..data.cache import cache_root
 from ..errors import DataError, MmgenError
 from ..files import replacing
 from ..team import Team
+from ..tensor_files import save_tensors
 from .collect import Collected, Progress, Wanted, collect
 from .features import Extractor
 from .frechet import Gaussian, GaussianStatistics
@@ -141,12 +142,9 @@ def _read(file: Path, keep: bool) -> tuple[Gaussian, Tensor | None] | None:
 
 
 def _write(file: Path, gaussian: Gaussian, collected: Collected) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {"mu": gaussian.mean.contiguous(), "sigma": gaussian.covariance.contiguous()}
     if collected.kept is not None:
         tensors["features"] = collected.kept
     # A cache that is full or cannot be written costs time, not the figure
-    with contextlib.suppress(MmgenError, SafetensorError), replacing(file) as temporary:
-        save_file(tensors, temporary)
+    with contextlib.suppress(MmgenError), replacing(file) as temporary:
+        save_tensors(tensors, temporary)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from .. import __version__
 from ..data.cache import cache_root
 from ..errors import DataError
-from ..files import write_json
+from ..files import read_json, write_json
 
 if TYPE_CHECKING:
     from .evaluate import Report, Row
@@ -130,7 +129,7 @@ def earlier(file: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     try:
-        content = json.loads(file.read_text())
+        content = read_json(file)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}")
         return list(content["scores"])

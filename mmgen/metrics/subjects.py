@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import data
 from ..errors import ConfigError, DataError
+from ..files import at_home
 from ..models import MODEL_FILE, AnyModel
 from ..sample_folder import RECORD
 from ..sample_record import Origin, make_record
@@ -34,7 +35,7 @@ class Subject:
 
 def is_model(word: str) -> bool:
     """Whether a word means a model: a .safetensors file, a run folder, or hf://user/name."""
-    path = Path(word).expanduser()
+    path = at_home(word)
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():  # also before the run has saved a model:
         return True  # the pictures in it are no samples
     return word.startswith("hf://") or (path / MODEL_FILE).is_file() or (path.is_file() and path.suffix == ".safetensors")
@@ -64,7 +65,7 @@ def model_subjects(
 
 def image_subjects(word: str, *, split: str, image_column: str | None, num: int | None) -> list[Subject]:
     """The images a word means: one row; or one for each folder of samples in a folder of such. Raises DataError."""
-    path = Path(word).expanduser()
+    path = at_home(word)
     words = [word]
     if path.is_dir() and not (path / RECORD).is_file():
         inner = [p for p in path.iterdir() if p.is_dir() and (p / RECORD).is_file()]
@@ -95,7 +96,7 @@ def reference_images(
             return dataset_images(data.load(name, progress=progress, **options)).first(num)
         except DataError as error:
             raise DataError(f"the samples' record names {name} as their training set: {error}; or give another --ref") from error
-    path = Path(word).expanduser()
+    path = at_home(word)
     if path.is_file() and is_statistics(path):
         _refuse({"--ref-num": num, **reading}, f"is for images, and {word} holds their statistics only: leave it out")
         return path
@@ -118,6 +119,9 @@ def own_reference(subjects: Sequence[Subject]) -> tuple[str, dict[str, Any]]:
         word, options = subject.record.get("data"), subject.record.get("data_options")
         if not word or not isinstance(options, dict):
             raise ConfigError(f"nothing says what to compare {subject.name} with: give --ref. {TAKES}")
+        kinds = {"resolution": int, "channels": int}
+        if not isinstance(word, str) or not all(isinstance(options[key], kinds.get(key, str)) for key in options):
+            raise ConfigError(f"the record of {subject.name} has been changed: its data are not a name and options; give --ref")
         if unknown := set(options) - _DATA_OPTIONS:
             raise ConfigError(f"the record of {subject.name} has been changed: {min(unknown)!r} is unknown; give --ref")
         if (word, options) not in named:

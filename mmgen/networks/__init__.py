@@ -6,6 +6,8 @@ twice as many channels as they get: the second half is a learned variance.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from .adm import ADM, ADMSettings
 from .diffusers_unet import DiffusersUNet, DiffusersUNetSettings
 from .dit import DiT, DiTSettings
 from .edm2 import EDM2, EDM2Settings
+from .limits import check_sizes
 from .unet import UNet, UNetSettings
 from .uvit import UViT, UViTSettings
 
@@ -36,6 +39,7 @@ def build_network(
     channels it is given behind those of the image, such as a student's noise. Raises ConfigError for a network that cannot be
     such a one, or has no place for an augmentation label.
     """
+    check_sizes(settings, resolution=resolution, channels=channels, num_classes=num_classes)
     options = {"second_time": second_time, "extra_channels": extra_channels}
     if isinstance(settings, UNetSettings):
         return UNet(settings, resolution, channels, num_classes, augment_dim, **options)
@@ -54,6 +58,26 @@ def build_network(
     if extra_channels:
         raise ConfigError(f"a network of kind {settings.kind!r} takes no channels beside those of the image")
     return DiffusersUNet(settings, resolution, channels, num_classes)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """What the network is a sequence of: the modules in the lists and tables that it has."""
+    containers = [child for child in network.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
+    inside = [block for container in containers for block in container.children()]
+    return [b for b in inside if not isinstance(b, nn.ModuleList | nn.ModuleDict) and any(True for _ in b.parameters())]
+
+
+def checkpoint_blocks(network: nn.Module) -> None:
+    """From now on blocks are computed again in the backward pass, not kept; results are the same, and so is the state dict.
+
+    Raises ConfigError for a network that cannot.
+    """
+    if not hasattr(network.settings, "gradient_checkpointing"):
+        raise ConfigError(
+            f"run.gradient_checkpointing: a network of kind {network.settings.kind!r} cannot recompute its blocks; leave it out "
+            "and lower run.batch_per_device"
+        )
+    network.settings = replace(network.settings, gradient_checkpointing=True)
 
 
 def widen_input(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from ..keyed_dropout import checkpointed
 
 EPSILON = 1e-4  # added to every magnitude that is divided by
 
@@ -39,6 +40,7 @@ class EDM2Settings:
     res_balance: float = 0.3  # between main path (0) and residual branch (1)
     attn_balance: float = 0.3  # between main path (0) and attention (1)
     clip_activations: float | None = 256.0  # after every block
+    gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
 
 
 def normalise(x: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -203,10 +205,15 @@ class EDM2(nn.Module):
         x = torch.cat([image, torch.ones_like(x[:, :1]), extra], dim=1)  # the constant stands in for biases
         skips = []
         for name, module in self.enc.items():
-            x = module(x) if name.endswith("_conv") else module(x, emb)
+            x = module(x) if name.endswith("_conv") else self._run(module, x, emb)
             skips.append(x)
         for name, module in self.dec.items():
             if "_block" in name:
                 x = mp_cat(x, skips.pop(), self.settings.concat_balance)
-            x = module(x, emb)
+            x = self._run(module, x, emb)
         return self.out_conv(x, self.out_gain)
+
+    def _run(self, block: Block, x: Tensor, emb: Tensor) -> Tensor:
+        if self.settings.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpointed(block, x, emb)
+        return block(x, emb)

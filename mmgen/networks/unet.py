@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..keyed_dropout import checkpointed
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
+from .winograd import Conv2d
 
 EPSILON = 1e-6  # of every group norm
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
@@ -43,7 +44,7 @@ def _linear(in_dim: int, out_dim: int, bias: bool = True, gain: float = 1.0) -> 
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, padding: int | None = None, gain: float = 1.0) -> nn.Conv2d:
-    layer = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2 if padding is None else padding)
+    layer = Conv2d(in_channels, out_channels, kernel, padding=kernel // 2 if padding is None else padding)
     return _initialise(layer, gain)
 
 

@@ -38,11 +38,16 @@ class Parts:
 
 def split_batch(batch_size: int, group_size: int, processes: int, at_most: int) -> Parts | None:
     """The largest equal parts of at most `at_most` images that hold whole groups; None where there are none."""
+    sizes = [size for size in part_sizes(batch_size, group_size, processes) if size <= at_most]
+    return Parts(sizes[-1], batch_size // processes // sizes[-1], processes) if sizes else None
+
+
+def part_sizes(batch_size: int, group_size: int, processes: int) -> list[int]:
+    """Every size that equal parts of whole groups can have, the least first; none where the devices cannot share the batch."""
     if batch_size % (processes * group_size):
-        return None
+        return []
     share = batch_size // processes
-    size = next(n for n in range(min(at_most, share), 0, -1) if share % n == 0 and n % group_size == 0)
-    return Parts(size, share // size, processes)
+    return [size for size in range(group_size, share + 1, group_size) if share % size == 0]
 
 
 @lru_cache(maxsize=2)  # a batch can straddle two epochs

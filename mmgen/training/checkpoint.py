@@ -4,30 +4,34 @@ checkpoints/000000512000/        images seen
     network.safetensors          the weights that are trained; NAME.safetensors: those of every further part of the method
     ema-NAME.safetensors         every average
     optimizer.safetensors        tensors of the optimiser's state, "parameter number.name"; optimizer-NAME.safetensors likewise
-    state.json                   images seen, seconds spent, the optimisers' other settings, the fp16 scaler
+    state.json                   images seen, seconds spent, the optimisers' other settings, the fp16 scaler; the size and the
+                                 SHA-256 of every other file, and its own: `checkpoint_sums`
+damaged-000000000512000/     one that was found damaged: never read, never deleted
 """
 
 from __future__ import annotations
 
-import json
+import itertools
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from ..errors import ModelError, TrainingError
+from ..errors import MmgenError, ModelError, TrainingError, cannot_write, shortened
 from ..files import replacing_folder
 from ..models import check_state
+from ..team import Team
+from ..tensor_files import save_tensors
+from .checkpoint_sums import damage, read_state, write_state
 from .ema import EMA
 from .sharding import as_spread, gathered, put
-
-FORMAT = 1
 
 
 @dataclass
@@ -59,7 +63,7 @@ def save_checkpoint(
     those that do not `write` to give their pieces.
     """
     path = folder / f"{progress.images:012d}"
-    content: dict[str, Any] = {"format": FORMAT, "images": progress.images, "seconds": progress.seconds}
+    content: dict[str, Any] = {"images": progress.images, "seconds": progress.seconds}
     files = {}
     for name, (network_file, optimizer_file) in _files(networks).items():
         files[network_file] = gathered(networks[name].state_dict())
@@ -71,8 +75,8 @@ def save_checkpoint(
     if write:
         with replacing_folder(path) as temporary:
             for name, tensors in files.items():
-                save_file(tensors, temporary / f"{name}.safetensors")
-            (temporary / "state.json").write_text(json.dumps(content, indent=2))
+                save_tensors(tensors, temporary / f"{name}.safetensors")
+            write_state(temporary, content)
     return path
 
 
@@ -87,8 +91,63 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, the newest last."""
-    return sorted(p for p in folder.glob("[0-9]*") if p.name.isdecimal() and (p / "state.json").is_file())
+    """Checkpoints, whole or damaged, the newest last."""
+    return sorted(p for p in folder.glob("[0-9]*") if p.name.isdecimal() and p.is_dir())
+
+
+def newest_whole(folder: Path, needed: Iterable[str], team: Team, note: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is not damaged, the same in all processes, which all call this; None where there is none yet.
+
+    Newer ones, which are damaged, are named by `note`, and renamed to `damaged-...`, so that others of the same number can be
+    written. needed: the names of the files that a checkpoint has. Raises TrainingError where all are damaged; then nothing is
+    renamed, so that the next attempt does not begin from nothing.
+    """
+    chosen, refusal = None, None
+    if team.is_main:
+        try:
+            chosen = _choose(folder, set(needed), note)
+        except MmgenError as error:
+            refusal = error
+    chosen, refusal = team.gather((chosen, refusal))[0]
+    if refusal is not None:
+        raise refusal
+    return chosen
+
+
+def _choose(folder: Path, needed: set[str], note: Callable[[str], None]) -> Path | None:
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(list_checkpoints(folder)):
+        what = damage(path, needed)
+        if what is not None:
+            damaged.append((path, what))
+            continue
+        for old, reason in damaged:
+            aside = _set_aside(old)
+            note(f"the checkpoint {old} is damaged ({reason}): it is kept as {aside.name}, and {path.name} is used instead")
+        return path
+    if not damaged:
+        return None
+    listing = "; ".join(f"{path.name}: {what}" for path, what in damaged)
+    raise TrainingError(
+        f"no checkpoint in {folder} is whole ({listing}): put back what is damaged, or give another --out to start anew"
+    )
+
+
+def _set_aside(path: Path) -> Path:
+    """Renames a damaged checkpoint. Raises MmgenError where that is not possible."""
+    names = (f"damaged-{path.name}" + (f"-{i}" if i else "") for i in itertools.count())
+    target = next(target for name in names if not (target := path.with_name(name)).exists())
+    try:
+        path.rename(target)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    return target
+
+
+def file_names(names: Iterable[str], ema: EMA) -> set[str]:
+    """The files of a checkpoint of these parts and averages, beside state.json."""
+    stems = {stem for both in _files(names).values() for stem in both} | {f"ema-{name}" for name in ema.decays}
+    return {f"{stem}.safetensors" for stem in stems}
 
 
 def load_checkpoint(
@@ -96,7 +155,7 @@ def load_checkpoint(
 ) -> Progress:
     """Restores everything in place. Raises TrainingError naming what is damaged or does not fit."""
     try:
-        content = json.loads((path / "state.json").read_text())
+        content = read_state(path)
         averages = {name: load_file(path / f"ema-{name}.safetensors") for name in ema.decays}
         for name, (network_file, optimizer_file) in _files(networks).items():
             weights = load_file(path / f"{network_file}.safetensors")
@@ -118,11 +177,13 @@ def load_checkpoint(
             ema.load(name, average)
         if scaler is not None and content["scaler"] is not None:
             scaler.load_state_dict(content["scaler"])
+        if type(content["images"]) is not int or not 0 <= float(content["seconds"]) < math.inf:
+            raise ValueError("its progress is no number")
         return Progress(content["images"], content["seconds"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, ModelError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, ModelError) as error:
         raise TrainingError(
-            f"the checkpoint {path} cannot be used ({error}): delete that folder to go back to the one before it, "
-            "or give another --out"
+            f"the checkpoint {path} cannot be used ({shortened(error, 300)}): move that folder away to go back to the one before "
+            "it, or give another --out"
         ) from error
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import TrainSettings
 from ..models import ModelConfig, build_model
+from ..networks import blocks, checkpoint_blocks
 from .batches import Parts
 
 
@@ -53,28 +55,56 @@ class Cost:
         return self.weights + self.optimizer + self.averages + self.activations
 
 
-def estimate(train: TrainSettings, model_config: ModelConfig, parts: Parts, work: Work, sharded: bool = False) -> Cost:
-    """Costs of a training step. Activations are those that autograd keeps, for float32 or for half precision.
+@dataclass(frozen=True)
+class PassCost:
+    """Of one pass of the network, for one image."""
 
-    sharded: weights, gradients, optimiser states and averages are spread over the devices; what a block needs whole for a moment
-    is not counted.
-    """
-    shards = parts.processes if sharded else 1
+    parameters: int
+    flops: float  # forward: two to a multiply-add
+    bytes: float  # activations that autograd keeps for the backward pass
+
+
+def pass_cost(model_config: ModelConfig, precision: str, checkpointing: bool = False) -> PassCost:
+    """checkpointing: run.gradient_checkpointing; the network's own setting counts as well."""
     with torch.device("meta"):
         network = build_model(model_config).network
     probe = 2
-    parameters = sum(p.numel() for p in network.parameters())
-    flops = _forward_flops(network, model_config, probe) / probe
-    saved = _saved_bytes(network, model_config, train.precision, probe) / probe
+    checkpointing = checkpointing or has_checkpointing(model_config)
+    if checkpointing:
+        checkpoint_blocks(network)  # which refuses where it must
+        network.settings = replace(network.settings, gradient_checkpointing=False)  # so that all tensors are seen
+    saved = _saved_bytes(network, model_config, precision, probe, checkpointing)
+    flops = _forward_flops(network, model_config, probe)
+    return PassCost(sum(p.numel() for p in network.parameters()), flops / probe, saved / probe)
+
+
+def has_checkpointing(model_config: ModelConfig) -> bool:
+    """Whether the network recomputes its blocks of its own accord."""
+    return getattr(model_config.network, "gradient_checkpointing", False)
+
+
+def estimate(
+    train: TrainSettings, model_config: ModelConfig, parts: Parts, work: Work, sharded: bool = False,
+    checkpointing: bool = False, one: PassCost | None = None,
+) -> Cost:  # fmt: skip
+    """Costs of a training step. Activations are those that autograd keeps, for float32 or for half precision.
+
+    sharded: weights, gradients, optimiser states and averages are spread over the devices; what a block needs whole for a moment
+    is not counted. checkpointing: blocks are computed again in the backward pass, which costs a third forward pass. one:
+    of `pass_cost`, where it is known already.
+    """
+    shards = parts.processes if sharded else 1
+    one = one or pass_cost(model_config, train.precision, checkpointing)
+    parameters, back = one.parameters, 3 if checkpointing or has_checkpointing(model_config) else 2
     averages = len(train.ema_betas) + len(train.ema_half_lives)
     return Cost(
         parameters=parameters,
-        macs_per_image=int(flops / 2),
-        flops_per_step=(work.forward + 2 * work.backward) * flops * train.batch_size,
+        macs_per_image=int(one.flops / 2),
+        flops_per_step=(work.forward + back * work.backward) * one.flops * train.batch_size,
         weights=((2 * work.trained + work.frozen) * 4 * parameters) // shards + work.whole * 4 * parameters,
         optimizer=2 * work.trained * 4 * parameters // shards,
         averages=averages * 4 * parameters // shards,
-        activations=int(saved * parts.size),
+        activations=int(one.bytes * parts.size),
     )
 
 
@@ -95,20 +125,45 @@ def _forward_flops(network: nn.Module, config: ModelConfig, count: int) -> int:
     return counter.get_total_flops()
 
 
-def _saved_bytes(network: nn.Module, config: ModelConfig, precision: str, count: int) -> int:
-    """Bytes of all different tensors that a forward pass keeps for the backward pass, parameters aside."""
+def _saved_bytes(network: nn.Module, config: ModelConfig, precision: str, count: int, checkpointing: bool = False) -> int:
+    """Bytes of all different tensors that a forward pass keeps for the backward pass, parameters aside.
+
+    checkpointing: of each block what goes into it, and of one at a time, the largest, what is inside.
+    """
     parameters = {id(p) for p in network.parameters()}
     kept: dict[int, torch.Tensor] = {}  # by storage; the tensors are held so that no id is used twice
+    inside: list[dict[int, torch.Tensor]] = []  # of each block
+    places = [kept]
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def put(tensor: torch.Tensor, place: dict[int, torch.Tensor]) -> None:
         if id(tensor) not in parameters and not isinstance(tensor, nn.Parameter):
             base = tensor._base if tensor._base is not None else tensor
             if id(base) not in parameters:
-                kept[id(base)] = base
+                place[id(base)] = base
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        put(tensor, places[-1])
         return tensor
 
+    def enter(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        for tensor in inputs:
+            put(tensor, kept)
+        inside.append({})
+        places.append(inside[-1])
+
+    def leave(*_: object) -> None:
+        places.pop()
+
+    for block in blocks(network) if checkpointing else ():
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         output = network.train()(*_inputs(config, count))
     del output
-    total = sum(t.numel() * t.element_size() for t in kept.values())
+    within = [_bytes(tensor for key, tensor in block.items() if key not in kept) for block in inside]
+    total = _bytes(kept.values()) + max(within, default=0)
     return total // 2 if precision in ("fp16", "bf16") else total
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

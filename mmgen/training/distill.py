@@ -18,14 +18,14 @@ from ..denoiser import Denoiser
 from ..distill_config import DistillConfig, settled, student_denoiser, student_network, student_schedule
 from ..errors import ConfigError
 from ..models import AnyModel, ModelConfig, SamplingSettings
-from ..networks import widen_input
+from ..networks import checkpoint_blocks, widen_input
 from ..push import CONVERTED
 from ..sampling import check_defaults
 from ..teachers import Teacher, adam_second_moments, load_teacher, range_note
 from . import teacher_report as report
 from .alternating import alternating_parts, turn
 from .inputs import Inputs
-from .instant import GROUP, MOMENT_BATCHES, choose_derivative, data_second_moments, instant_parts
+from .instant import GROUP, MOMENT_BATCHES, MOMENT_PASS, choose_derivative, data_second_moments, instant_parts
 from .matching import Matching
 from .sharding import is_sharded
 from .start import DataProgress, load_shared, make_accelerator, run_training
@@ -148,6 +148,8 @@ def distill_task(
     own = teacher.model.config
     plain = replace(own, denoiser=replace(own.denoiser, clip=False))  # what is clipped is no mean
     network = teacher.model.network
+    if config.loss.method == "instant" and config.run.gradient_checkpointing:  # its gradient is taken as well
+        checkpoint_blocks(network)
     if config.loss.method == "alternating" and is_sharded(accelerator):  # the loop shards it; the comparison needs a whole one
         network = copy.deepcopy(network)
         teacher.model.to("cpu")
@@ -192,7 +194,9 @@ def second_moments(
         f"preconditioner: the teacher's training left no second moments, so they are collected from {MOMENT_BATCHES} batches of "
         f"{half} images"
     )
-    return data_second_moments(matching, dataset, accelerator, half, config.run.batch_per_device)
+    # `auto` is found with what is collected here
+    at_most = MOMENT_PASS if config.run.batch_per_device == "auto" else config.run.batch_per_device
+    return data_second_moments(matching, dataset, accelerator, half, at_most)
 
 
 def description(config: DistillConfig, teacher: Teacher) -> str:

@@ -18,9 +18,11 @@ from ..images import labelled_rows
 from ..models import AnyModel, ModelConfig
 from ..sampling import SampleSettings, draw
 from ..vae import decoder, normalise
+from .collapse import spread_of
 
 SHOWN = 30  # images per number of steps in a picture
 _OF_EVERY_LINE = ("images", "step", "seconds", "images_per_second", "learning_rate")
+_TOLD_OTHERWISE = ("loss_max", "skipped_steps")  # ends of names of numbers for the log alone
 
 
 def can_show(config: ModelConfig, device: torch.device, note: Callable[[str], None]) -> bool:
@@ -35,8 +37,11 @@ def can_show(config: ModelConfig, device: torch.device, note: Callable[[str], No
         return False
 
 
-def picture(model: AnyModel, dataset: Dataset | LatentDataset, steps: Sequence[int], seed: int) -> Image.Image:
-    """Samples of each number of steps, from the same noise, above real images."""
+def picture(
+    model: AnyModel, dataset: Dataset | LatentDataset, steps: Sequence[int], seed: int
+) -> tuple[Image.Image, dict[str, float]]:
+    """Samples of each number of steps, from the same noise, above real images; and by number of steps the samples' variance,
+    divided by that of the real images: see `collapse`."""
     classes = "balanced" if model.config.num_classes else "random"
     rows: list[tuple[str, Tensor | np.ndarray]] = [
         (
@@ -46,7 +51,10 @@ def picture(model: AnyModel, dataset: Dataset | LatentDataset, steps: Sequence[i
         for count in steps
     ]
     chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), min(SHOWN, len(dataset)), replace=False))
-    return labelled_rows([*rows, real_images(model, dataset, chosen)], columns=15, padding=4)
+    real = real_images(model, dataset, chosen)
+    of_data = spread_of(real[1])
+    variance = {str(count): spread_of(images) / of_data for count, (_, images) in zip(steps, rows, strict=True) if of_data}
+    return labelled_rows([*rows, real], columns=15, padding=4), variance
 
 
 def real_images(model: AnyModel, dataset: Dataset | LatentDataset, chosen: np.ndarray) -> tuple[str, Tensor | np.ndarray]:
@@ -83,7 +91,7 @@ def _numbers(log: Sequence[dict[str, Any]]) -> list[Panel]:
     """Panels of what training logs: losses, the numbers that a method adds, and those of them that are lists."""
     lines = [line for line in log if "learning_rate" in line]
     names = dict.fromkeys(name for line in lines for name in line if name not in _OF_EVERY_LINE)
-    losses, others, panels = {}, {}, []
+    losses, others, norms, panels = {}, {}, {}, []
     for name in names:
         points = [(line["images"], line[name]) for line in lines if line.get(name) is not None]
         title = name.replace("_", " ")
@@ -97,9 +105,12 @@ def _numbers(log: Sequence[dict[str, Any]]) -> list[Panel]:
             series = _split(points)
             if name.endswith("loss") and not _positive({name: series}):
                 panels.append(Panel(f"{title}: of either sign, no measure of progress", "images", {name: series}))
-            else:
+            elif name.endswith("gradient_norm"):
+                norms[title] = series
+            elif not name.endswith(_TOLD_OTHERWISE):
                 (losses if name.endswith("loss") else others)[title] = series
     first = [Panel("loss", "images", losses, log_y=True)] if losses or not panels else []
+    panels += [Panel("gradient norm", "images", norms, log_y=_positive(norms))] if norms else []
     return first + ([Panel("measures", "images", others, log_y=_positive(others))] if others else []) + panels
 
 

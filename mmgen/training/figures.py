@@ -20,6 +20,7 @@ from ..metrics.score import ScoreSettings, figure_name, score
 from ..models import AnyModel
 from ..sampling import SampleSettings, plan
 from ..team import Team
+from .collapse import Spread, spread_of_data, watched
 
 LARGEST_PIXELS = 4096  # C H W up to which FD-pixels is measured: its covariance has the square of that
 
@@ -29,12 +30,15 @@ class Scorer:
 
     Attributes:
         name: what the figure may be called, with its number of samples: fid10k, FD-pixels-1797.
+        variance: by number of steps, the variance of the samples last measured, divided by the data's: see `collapse`.
     """
 
     def __init__(self, extractor: Extractor, dataset: Dataset, run: RunSettings, device: torch.device, team: Team) -> None:
         self.extractor, self.images, self.run, self.device, self.team = extractor, dataset_images(dataset), run, device, team
         self.name = figure_name(extractor.title, run.eval_num)
         self._reference: ReferenceSet | None = None
+        self._of_data = spread_of_data(dataset.images)
+        self.variance: dict[str, float] = {}
 
     def measure(self, model: AnyModel, steps: Sequence[int], seed: int, **sampling: Any) -> dict[int, float]:
         """The figure for each number of steps, of the same `run.eval_num` images. To be called in all processes.
@@ -44,10 +48,11 @@ class Scorer:
         batch = self.run.batch_per_device
         if self._reference is None:
             self._reference = collect_reference(self.images, self.extractor, batch_size=batch, device=self.device, team=self.team)
-        values = {}
+        values, self.variance = {}, {}
         for count in steps:
             chosen = plan(model.config, SampleSettings(steps=count, seed=seed, batch_size=batch, **sampling))
-            images = drawn_images(model, chosen, self.run.eval_num, name="the model")
+            spread = Spread()
+            images = watched(drawn_images(model, chosen, self.run.eval_num, name="the model"), spread)
             found = score(
                 images,
                 self._reference,
@@ -57,6 +62,8 @@ class Scorer:
                 team=self.team,
             )
             values[count] = found.figures[self.name]
+            if self._of_data:
+                self.variance[str(count)] = spread.result(self.team) / self._of_data
         return values
 
 

@@ -16,7 +16,7 @@ from ..flow_map import input_scale, network_times
 from ..imm_config import ImmConfig
 from ..latents import LatentSettings
 from ..losses.imm import draw_times, earlier_time, imm_loss, jump_difference
-from ..models import Model, ModelConfig
+from ..models import Model, ModelConfig, check_weights
 from ..random import keys, normal, torch_seed
 from ..sampling import check_defaults
 from .batches import Batch
@@ -53,9 +53,11 @@ def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
 
 def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
     """A freshly initialised network with IMM's objective."""
+    check_weights(model_config)
     network = Model(model_config).network
     objective = ImmObjective(network, config, model_config.latents)
-    return Task({"model": Part(network, objective)}, model_config, group_size=config.loss.group_size)
+    advice = "loss.group_size of 4 or more, "
+    return Task({"model": Part(network, objective)}, model_config, group_size=config.loss.group_size, advice=advice)
 
 
 class ImmObjective(nn.Module):

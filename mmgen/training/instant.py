@@ -32,6 +32,7 @@ from .matching import Matching, Noised, full_precision
 from .task import Part
 
 GROUP = 2  # images that stay together: one of A and one of B
+MOMENT_PASS = 16  # images in a pass for them where run.batch_per_device is auto
 MOMENT_BATCHES = 64  # whose squared gradients are averaged where the teacher's optimiser left nothing
 
 Derivative = Callable[[Function, dict[str, Tensor], dict[str, Tensor]], tuple[Tensor, Tensor]]
@@ -42,7 +43,7 @@ def instant_parts(
 ) -> dict[str, Part]:
     """The student's part. derivative: `forward_derivative` or `finite_derivative`; second_moments: of Adam, or None."""
     objective = InstantObjective(matching, derivative, second_moments, accelerator)
-    return {"model": Part(matching.student.network, objective, objective.prepare)}
+    return {"model": Part(matching.student.network, objective, objective.prepare, objective.rehearse)}
 
 
 class InstantObjective(nn.Module):
@@ -62,19 +63,23 @@ class InstantObjective(nn.Module):
 
     def prepare(self, batches: Callable[[], Iterator[Batch]]) -> None:
         """nu = -Lambda times the gradient of the teacher's mean loss on generated images, over the whole of A."""
-        matching = self.matching
-
-        def gradient(batch: Batch) -> dict[str, Tensor]:
-            half = minibatch(batch, 0)
-            with torch.no_grad():
-                noised = matching.noised(half)
-                x_tilde = matching.answer(noised)
-                z_s = matching.target(noised, x_tilde)
-            weight, function = matching.weight(noised.s), self.teacher.at(z_s, noised)
-            return teacher_gradient(function, self.teacher.parameters, x_tilde, weight, matching.loss.reduction)
-
-        total = mean_over_processes(mean_gradient(map(gradient, batches())), self.accelerator)
+        total = mean_over_processes(mean_gradient(map(self._gradient, batches())), self.accelerator)
         self.direction = preconditioned(total, self.second_moments)
+
+    def rehearse(self, batch: Batch) -> None:
+        """`prepare` with one batch, on this process alone; what is held while there are more batches is held here too."""
+        total = mean_gradient(self._gradient(batch) for _ in range(2))
+        self.direction = preconditioned(total, self.second_moments)
+
+    def _gradient(self, batch: Batch) -> dict[str, Tensor]:
+        """Of the teacher's mean loss on what the student makes of A."""
+        matching, half = self.matching, minibatch(batch, 0)
+        with torch.no_grad():
+            noised = matching.noised(half)
+            x_tilde = matching.answer(noised)
+            z_s = matching.target(noised, x_tilde)
+        weight, function = matching.weight(noised.s), self.teacher.at(z_s, noised)
+        return teacher_gradient(function, self.teacher.parameters, x_tilde, weight, matching.loss.reduction)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         matching, half = self.matching, minibatch(batch, 1)

@@ -24,12 +24,16 @@ from ..errors import ConfigError, TrainingError
 from ..images import save_png
 from ..metrics.frechet import halves_distance
 from ..models import MODEL_FILE, AnyModel, ModelConfig, build_model, save_model
+from ..networks import checkpoint_blocks
 from ..team import team_of
-from . import evaluation
-from .batches import Batch, Parts, fetch, split_batch
-from .checkpoint import Progress, list_checkpoints, load_checkpoint, remove_old, save_checkpoint
+from . import collapse, evaluation
+from .auto_batch import describe, find_size
+from .batches import Batch, Parts, fetch, part_sizes, split_batch
+from .checkpoint import Progress, file_names, list_checkpoints, load_checkpoint, newest_whole, remove_old, save_checkpoint
+from .contention import Watch
 from .ema import EMA, ema_decays
 from .figures import make_scorer
+from .gradients import measure_and_clip
 from .numbers import BadLoss, Numbers
 from .optim import build_optimizer, learning_rate
 from .run_folder import RunFolder
@@ -69,13 +73,16 @@ class Trainer:
         set_precision(train.precision)
         torch.manual_seed(train.seed)  # the initial weights
         self.task = make_task(accelerator)
-        self.parts = share_batch(train.batch_size, self.task.group_size, accelerator.num_processes, run.batch_per_device)
+        at_most = train.batch_size if run.batch_per_device == "auto" else run.batch_per_device
+        self.parts = share_batch(train.batch_size, self.task.group_size, accelerator.num_processes, at_most)
         self.sharded = is_sharded(accelerator)
         self.networks, self.optimizers, self._prepared = {}, {}, {}
         for network in self.task.frozen if self.sharded else ():
             shard(network)
         for name, part in self.task.parts.items():
             self.networks[name] = part.network.to(accelerator.device)
+            if run.gradient_checkpointing:
+                checkpoint_blocks(part.network)
             if run.compile:
                 compile_network(part.network)
             if self.sharded:
@@ -89,8 +96,23 @@ class Trainer:
         self.log_lines: list[dict[str, Any]] = []
         self.numbers = Numbers(accelerator, single=len(self.task.parts) == 1)
         self.team = team_of(accelerator)
+        if run.batch_per_device == "auto":
+            self.parts = self._parts_that_fit()
+            run = replace(run, batch_per_device=self.parts.size)
         self.scorer = make_scorer(run, dataset, accelerator.device, self.team, reporter.note)
         self.shows = self.team.is_main and evaluation.can_show(self.task.model_config, accelerator.device, reporter.note)
+
+    def _parts_that_fit(self) -> Parts:
+        train, processes, group_size = self.train, self.accelerator.num_processes, self.task.group_size
+        found = find_size(
+            part_sizes(train.batch_size, group_size, processes), parts=self.task.parts, optimizers=self.optimizers,
+            batch_of=lambda size: fetch(self.dataset, 0, size, train.seed, self.accelerator.device),
+            model_config=self.task.model_config, precision=train.precision,
+            checkpointing=self.run_settings.gradient_checkpointing, sharded=self.sharded,
+            device=self.accelerator.device, team=self.team, folder=self.folder.path,
+        )  # fmt: skip
+        self.reporter.note(describe(found))
+        return share_batch(train.batch_size, group_size, processes, found.size)
 
     # ------------------------------------------------------------------ a run
 
@@ -98,14 +120,17 @@ class Trainer:
         """Resumes where a checkpoint stands, trains, measures. Raises TrainingError for a loss that is not finite."""
         run = self.run_settings
         self._resume()
-        total = self.train.max_images
+        first, total = self.progress.images, self.train.max_images
         self.reporter.start(self.progress.images, total)
         started, seconds_before, logged_at = (
             time.monotonic(),
             self.progress.seconds,
             (time.monotonic(), self.progress.images),
         )
+        cores = Watch() if self.accelerator.device.type == "cpu" else None
         with StopRequest() as stop:
+            if 0 < self.progress.images < total:
+                self._look(self.progress.images - self.train.batch_size, again=False)
             while self.progress.images < total:
                 before = self.progress.images
                 self._step()
@@ -114,9 +139,11 @@ class Trainer:
                 step = images // self.train.batch_size
                 if step % run.log_every == 0 or done:
                     now = time.monotonic()
-                    rate = (images - logged_at[1]) / (now - logged_at[0])
+                    rate = (images - logged_at[1]) / max(now - logged_at[0], 1e-9)  # a clock may be coarse
                     self._log(self._flush() | {"images_per_second": round(rate, 2)})
                     logged_at = (now, images)
+                    if cores is not None and (slow := cores.look(torch.get_num_threads())) is not None:
+                        self.reporter.note(slow)
                 self.reporter.advance(images)
                 ends = done or self._should_end(stop, time.monotonic() - started, step)
                 if ends or crossed(before, images, run.checkpoint_every):
@@ -124,20 +151,34 @@ class Trainer:
                     self.accelerator.wait_for_everyone()
                 if ends:
                     break
-                if crossed(before, images, run.eval_every):
-                    self._measure()
-                    self.accelerator.wait_for_everyone()
-                    logged_at = (time.monotonic(), images)
-                if crossed(before, images, run.preview_every):
-                    self._preview()
-                    self.accelerator.wait_for_everyone()
+                if self._look(before):
                     logged_at = (time.monotonic(), images)
             finished = self.progress.images >= total
             if stop.signal is not None:
                 return Outcome(self.progress.images, signal=stop.signal)
-        results = self._finish()
+        results = self._finish(anew=self.progress.images > first)
         self.accelerator.wait_for_everyone()
         return Outcome(self.progress.images, finished=finished, results=results)
+
+    def _look(self, before: int, again: bool = True) -> bool:
+        """Measures and draws what is due after the step that began at `before` images; whether anything was.
+
+        Not `again`: what the log and the previews have already is left. A run that was killed after it saved has not.
+        """
+        run, images = self.run_settings, self.progress.images
+        due = crossed(before, images, run.eval_every), crossed(before, images, run.preview_every)
+        if not any(due):
+            return False
+        there = False, False
+        if not again:  # the main process has the log
+            there = self.team.gather((bool(self._figures_now()), self._preview_file().is_file()))[0]
+        if due[0] and not there[0]:
+            self._measure()
+            self.accelerator.wait_for_everyone()
+        if due[1] and not there[1]:
+            self._preview()
+            self.accelerator.wait_for_everyone()
+        return True
 
     def _step(self) -> None:
         """One update of the weights of one part, over the whole global batch."""
@@ -160,12 +201,11 @@ class Trainer:
                 accelerator.backward(loss)
             total = total + loss.detach()
             self.numbers.add(numbers)
-        if self.optimizer.grad_clip > 0:
-            accelerator.clip_grad_norm_(part.network.parameters(), self.optimizer.grad_clip)
+        norm = measure_and_clip(part.network, optimizer, self.optimizer.grad_clip, accelerator)
         optimizer.step()
         optimizer.zero_grad()
         self.ema.update()  # whatever part was updated: decays are per step
-        self.numbers.add_loss(name, total)
+        self.numbers.add_step(name, total, norm)
         self.progress.images = first + self.train.batch_size
 
     def _gradients_travel(self, part: Part, objective: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
@@ -197,7 +237,7 @@ class Trainer:
         except BadLoss as bad:
             good = list_checkpoints(self.folder.checkpoints)
             last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
-            what = "the loss" if self.numbers.single else f"the loss of the {bad.part}"
+            what = f"the {bad.what}" if self.numbers.single else f"the {bad.what} of the {bad.part}"
             step = self.progress.images // self.train.batch_size + bad.offset + 1
             raise TrainingError(
                 f"{what} is {bad.value} at step {step} of {self.folder.path}; {last}. "
@@ -221,6 +261,7 @@ class Trainer:
         scalars = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
         lists = {k: v for k, v in numbers.items() if isinstance(v, list)}
         scalars |= {f"{k}/{i}": v for k, values in lists.items() for i, v in enumerate(values, 1) if v is not None}
+        scalars |= {f"variance/{count}": value for count, value in numbers.get("variance", {}).items()}
         scalars |= {f"{numbers['figure']}/{count}": value for count, value in numbers.get("values", {}).items()}
         self.accelerator.log(scalars, step=self.progress.images)
 
@@ -236,7 +277,19 @@ class Trainer:
         if self.team.gather(best)[0]:  # only the main process has the log
             self._save_model(self.folder.path / BEST_FILE, self.ema.first, figures={name: values})
         # After the model: were it logged before and the run killed between, no later figure would count as better
-        self._log({"figure": name, "values": values, "num": self.run_settings.eval_num})
+        self._log({"figure": name, "values": values, "num": self.run_settings.eval_num, **self._watched(self.scorer.variance)})
+
+    def _watched(self, variance: dict[str, float]) -> dict[str, Any]:
+        """What the log says of the samples' variance; a warning is shown, too."""
+        found = collapse.report(self.log_lines, self.progress.images, variance, self.task.advice)
+        if "warning" in found:
+            self.reporter.note(found["warning"])
+        return found
+
+    def _figures_now(self) -> dict[str, Any]:
+        """The line of the log that holds figures of this number of images, empty where there is none."""
+        lines = (line for line in reversed(self.log_lines) if "values" in line)
+        return next((line for line in lines if line["images"] == self.progress.images), {})
 
     def _measured(self) -> list[dict[str, Any]]:
         """The lines of the log that hold this figure."""
@@ -245,26 +298,27 @@ class Trainer:
     # ------------------------------------------------------------------ files
 
     def _resume(self) -> None:
-        found = list_checkpoints(self.folder.checkpoints)
-        if found:
-            self.progress = load_checkpoint(found[-1], self.networks, self.optimizers, self.ema, self.accelerator.scaler)
-            self.reporter.note(f"resuming from {found[-1]}: {self.progress.images:,} images seen")
+        folder, note = self.folder.checkpoints, self.reporter.note
+        newest = newest_whole(folder, file_names(self.networks, self.ema), self.team, note)
+        if newest is not None:
+            self.progress = load_checkpoint(newest, self.networks, self.optimizers, self.ema, self.accelerator.scaler)
+            note(f"resuming from {newest}: {self.progress.images:,} images seen")
         if self.accelerator.is_main_process:
             self.log_lines = self.folder.rewind_log(self.progress.images)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
-        """A checkpoint and the model files. Losses are looked at first: nothing that is not finite is saved as good."""
+        """The model files and a checkpoint. Losses are looked at first: nothing that is not finite is saved as good."""
         numbers, main, folder = self._flush(), self.accelerator.is_main_process, self.folder.checkpoints
         if numbers and main:
             self._log(numbers)
-        save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.accelerator.scaler, self.progress, write=main)
-        if main:
-            remove_old(folder, self.run_settings.keep_checkpoints)
+        # Before the checkpoint: were they after it and the run killed between, they would stay those of the one before
         for name in self.ema.decays or [None]:
             file = MODEL_FILE if name == self.ema.first else f"model-ema-{name}.safetensors"
             self._save_model(self.folder.path / file, name)
+        save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.accelerator.scaler, self.progress, write=main)
         if main:
+            remove_old(folder, self.run_settings.keep_checkpoints)
             save_png(self.folder.path / "curves.png", evaluation.curves(self.log_lines))
 
     def _save_model(self, file: Path, name: str | None, **more: Any) -> None:
@@ -274,25 +328,32 @@ class Trainer:
             save_model(file, self._model_config(name, **more), state)
 
     def _preview(self) -> None:
-        self._picture(self._averaged_model(), self.folder.previews / f"{self.progress.images:012d}.png")
+        variance = self._picture(self._averaged_model(), self._preview_file())
+        if variance:
+            self._log(self._watched(variance))
 
-    def _picture(self, model: AnyModel, file: Path) -> None:
-        """The method's picture of the model, or else a sample grid; by the main process."""
+    def _preview_file(self) -> Path:
+        return self.folder.previews / f"{self.progress.images:012d}.png"
+
+    def _picture(self, model: AnyModel, file: Path) -> dict[str, float]:
+        """The method's picture of the model, or else a sample grid; by the main process. Returns the samples' variance."""
         if not self.shows:
-            return
+            return {}
+        variance: dict[str, float] = {}
         if self.task.picture is not None:
             image = self.task.picture(model, self.train.seed)
         else:
-            image = evaluation.picture(model, self.dataset, self.run_settings.eval_steps, self.train.seed)
+            image, variance = evaluation.picture(model, self.dataset, self.run_settings.eval_steps, self.train.seed)
         if image is not None:
             save_png(file, image)
+        return variance
 
-    def _finish(self) -> dict[str, Any] | None:
-        """The picture and the table at the end. They are made once for every number of images trained on."""
+    def _finish(self, anew: bool) -> dict[str, Any] | None:
+        """The picture and the table at the end: once for every number of images. `anew`: those that are there are outdated."""
         images, main = self.progress.images, self.accelerator.is_main_process
-        results = self.folder.read_results() if main else None
-        done = results is not None and results["images"] == images
-        measured = bool(self.log_lines) and "values" in self.log_lines[-1]
+        results = self.folder.read_results(images) if main and not anew else None
+        done = results is not None
+        measured = bool(self._figures_now())
         done, measured = self.team.gather((done, measured))[0]  # the main process decides: only it has the log
         if done:
             return results
@@ -307,7 +368,7 @@ class Trainer:
         if self.scorer is not None and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4:
             halves = halves_distance(self.dataset.images)
         save_png(self.folder.path / "curves.png", evaluation.curves(self.log_lines, halves))
-        last = self.log_lines[-1] if self.log_lines and "values" in self.log_lines[-1] else {}
+        last = self._figures_now()
         results = {
             "images": images,
             "seconds": round(self.progress.seconds, 1),

@@ -1,6 +1,7 @@
 """The folder of a run: its settings, its log, and where everything else in it lies.
 
 config.json              the resolved settings and the data they met
+batch_per_device.json    the size that run.batch_per_device = "auto" has found
 log.jsonl                one line per log interval and per measurement
 checkpoints/             to resume from
 model.safetensors        the (first) averaged weights at the last checkpoint, or the weights where nothing is averaged
@@ -8,21 +9,25 @@ model-ema-NAME.safetensors  the other averages
 model-best.safetensors   those weights with the least figure so far, at the first of run.eval_steps
 previews/, curves.png    sample grids over training; loss and figures over training
 samples.png, results.json   at the end: 1, 2, 4, 8 steps above real images, and the table
+.lock                    keeps a second run out while one is at work
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from ..data import Dataset
 from ..data.latents import LatentDataset
-from ..errors import TrainingError
-from ..files import remove_leftovers, replacing, write_json
+from ..errors import TrainingError, cannot_write, shortened
+from ..files import TEMPORARY, parse_json, read_json, remove_leftovers, replacing, write_json
+from ..lock import LOCK_FILE
 from ..settings import flatten
 
 _MISSING = object()
+_MOST_LOG = 1 << 28  # bytes of log.jsonl: a million lines
 
 
 def is_free(key: str, config: dict[str, Any]) -> bool:
@@ -38,7 +43,7 @@ def is_free(key: str, config: dict[str, Any]) -> bool:
 
 
 class RunFolder:
-    """Paths and logs of one run. Only the main process writes."""
+    """Paths and logs of one run. Only the main process writes, and where `lock.only_run_in` lets it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,16 +56,31 @@ class RunFolder:
 
         command: such as "train-imm"; config: its settings as a dictionary.
         """
-        identity = {"command": command, "config": config, "data": dataset.fingerprint}
+        identity = {"command": command, "config": config, "data": dataset.fingerprint, "images": dataset.description}
         identity = json.loads(json.dumps(identity))  # as it comes back: tuples are lists
         file = self.path / "config.json"
         if file.is_file():
-            self._compare(json.loads(file.read_text()), identity)
-        elif self.path.is_dir() and any(self.path.iterdir()):
+            self._compare(self._identity(file), identity)
+        elif self.path.is_dir() and any(not p.name.startswith((TEMPORARY, LOCK_FILE)) for p in self.path.iterdir()):
             raise TrainingError(f"{self.path} is not empty and holds no run: give another --out")
         write_json(file, identity)
         for folder in (self.path, self.checkpoints, self.previews):
             remove_leftovers(folder)
+
+    def _identity(self, file: Path) -> dict[str, Any]:
+        try:
+            found = read_json(file)
+            if (
+                not isinstance(found["config"], dict)
+                or not isinstance(found["data"], str)
+                or not isinstance(found["command"], str)
+            ):
+                raise ValueError("it holds no settings of a run")
+            return found
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise TrainingError(
+                f"{file} is damaged ({shortened(error)}), so that nothing says what the run there is of: give another --out"
+            ) from error
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         if old["command"] != new["command"]:
@@ -68,8 +88,11 @@ class RunFolder:
                 f"{self.path} holds a run of `mmgen {old['command']}`, not of `mmgen {new['command']}`: give another --out"
             )
         if old["data"] != new["data"]:
+            was, is_ = old.get("images"), new["images"]
+            change = "as many images, other pixels or labels" if was in (None, is_) else f"they were {was}, and are {is_}"
             raise TrainingError(
-                f"the data are not those that the run in {self.path} was started with: give another --out to start anew"
+                f"the data have changed since the run in {self.path} was started ({change}): bring the old ones back to resume, "
+                "or give another --out to start anew"
             )
         before, after = dict(flatten(old["config"])), dict(flatten(new["config"]))
         for key in after | before:
@@ -81,15 +104,30 @@ class RunFolder:
                 )
 
     def read_log(self) -> list[dict[str, Any]]:
-        """The lines of the log; a last line that a kill cut short is left out."""
+        """The lines of the log; a last line that a kill cut short is left out. Raises TrainingError where it is no log."""
         if not self.log_file.is_file():
             return []
         lines = []
-        for line in self.log_file.read_text().splitlines():
-            try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+        try:
+            if self.log_file.stat().st_size > _MOST_LOG:
+                raise ValueError(f"it has more than {_MOST_LOG:,} bytes")
+            written = self.log_file.read_text("utf-8").splitlines()
+            for i, text in enumerate(written, 1):
+                try:
+                    line = parse_json(text)
+                except ValueError:
+                    if i < len(written):
+                        raise
+                    break
+                if (
+                    not isinstance(line, dict)
+                    or type(line.get("images")) is not int
+                    or not isinstance(line.get("values", {}), dict)
+                ):
+                    raise ValueError(f"line {i} is none of a log")
+                lines.append(line)
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{self.log_file} is damaged ({shortened(error)}): move it away to resume without it") from error
         return lines
 
     def rewind_log(self, images: int) -> list[dict[str, Any]]:
@@ -100,12 +138,19 @@ class RunFolder:
         return kept
 
     def log(self, line: dict[str, Any]) -> None:
-        with open(self.log_file, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Appends a line. Raises MmgenError where it cannot be written."""
+        try:
+            with open(self.log_file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise cannot_write(self.log_file, error) from error
 
-    def read_results(self) -> dict[str, Any] | None:
-        file = self.path / "results.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+    def read_results(self, images: int) -> dict[str, Any] | None:
+        """results.json, if it is of so many images; None where there is none, or it is damaged: it is then written anew."""
+        with contextlib.suppress(OSError, ValueError):
+            found = read_json(self.path / "results.json")
+            return found if isinstance(found, dict) and found.get("images") == images else None
+        return None
 
     def write_results(self, results: dict[str, Any]) -> None:
         write_json(self.path / "results.json", results)

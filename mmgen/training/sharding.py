@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..networks import blocks
 
 
 def is_sharded(accelerator: Any) -> bool:
@@ -45,16 +46,9 @@ def shard(network: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
-    for block in _blocks(network):
+    for block in blocks(network):
         fully_shard(block, reshard_after_forward=reshard)
     return fully_shard(network, reshard_after_forward=reshard)
-
-
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    """The modules in the lists and tables that the network itself has."""
-    containers = [child for child in network.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
-    inside = [block for container in containers for block in container.children()]
-    return [b for b in inside if not isinstance(b, nn.ModuleList | nn.ModuleDict) and any(True for _ in b.parameters())]
 
 
 def synchronise_gradients(network: nn.Module, wanted: bool) -> None:

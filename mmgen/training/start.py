@@ -18,6 +18,7 @@ from ..data.latents import LatentDataset, load_latents
 from ..data.resolve import find_latents
 from ..errors import ConfigError, DataError
 from ..imm_config import ImmConfig
+from ..lock import only_run_in
 from .imm import imm_model_config, imm_task
 from .loop import Trainer
 from .run_folder import RunFolder
@@ -138,6 +139,20 @@ def run_training(
 
     Raises ConfigError, DataError, TrainingError and MmgenError, each with one sentence.
     """
+    with only_run_in(out, reporter.note) if accelerator.is_main_process else contextlib.nullcontext():
+        return _train(command, config, dataset, make_task, accelerator, out, reporter, max_seconds)
+
+
+def _train(
+    command: str,
+    config: Any,
+    dataset: Dataset | LatentDataset,
+    make_task: Callable[[Any], Task],
+    accelerator: Any,
+    out: Path,
+    reporter: Reporter,
+    max_seconds: float,
+) -> Outcome:
     folder = RunFolder(out)
     if accelerator.is_main_process:
         folder.open(command, config.to_dict(), dataset)

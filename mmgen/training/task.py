@@ -28,11 +28,13 @@ class Part:
             gradient. A module whose parameters are those of the network and no others: DistributedDataParallel wraps it.
         prepare: called before the passes of a step with a function whose every call walks anew over all batches of the step
             on this process. What it computes from them it reduces over the processes itself.
+        rehearse: of a part that prepares, its work on one batch without the other processes: it tells what fits into memory.
     """
 
     network: nn.Module
     objective: nn.Module
     prepare: Callable[[Callable[[], Iterator[Batch]]], None] | None = None
+    rehearse: Callable[[Batch], None] | None = None
 
 
 def always_first(step: int) -> str:
@@ -54,6 +56,7 @@ class Task:
             process. None: no picture, now.
         finish: finish(model, folder, scorer) at the end of a run, in all processes: more entries for results.json, of which
             those of the main process count. `scorer` is None where nothing is measured.
+        advice: what to try where training collapses, besides what helps every method; ends with a comma and a blank.
     """
 
     parts: dict[str, Part]
@@ -63,6 +66,7 @@ class Task:
     group_size: int = 1
     picture: Callable[[AnyModel, int], Image.Image | None] | None = None
     finish: Callable[[AnyModel, Path, Scorer | None], dict[str, Any] | None] | None = None
+    advice: str = ""
 
 
 class Reporter(Protocol):

@@ -18,7 +18,7 @@ from ..diffusion import per_image
 from ..errors import ConfigError
 from ..latents import LatentSettings
 from ..losses.denoising import LEVELS, draw_sigma, weight
-from ..models import ModelConfig
+from ..models import ModelConfig, check_weights
 from ..random import keys, normal, torch_seed, uniform
 from ..sampling import check_defaults
 from ..teacher_config import TeacherConfig
@@ -59,6 +59,7 @@ def teacher_model_config(config: TeacherConfig, shape: DataShape) -> ModelConfig
 
 def teacher_task(config: TeacherConfig, model_config: ModelConfig) -> Task:
     """A freshly initialised network with the loss of a denoiser."""
+    check_weights(model_config)
     network = Denoiser(model_config).network
     return Task({"model": Part(network, DenoisingObjective(network, config, model_config.latents))}, model_config)
 

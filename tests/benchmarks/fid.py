@@ -10,11 +10,10 @@ interface, each with its own defaults. Their order alternates; the least time of
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,8 @@ from PIL import Image
 
 from tests.tiny_inception import write_inception
 
-ROOT = Path(__file__).parents[2]
+from .measuring import Row, Size, process, show
+
 CLEAN_FID = """
 import sys, torch
 from cleanfid import fid
@@ -36,20 +36,9 @@ print("figure", value)
 """
 
 
-def measure(command: list[str], environment: dict[str, str]) -> tuple[float, float, float]:
-    """(seconds, peak MiB of the process itself, figure) of a command that prints "figure X" or mmgen's table."""
-    start = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **environment}, stdout=output, stderr=subprocess.DEVNULL)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        text = output.read()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command[:4])} failed: {text}")
-    figure = next((float(line.split()[1]) for line in text.splitlines() if line.startswith("figure ")), float("nan"))
-    return seconds, usage.ru_maxrss / 1024, figure
+def measure(command: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """(seconds, peak MiB of the process itself) of a command."""
+    return process(command, environment)[:2]
 
 
 def write_images(folder: Path, count: int, seed: int) -> None:
@@ -67,31 +56,29 @@ def programs(place: Path, count: int) -> dict[str, tuple[list[str], dict[str, st
     return {"clean-fid": (clean, {}), "mmgen": ([*ours, "--out", str(place / "scores.json")], {"MMGEN_CACHE": "{cache}"})}
 
 
-def end_to_end(place: Path, counts: tuple[int, int], rounds: int) -> None:
-    """Time at counts[0] images a side, and how peak memory grows to counts[1]."""
+def end_to_end(place: Path, counts: tuple[int, int], rounds: int, name_: str) -> Row:
+    """Seconds and peak memory at counts[0] images a side, and how that grows to counts[1]."""
     for count in counts:
         for name, seed in (("a", 1), ("b", 2)):
             if not (place / f"{name}{count}").exists():
                 write_images(place / f"{name}{count}", count, seed)
-    results: dict[str, dict[int, list[tuple[float, float, float]]]] = {"clean-fid": {}, "mmgen": {}}
+    results: dict[str, dict[int, list[tuple[float, float]]]] = {"clean-fid": {}, "mmgen": {}}
     for round_ in range(rounds):
         for count in counts if round_ == 0 else counts[:1]:
             for name, (command, environment) in programs(place, count).items():
                 with tempfile.TemporaryDirectory() as cache:
                     filled = {key: value.format(cache=cache) for key, value in environment.items()}
                     results[name].setdefault(count, []).append(measure(command, filled))
-    print(f"{'':12}{'seconds':>10}{'peak MiB':>10}{f'growth to {counts[1]:,}':>18}")
-    rows = {}
-    for name, found in results.items():
-        seconds = min(run[0] for run in found[counts[0]])
-        peak, larger = (max(run[1] for run in found[count]) for count in counts)
-        rows[name] = seconds, larger - peak
-        print(f"{name:12}{seconds:10.1f}{peak:10.0f}{larger - peak:14.0f} MiB")
-    (theirs, their_growth), (ours, our_growth) = rows["clean-fid"], rows["mmgen"]
-    print(f"ratio: {theirs / ours:.1f} times as fast, {max(our_growth, 0) / their_growth:.3f} of the growth\n")
+    least = {name: min(run[0] for run in found[counts[0]]) for name, found in results.items()}
+    peak = {name: [max(run[1] for run in found[count]) for count in counts] for name, found in results.items()}
+    (theirs, their_growth), (ours, our_growth) = ((least[name], peak[name][1] - peak[name][0]) for name in ("clean-fid", "mmgen"))
+    note = f"memory grows by {our_growth:.0f} and {their_growth:.0f} MiB to {counts[1]:,} images"
+    what = f"fid, {counts[0]:,} images a side, {name_}"
+    return Row(what, "s", ours, theirs, theirs / ours, peak["mmgen"][0], peak["clean-fid"][0], note)
 
 
-def distance(dim: int, rounds: int = 3) -> None:
+def distance(dim: int, rounds: int = 3) -> Row:
+    """Seconds of the Fréchet distance of `dim` features."""
     import scipy.linalg
 
     from mmgen.metrics.frechet import Gaussian, frechet_distance
@@ -110,10 +97,20 @@ def distance(dim: int, rounds: int = 3) -> None:
         times["SciPy sqrtm"].append(middle - start)
         times["mmgen"].append(time.perf_counter() - middle)
     least = {name: min(found) for name, found in times.items()}
-    for name, seconds in least.items():
-        print(f"{name:12}{seconds:10.2f} s")
-    ratio, difference = least["SciPy sqrtm"] / least["mmgen"], abs(ours / theirs - 1)
-    print(f"ratio: {ratio:.1f} times as fast, relative difference {difference:.1e} (scipy {scipy.__version__})\n")
+    ratio = least["SciPy sqrtm"] / least["mmgen"]
+    note = f"relative difference {abs(ours / theirs - 1):.1e}, scipy {scipy.__version__}"
+    return Row(f"Fréchet distance of {dim} features", "s", least["mmgen"], least["SciPy sqrtm"], ratio, note=note)
+
+
+def rows(size: Size, device: str = "cpu", images: int = 2000, dim: int = 2048, rounds: int = 3) -> Iterator[Row]:
+    """`device` has no say: both run on the CPU. Needs clean-fid and SciPy."""
+    yield distance(dim, rounds)
+    for tiny in (True, False) if size == "full" else (True,):
+        with tempfile.TemporaryDirectory() as place:
+            write_inception(Path(place) / "inception-2015-12-05.pt", tiny=tiny)
+            counts = (images, 8 * images) if tiny else (images // 4, images)
+            name = "a tiny network" if tiny else "a full-size Inception"
+            yield end_to_end(Path(place), counts, rounds if tiny else 1, name)
 
 
 def main() -> None:
@@ -123,14 +120,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=2048, help="features of the distance")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    print(f"the Fréchet distance of {options.dim} features")
-    distance(options.dim)
-    for tiny in (True, False) if options.full else (True,):
-        print(f"{options.images:,} against {options.images:,} images, {'a tiny network' if tiny else 'a full-size Inception'}")
-        with tempfile.TemporaryDirectory() as place:
-            write_inception(Path(place) / "inception-2015-12-05.pt", tiny=tiny)
-            counts = (options.images, 8 * options.images) if tiny else (options.images // 4, options.images)
-            end_to_end(Path(place), counts, options.rounds if tiny else 1)
+    size = "full" if options.full else "quick"
+    show(rows(size, images=options.images, dim=options.dim, rounds=options.rounds))
 
 
 if __name__ == "__main__":

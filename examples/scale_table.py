@@ -1,0 +1,163 @@
+"""Memory and time of every training preset on 1, 8 and 64 GPUs, as two tables in Markdown. Computed, not measured.
+
+    python examples/scale_table.py                                   # H200 at 35 % of their peak rate
+    python examples/scale_table.py --gpu a100 --utilisation 0.3 --gradient-checkpointing
+
+Memory is `mmgen.training.cost.estimate`'s, which `--dry-run` shows: weights, gradients, optimiser, averages and the activations
+that autograd keeps, for the preset's run.batch_per_device. What kernels need for themselves, and a sharded block while it is put
+together, come on top. Time is arithmetic over the vendor's peak (dense, of the preset's precision) times an assumed utilisation,
+the same for all networks: no communication, no input and no evaluation are counted, so that more GPUs are as many times as fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from mmgen import distill_config, imm_config, teacher_config
+from mmgen.config import preset_names, read_preset
+from mmgen.data import DataShape
+from mmgen.denoiser import DenoiserSettings
+from mmgen.models import ModelConfig
+from mmgen.networks import ADMSettings
+from mmgen.training.batches import split_batch
+from mmgen.training.cost import ALTERNATING, DENOISING, IMM, INSTANT, Cost, PassCost, Work, estimate, pass_cost
+from mmgen.training.imm import imm_model_config
+from mmgen.training.instant import GROUP
+from mmgen.training.start import expected_shape
+from mmgen.training.teacher import teacher_model_config
+
+# Peak rates of dense products in FLOP/s, from NVIDIA's data sheets, which print twice as much "with sparsity"; memory in bytes
+GPUS = {
+    "h200": {"fp16": 989e12, "bf16": 989e12, "tf32": 494e12, "fp32": 67e12, "memory": 141e9},
+    "a100": {"fp16": 312e12, "bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12, "memory": 80e9},
+}
+COUNTS = (1, 8, 64)
+GIB, DAY = 2**30, 86400
+SHAPES = {"digits": DataShape(8, 1, 10), "cifar10": DataShape(32, 3, 10)}  # of data whose presets do not say it
+# What the presets without a teacher of their own are computed with
+STAND_INS = {
+    "digits-distill": "digits-teacher", "cifar10-distill": "cifar10-teacher", "imagenet128-distill": "imagenet128-teacher",
+    "imagenet64-distill": "EDM's ADM",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    config: object  # all settings
+    model: ModelConfig
+    work: Work
+    group_size: int
+
+
+def recipe(name: str) -> Recipe:
+    """What a preset trains."""
+    if name in preset_names("train-imm"):
+        config = imm_config.resolve(read_preset(name))
+        return Recipe(config, imm_model_config(config, shape_of(config)), IMM, config.loss.group_size)
+    if name in preset_names("train-teacher"):
+        config = teacher_config.resolve(read_preset(name))
+        return Recipe(config, teacher_model_config(config, shape_of(config)), DENOISING, 1)
+    config = distill_config.resolve(read_preset(name))
+    teacher = STAND_INS[name]
+    if teacher in preset_names("train-teacher"):
+        model = recipe(teacher).model
+    else:
+        model = ModelConfig(
+            network=ADMSettings(), flow=None, denoiser=DenoiserSettings(), resolution=64, channels=3, num_classes=1000
+        )
+    alternating = config.loss.method == "alternating"
+    return Recipe(config, model, ALTERNATING if alternating else INSTANT, 1 if alternating else GROUP)
+
+
+def shape_of(config) -> DataShape:
+    return SHAPES.get(config.data.name) or expected_shape(config.data)
+
+
+def costs(chosen: Recipe, gpus: int, sharded: bool, checkpointing: bool, one: PassCost) -> Cost | None:
+    """None where so many GPUs cannot share the batch."""
+    train, run = chosen.config.train, chosen.config.run
+    parts = split_batch(train.batch_size, chosen.group_size, gpus, run.batch_per_device)
+    return None if parts is None else estimate(train, chosen.model, parts, chosen.work, sharded, checkpointing, one)
+
+
+def step_seconds(chosen: Recipe, cost: Cost, gpu: dict[str, float], utilisation: float, gpus: int) -> float:
+    """Under autocast the network that is trained works in half precision, and what it is compared with in TF32."""
+    precision, work = chosen.config.train.precision, chosen.work
+    evaluations = cost.flops_per_step / (
+        2.0 * cost.macs_per_image * chosen.config.train.batch_size
+    )  # of one image, in forward passes
+    beside = work.forward - 1 if precision in ("fp16", "bf16") else 0
+    share = beside / evaluations
+    seconds = cost.flops_per_step * (share / gpu["tf32"] + (1 - share) / gpu[precision])
+    return seconds / utilisation / gpus
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if value >= 100 else f"{value:.2g}" if value >= 0.001 else "< 0.001"
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", choices=GPUS, default="h200")
+    parser.add_argument("--utilisation", type=float, default=0.35, help="of the peak rate, assumed. Default: 0.35")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="as run.gradient_checkpointing=true")
+    parser.add_argument("--presets", nargs="*", default=preset_names(), help="default: all")
+    options = parser.parse_args()
+    gpu, checkpointing = GPUS[options.gpu], options.gradient_checkpointing
+
+    memory, time = [], []
+    for name in options.presets:
+        chosen = recipe(name)
+        train, run = chosen.config.train, chosen.config.run
+        a_pass = pass_cost(chosen.model, train.precision, checkpointing)
+        found = {n: [costs(chosen, n, sharded, checkpointing, a_pass) for sharded in (False, True)] for n in COUNTS}
+        one = found[1][0]
+        label = f"`{name}`" + (f" of {STAND_INS[name]}" if name in STAND_INS else "")
+        whole = [found[n][0] and found[n][0].total / GIB for n in COUNTS]
+        spread = [found[n][1] and found[n][1].total / GIB for n in COUNTS[1:]]
+        fits = "yes" if one.total < gpu["memory"] else "no"
+        memory.append(row(label, f"{one.parameters / 1e6:.1f}M", str(run.batch_per_device), *map(number, whole + spread), fits))
+        steps = [cost and step_seconds(chosen, cost, gpu, options.utilisation, n) for n, (cost, _) in found.items()]
+        total = train.max_images / train.batch_size
+        days = [seconds and seconds * total / DAY for seconds in steps]
+        arithmetic = f"{one.flops_per_step / 1e12:,.3g}"
+        time.append(row(label, train.precision, f"{train.batch_size:,}", arithmetic, *map(number, steps + days)))
+
+    print(f"Memory of a GPU in GiB, computed{', with gradient checkpointing' * checkpointing}:\n")
+    heads = [f"{n} GPU{'s' * (n > 1)}" for n in COUNTS]
+    print(
+        row(
+            "preset",
+            "parameters",
+            "images in a pass",
+            *heads,
+            *(f"{h}, sharded" for h in heads[1:]),
+            f"fits one {options.gpu.upper()}",
+        )
+    )
+    print(row("---", *["---:"] * 8))
+    print("\n".join(memory))
+    print(f"\nTime, computed at {options.utilisation:.0%} of the peak of {options.gpu.upper()}s:\n")
+    print(
+        row(
+            "preset",
+            "precision",
+            "batch",
+            "TFLOP a step",
+            *(f"s a step, {h}" for h in heads),
+            *(f"days in all, {h}" for h in heads),
+        )
+    )
+    print(row("---", "---", *["---:"] * 8))
+    print("\n".join(time))
+
+
+if __name__ == "__main__":
+    main()
