@@ -14,8 +14,8 @@ from mmgen.losses.imm import draw_times, earlier_time, kernel_weight, loss_weigh
 from mmgen.random import keys, normal, torch_seed
 from mmgen.training import imm
 from mmgen.training.batches import fetch
+from mmgen.training.compute import compile_network
 from mmgen.training.imm import imm_model_config, imm_task
-from mmgen.training.loop import compile_network
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 

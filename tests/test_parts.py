@@ -24,10 +24,9 @@ from mmgen.errors import ConfigError, TrainingError
 from mmgen.models import load_model, read_config
 from mmgen.random import keys, uniform
 from mmgen.training import loop
-from mmgen.training.batches import data_indices
+from mmgen.training.batches import data_indices, share_batch
 from mmgen.training.cost import ALTERNATING, DENOISING, IMM, INSTANT, estimate
 from mmgen.training.evaluation import curves
-from mmgen.training.loop import share_batch
 from mmgen.training.optim import learning_rate
 
 

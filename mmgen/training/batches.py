@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..data import Dataset
 from ..data.latents import LatentDataset
+from ..errors import ConfigError
 
 
 @dataclass
@@ -40,6 +41,18 @@ def split_batch(batch_size: int, group_size: int, processes: int, at_most: int) 
     """The largest equal parts of at most `at_most` images that hold whole groups; None where there are none."""
     sizes = [size for size in part_sizes(batch_size, group_size, processes) if size <= at_most]
     return Parts(sizes[-1], batch_size // processes // sizes[-1], processes) if sizes else None
+
+
+def share_batch(batch_size: int, group_size: int, processes: int, at_most: int) -> Parts:
+    """How the global batch is cut. Raises ConfigError where the devices cannot share it in whole groups."""
+    parts = split_batch(batch_size, group_size, processes, at_most)
+    if parts is None:
+        groups = f" in groups of {group_size}" if group_size > 1 else ""
+        raise ConfigError(
+            f"train.batch_size {batch_size} cannot be shared by {processes} devices{groups}: choose a multiple of "
+            f"{processes * group_size}"
+        )
+    return parts
 
 
 def part_sizes(batch_size: int, group_size: int, processes: int) -> list[int]:

@@ -20,7 +20,7 @@ from torch import nn
 from ..config import OptimizerSettings, RunSettings, TrainSettings
 from ..data import Dataset
 from ..data.latents import LatentDataset
-from ..errors import ConfigError, TrainingError
+from ..errors import TrainingError
 from ..images import save_png
 from ..metrics.frechet import halves_distance
 from ..models import MODEL_FILE, AnyModel, ModelConfig, build_model, save_model
@@ -28,8 +28,9 @@ from ..networks import checkpoint_blocks
 from ..team import team_of
 from . import collapse, evaluation
 from .auto_batch import describe, find_size
-from .batches import Batch, Parts, fetch, part_sizes, split_batch
+from .batches import Batch, Parts, fetch, part_sizes, share_batch
 from .checkpoint import Progress, file_names, list_checkpoints, load_checkpoint, newest_whole, remove_old, save_checkpoint
+from .compute import compile_network, set_precision
 from .contention import Watch
 from .ema import EMA, ema_decays
 from .figures import make_scorer
@@ -37,6 +38,7 @@ from .gradients import measure_and_clip
 from .numbers import BadLoss, Numbers
 from .optim import build_optimizer, learning_rate
 from .run_folder import RunFolder
+from .run_log import RunLog
 from .sharding import gathered, is_sharded, shard, synchronise_gradients
 from .stopping import StopRequest
 from .task import Outcome, Part, Reporter, Task
@@ -93,7 +95,7 @@ class Trainer:
         self.network = next(iter(self.networks.values()))
         self.ema = EMA(self.network, ema_decays(train))
         self.progress = Progress()
-        self.log_lines: list[dict[str, Any]] = []
+        self.history = RunLog(folder, reporter, accelerator)
         self.numbers = Numbers(accelerator, single=len(self.task.parts) == 1)
         self.team = team_of(accelerator)
         if run.batch_per_device == "auto":
@@ -171,7 +173,7 @@ class Trainer:
             return False
         there = False, False
         if not again:  # the main process has the log
-            there = self.team.gather((bool(self._figures_now()), self._preview_file().is_file()))[0]
+            there = self.team.gather((bool(self.history.figures_at(self.progress.images)), self._preview_file().is_file()))[0]
         if due[0] and not there[0]:
             self._measure()
             self.accelerator.wait_for_everyone()
@@ -252,18 +254,9 @@ class Trainer:
         return self.progress.images - self.train.batch_size
 
     def _log(self, numbers: dict[str, Any]) -> None:
-        line = {"images": self.progress.images, "step": self.progress.images // self.train.batch_size, **numbers}
-        line["seconds"] = round(self.progress.seconds, 2)
-        self.log_lines.append(line)
-        if self.accelerator.is_main_process:
-            self.folder.log(line)
-            self.reporter.log(line)
-        scalars = {k: v for k, v in numbers.items() if isinstance(v, int | float)}
-        lists = {k: v for k, v in numbers.items() if isinstance(v, list)}
-        scalars |= {f"{k}/{i}": v for k, values in lists.items() for i, v in enumerate(values, 1) if v is not None}
-        scalars |= {f"variance/{count}": value for count, value in numbers.get("variance", {}).items()}
-        scalars |= {f"{numbers['figure']}/{count}": value for count, value in numbers.get("values", {}).items()}
-        self.accelerator.log(scalars, step=self.progress.images)
+        images = self.progress.images
+        line = {"images": images, "step": images // self.train.batch_size, **numbers, "seconds": round(self.progress.seconds, 2)}
+        self.history.add(line)
 
     def _measure(self) -> None:
         """The figure for the configured numbers of steps, into the log; all processes share the work. The best is kept."""
@@ -272,8 +265,7 @@ class Trainer:
         model, steps = self._averaged_model(), self.run_settings.eval_steps
         values = {str(count): value for count, value in self.scorer.measure(model, steps, self.train.seed).items()}
         deciding, name = str(steps[0]), self.scorer.name
-        before = [line["values"][deciding] for line in self._measured() if deciding in line["values"]]
-        best = values[deciding] < min(before, default=math.inf)
+        best = values[deciding] < min(self.history.values_of(name, deciding), default=math.inf)
         if self.team.gather(best)[0]:  # only the main process has the log
             self._save_model(self.folder.path / BEST_FILE, self.ema.first, figures={name: values})
         # After the model: were it logged before and the run killed between, no later figure would count as better
@@ -281,19 +273,10 @@ class Trainer:
 
     def _watched(self, variance: dict[str, float]) -> dict[str, Any]:
         """What the log says of the samples' variance; a warning is shown, too."""
-        found = collapse.report(self.log_lines, self.progress.images, variance, self.task.advice)
+        found = collapse.report(self.history.lines, self.progress.images, variance, self.task.advice)
         if "warning" in found:
             self.reporter.note(found["warning"])
         return found
-
-    def _figures_now(self) -> dict[str, Any]:
-        """The line of the log that holds figures of this number of images, empty where there is none."""
-        lines = (line for line in reversed(self.log_lines) if "values" in line)
-        return next((line for line in lines if line["images"] == self.progress.images), {})
-
-    def _measured(self) -> list[dict[str, Any]]:
-        """The lines of the log that hold this figure."""
-        return [line for line in self.log_lines if line.get("figure") == self.scorer.name]
 
     # ------------------------------------------------------------------ files
 
@@ -303,8 +286,7 @@ class Trainer:
         if newest is not None:
             self.progress = load_checkpoint(newest, self.networks, self.optimizers, self.ema, self.accelerator.scaler)
             note(f"resuming from {newest}: {self.progress.images:,} images seen")
-        if self.accelerator.is_main_process:
-            self.log_lines = self.folder.rewind_log(self.progress.images)
+        self.history.rewind(self.progress.images)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
@@ -319,7 +301,7 @@ class Trainer:
         save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.accelerator.scaler, self.progress, write=main)
         if main:
             remove_old(folder, self.run_settings.keep_checkpoints)
-            save_png(self.folder.path / "curves.png", evaluation.curves(self.log_lines))
+            save_png(self.folder.path / "curves.png", evaluation.curves(self.history.lines))
 
     def _save_model(self, file: Path, name: str | None, **more: Any) -> None:
         """One model file, by the main process; all give it their pieces."""
@@ -353,7 +335,7 @@ class Trainer:
         images, main = self.progress.images, self.accelerator.is_main_process
         results = self.folder.read_results(images) if main and not anew else None
         done = results is not None
-        measured = bool(self._figures_now())
+        measured = bool(self.history.figures_at(self.progress.images))
         done, measured = self.team.gather((done, measured))[0]  # the main process decides: only it has the log
         if done:
             return results
@@ -367,8 +349,8 @@ class Trainer:
         halves = None
         if self.scorer is not None and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4:
             halves = halves_distance(self.dataset.images)
-        save_png(self.folder.path / "curves.png", evaluation.curves(self.log_lines, halves))
-        last = self._figures_now()
+        save_png(self.folder.path / "curves.png", evaluation.curves(self.history.lines, halves))
+        last = self.history.figures_at(self.progress.images)
         results = {
             "images": images,
             "seconds": round(self.progress.seconds, 1),
@@ -396,36 +378,3 @@ class Trainer:
 def crossed(before: int, after: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (before, after]."""
     return before // every != after // every
-
-
-def share_batch(batch_size: int, group_size: int, processes: int, at_most: int) -> Parts:
-    """How the global batch is cut. Raises ConfigError where the devices cannot share it in whole groups."""
-    parts = split_batch(batch_size, group_size, processes, at_most)
-    if parts is None:
-        groups = f" in groups of {group_size}" if group_size > 1 else ""
-        raise ConfigError(
-            f"train.batch_size {batch_size} cannot be shared by {processes} devices{groups}: choose a multiple of "
-            f"{processes * group_size}"
-        )
-    return parts
-
-
-def set_precision(precision: str) -> None:
-    """Whether float32 matrix products and convolutions on a GPU may use TF32. Half-precision sums are never reduced."""
-    tf32 = precision != "fp32"
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = tf32
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-
-
-def compile_network(network: nn.Module) -> None:
-    """torch.compile in place: the state dict keeps its names.
-
-    Compiled random numbers are drawn as in eager mode: the pass with gradient and the target's are compiled apart, and their
-    dropout masks must be the same.
-    """
-    import torch._inductor.config as inductor
-
-    inductor.fallback_random = True
-    network.compile(dynamic=False)
