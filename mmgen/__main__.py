@@ -10,7 +10,7 @@ def main() -> None:
 
     tune()
     from .cli import app
-    from .errors import MmgenError
+    from .errors import MmgenError, shortened
 
     try:
         app()
@@ -21,6 +21,11 @@ def main() -> None:
         if not _is_memory(error):
             raise
         print("error: the memory is too small: take a smaller network or batch, or smaller images", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {_one_line(f'{shortened(str(error.filename), 200)}: {error.strerror}')}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

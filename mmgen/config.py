@@ -255,6 +255,7 @@ def check_shared(config: Any) -> None:
         require(len(entries) <= MOST_ENTRIES, f"{name} has {len(entries):,} entries: at most {MOST_ENTRIES} make sense")
     for beta in train.ema_betas:
         require(0 < beta < 1, f"train.ema_betas must lie between 0 and 1, not {beta}")
+    require(run.eval_num >= 0, f"run.eval_num must be 0, for no figures, or a number of samples, not {run.eval_num}")
     for name in ("weight_decay", "grad_clip", "warmup_images"):
         require(getattr(optimizer, name) >= 0, f"optimizer.{name} cannot be negative")
     require(

@@ -237,6 +237,8 @@ def find_model(place: str | os.PathLike, ema: str | None = None) -> Path:
     Raises ModelError saying where it looked.
     """
     name = f"model-ema-{ema}.safetensors" if ema else MODEL_FILE
+    if Path(name).name != name or not name.isprintable() or len(name) > 100:
+        raise ModelError(f"no average is called {shortened(ema)}: give the NAME of a model-ema-NAME.safetensors")
     path = Path(place)
     if path.is_file():
         if ema and path.name != name:

@@ -63,13 +63,13 @@ class Plan:
 def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
     """Raises ConfigError where the settings do not suit the model."""
     guidance = config.sampling.guidance if settings.guidance is None else settings.guidance
-    grid = settings.grid or config.sampling.grid
+    grid = config.sampling.grid if settings.grid is None else settings.grid
     if settings.etas and settings.grid is None:
         grid = "eta"
     if settings.etas and grid != "eta":
         raise ConfigError(f"eta values need the grid 'eta', not {grid!r}")
     check_defaults(config)
-    sampler = choose_sampler(config, settings.sampler or config.sampling.sampler)
+    sampler = choose_sampler(config, config.sampling.sampler if settings.sampler is None else settings.sampler)
     grids = GRIDS if config.sampling.schedule is None else (*GRIDS, "schedule")
     if grid not in grids:
         raise ConfigError(f"unknown grid {grid!r}: {nearest(grid, grids)}")

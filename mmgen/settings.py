@@ -72,7 +72,8 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST:
-            raise ConfigError(f"{name} must be a whole number of at most 18 digits, not {shortened(value)}")
+            most = " of at most 18 digits" if type(value) is int else ""
+            raise ConfigError(f"{name} must be a whole number{most}, not {shortened(value)}")
     if hint is float:
         if isinstance(value, int) and abs(value) > LARGEST:
             value = math.inf

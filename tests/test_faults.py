@@ -281,7 +281,7 @@ def test_data_that_changed(now, words, tmp_path):
 
 def test_a_config_that_is_damaged_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"command": "tra')
-    with pytest.raises(TrainingError, match="config.json cannot be read"):
+    with pytest.raises(TrainingError, match="config.json is damaged"):
         RunFolder(tmp_path).open("train-imm", {}, _Data("a", "digits"))
 
 

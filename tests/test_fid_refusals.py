@@ -101,7 +101,12 @@ def test_a_training_set_named_by_the_record_is_read_as_the_record_says(digits_mo
         ({"num": 21}, DataError, "samples holds 20 images, and its record samples.json says 21"),
         ({"steps": "two"}, DataError, "samples.json has been changed: steps is 'two'"),
         ({"data": 5}, DataError, "samples.json has been changed: data is 5"),
-        ({"data_options": {"foo": 1}}, ConfigError, "the record of samples has been changed: 'foo' is unknown; give --ref"),
+        ({"data_options": {"foo": "x"}}, ConfigError, "the record of samples has been changed: 'foo' is unknown; give --ref"),
+        (
+            {"data_options": {"foo": 1}},
+            ConfigError,
+            "the record of samples has been changed: its data are not a name and options; give --ref",
+        ),
     ],
 )
 def test_record_that_was_changed(digits_model, change, error, message):
@@ -121,7 +126,7 @@ def test_record_that_says_little_is_enough(tmp_path):
 def test_figures_are_shown_where_they_cannot_be_kept(tmp_path, monkeypatch, capsys):
     from mmgen.metrics import results
 
-    def full(*arguments):
+    def full(*arguments, **options):
         raise MmgenError("cannot write it: No space left on device")
 
     write_images(tmp_path / "a", 5)
@@ -143,7 +148,7 @@ def test_file_of_scores_that_cannot_be_added_to_is_found_before_the_work(tmp_pat
 def test_full_cache_costs_no_figure(published, tmp_path, monkeypatch):
     from safetensors import SafetensorError, torch
 
-    def full(*arguments):
+    def full(*arguments, **options):
         raise SafetensorError("I/O error: No space left on device")
 
     write_images(tmp_path / "a", 5)

@@ -304,7 +304,7 @@ def test_run_folders(name, run, tmp_path):
     (folder / "config.json").write_bytes(content)
     answered(found.open, "train-imm", {}, data.load("digits"))
     (folder / "results.json").write_bytes(content)
-    assert found.read_results() is None
+    assert found.read_results(128) is None
     (folder / "log.jsonl").write_bytes(content + b"\n" + (run / "log.jsonl").read_bytes())
     if name != "empty":
         answered(found.read_log)

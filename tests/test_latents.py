@@ -222,7 +222,7 @@ def test_full_disk_is_said_before_and_while_writing(place, tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding.np, "save", full)
+        patch.setattr(encoding, "save_array", full)
         with pytest.raises(MmgenError, match="cannot write .*000000.npy: No space left on device"):
             encode(place, tmp_path / "out")
     assert not list((tmp_path / "out").rglob(".tmp-*"))

@@ -359,7 +359,7 @@ def test_a_disk_that_fills_up(model, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample_file.np, "save", full)
+        patch.setattr(sample_file, "save_array", full)
         with pytest.raises(MmgenError, match="No space left"):
             run(model, "--num", 4, "--out", tmp_path / "a.npz")
     assert not (tmp_path / "a.npz").exists() and not list((tmp_path / "a.npz.parts").iterdir())

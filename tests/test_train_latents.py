@@ -230,5 +230,5 @@ def test_two_vaes_are_two_runs(place, tmp_path):
     config = tiny(place)
     AcceleratorState._reset_state(reset_partial_state=True)
     moved = replace(config, data=replace(config.data, name=str(tmp_path / "latents")))
-    with pytest.raises(TrainingError, match="the data are not those"):
+    with pytest.raises(TrainingError, match="the data have changed"):
         train_imm(moved, tmp_path / "run", Quiet(), device="cpu")

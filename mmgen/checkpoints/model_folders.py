@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import ModelError
+from ..errors import ModelError, shortened
 from ..files import at_home, exists, read_json
 from ..models import MODEL_FILE
 
@@ -97,7 +97,8 @@ def _json(path: Path) -> dict | None:
 def locate(place: str | os.PathLike) -> Path:
     """The file or folder that a word means: a path, hf://user/name, user/name, or hf://user/name/file for one file of it.
 
-    A run folder of mmgen's means the model in it. Of a repository, only the settings and one set of weights are fetched. Raises ModelError saying where it looked.
+    A run folder of mmgen's means the model in it. Of a repository, only the settings and one set of weights are fetched. Raises
+    ModelError saying where it looked.
     """
     path = at_home(place)
     if exists(path):
@@ -107,7 +108,9 @@ def locate(place: str | os.PathLike) -> Path:
     name, _, file = file.partition("/")
     local = word.startswith(("/", ".", "~")) or not name or (not word.startswith("hf://") and (file or name.endswith(_SINGLE)))
     if local:
-        raise ModelError(f"there is no file or folder {place}: give one, or a hub repository as hf://user/name")
+        raise ModelError(
+            f"there is no file or folder {place if len(word) < 1000 else shortened(word)}: give one, or a hub repository as hf://user/name"
+        )
     return _fetch(f"{repository}/{name}", file)
 
 

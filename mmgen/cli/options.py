@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, shortened
 
 if TYPE_CHECKING:
     from ..models import ModelConfig
@@ -27,7 +27,7 @@ def numbers(text: str, kind: type, option: str, example: str) -> list:
         return list(dict.fromkeys(kind(part) for part in text.split(",")))
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
-        raise ConfigError(f"{option} must be {what} separated by commas, such as {example}, not {text!r}") from None
+        raise ConfigError(f"{option} must be {what} separated by commas, such as {example}, not {shortened(text)}") from None
 
 
 def class_list(text: str, config: ModelConfig) -> str | list[int]:
@@ -41,10 +41,10 @@ def class_list(text: str, config: ModelConfig) -> str | list[int]:
     chosen = []
     for word in [text] if text in number else [part.strip() for part in text.split(",")]:  # a name may have commas in it
         found = number.get(word, number.get(word.lower()))
-        if found is None and word.isdecimal() and int(word) < config.num_classes:
+        if found is None and word.isdecimal() and len(word) < 10 and int(word) < config.num_classes:
             found = int(word)
         if found is None:
-            raise ConfigError(f"unknown class {word!r}: {_valid_classes(word, names, config.num_classes)}")
+            raise ConfigError(f"unknown class {shortened(word)}: {_valid_classes(word, names, config.num_classes)}")
         chosen.append(found)
     return chosen
 

@@ -105,6 +105,6 @@ def shared_changes(given: dict[str, Any]) -> dict[str, Any]:
     changes = {key: given[name] for name, key in _SETTINGS.items() if given.get(name) is not None}
     if (count := changes.get("run.batch_per_device", "")).isdecimal():
         changes["run.batch_per_device"] = int(count)
-    if given.get("log_with"):
+    if given.get("log_with") is not None:
         changes["run.log_with"] = given["log_with"].split(",")
     return changes

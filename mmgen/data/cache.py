@@ -136,7 +136,7 @@ def _build(folder: Path, source: ImageSource, plan: Plan, progress: Progress | N
     except DataError:
         raise
     except MmgenError as error:
-        raise DataError(f"{error}: set MMGEN_CACHE to a folder that can be written and has room") from error
+        raise DataError(f"{error}; or set MMGEN_CACHE to a folder that can be written and has room") from error
 
 
 def _write(folder: Path, source: ImageSource, plan: Plan, progress: Progress | None) -> None:

@@ -49,7 +49,7 @@ def resolve(word: str, *, split: str = "train", image_column: str | None = None,
         return open_source(hub.fetch(name, split, looked), split=split, **columns)
     if _NAME.match(word):
         known = [DIGITS, *SHORT_NAMES, *_names_in(_data_dir())]
-        raise DataError(f"no data set {word!r}: {nearest(word, known)}; or give a path, or user/name of the hub")
+        raise DataError(f"no data set {shortened(word)}: {nearest(word, known)}; or give a path, or user/name of the hub")
     raise DataError(f"there is no file or folder {word if word.isprintable() and len(word) < 1000 else shortened(word)}")
 
 

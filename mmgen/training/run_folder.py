@@ -111,21 +111,13 @@ class RunFolder:
         try:
             if self.log_file.stat().st_size > _MOST_LOG:
                 raise ValueError(f"it has more than {_MOST_LOG:,} bytes")
-            written = self.log_file.read_text("utf-8").splitlines()
+            written = self.log_file.read_bytes().splitlines()
             for i, text in enumerate(written, 1):
                 try:
-                    line = parse_json(text)
-                except ValueError:
+                    lines.append(_log_line(text))
+                except ValueError as error:
                     if i < len(written):
-                        raise
-                    break
-                if (
-                    not isinstance(line, dict)
-                    or type(line.get("images")) is not int
-                    or not isinstance(line.get("values", {}), dict)
-                ):
-                    raise ValueError(f"line {i} is none of a log")
-                lines.append(line)
+                        raise ValueError(f"line {i}: {shortened(error)}") from error
         except (OSError, ValueError) as error:
             raise TrainingError(f"{self.log_file} is damaged ({shortened(error)}): move it away to resume without it") from error
         return lines
@@ -154,6 +146,15 @@ class RunFolder:
 
     def write_results(self, results: dict[str, Any]) -> None:
         write_json(self.path / "results.json", results)
+
+
+def _log_line(text: bytes) -> dict[str, Any]:
+    """Raises ValueError for what is none."""
+    line = parse_json(text.decode())
+    known = isinstance(line, dict) and type(line.get("images")) is int and isinstance(line.get("values", {}), dict)
+    if not known:
+        raise ValueError("none of a log")
+    return line
 
 
 def _show(value: Any) -> str:
