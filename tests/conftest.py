@@ -44,3 +44,10 @@ def published(tiny_network, monkeypatch) -> Path:
     path, digest = tiny_network
     monkeypatch.setitem(inception.PUBLISHED, path.name, digest)
     return path
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    import sys
+
+    if (hostile := sys.modules.get("hostile")) is not None:
+        terminalreporter.write_line(f"{len(hostile.tried):,} hostile inputs were tried, {len(set(hostile.tried)):,} of them different")
