@@ -53,7 +53,7 @@ def test_every_variant_has_its_row(quick):
         assert spreads == (0, 0, 0, 0)  # one seed
     assert steps.pop("teacher") == [1, 2, 4, 8, 256]
     assert steps.pop("alternating") == [8, 4, 2, 1] and steps.pop("instant") == [8, 4, 2, 1]
-    assert steps.pop("unconditional posterior") == [8, 2]
+    assert steps.pop("unconditional posterior") == steps.pop("stochasticity 0.5") == [8, 2]
     assert set(map(tuple, steps.values())) == {(8,)} and all(name.startswith("weight ") for name in steps)
 
 
@@ -75,6 +75,7 @@ def test_what_is_there_is_not_repeated_and_rows_can_be_chosen(quick):
     assert all(row in before for row in again)
     assert [row[:2] for row in again[8:]] == [
         ["alternating", "8"], ["unconditional posterior", "8"], ["unconditional posterior", "2"],
+        ["stochasticity 0.5", "8"], ["stochasticity 0.5", "2"],
     ]  # fmt: skip
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == models
 
