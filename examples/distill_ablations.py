@@ -39,7 +39,7 @@ from mmgen.training.teacher import train_teacher
 SHOWN = 15  # images of each row of the picture
 QUIET = {"run.checkpoint_every": 10**9, "run.preview_every": 10**9, "run.eval_num": 0}  # what is measured is measured here
 TEACHER = {"network.channel_mult": [1, 1], "train.batch_size": 128, **QUIET}
-STUDENT = {"data.name": "digits", "loss.stochasticity": 1.0, "train.batch_size": 128, "run.teacher_steps": 0, **QUIET}
+STUDENT = {"data.name": "digits", "student.stochasticity": 1.0, "train.batch_size": 128, "run.teacher_steps": 0, **QUIET}
 TEACHER_STEPS = (1, 2, 4, 8, 256)
 
 
@@ -56,7 +56,7 @@ class Variant:
 VARIANTS = [
     Variant("steps", "alternating", {}, (8, 4, 2, 1)),
     Variant("posterior", "unconditional posterior", {"loss.posterior": "unconditional"}, (8, 2)),
-    Variant("posterior", "stochasticity 0.5", {"loss.stochasticity": 0.5}, (8, 2)),
+    Variant("posterior", "stochasticity 0.5", {"loss.stochasticity": 0.5, "student.stochasticity": 0.5}, (8, 2)),
     Variant("method", "instant", {"loss.method": "instant"}, (8, 4, 2, 1)),
     Variant("weighting", "weight 1", {"loss.weighting": "uniform"}),
     Variant("weighting", "weight min(SNR, 5)", {"loss.weighting": "min_snr"}),

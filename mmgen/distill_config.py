@@ -23,12 +23,16 @@ from .losses.moment_matching import MomentSettings
 from .models import ModelConfig
 from .networks import NetworkSettings
 from .schedules import ScheduleSettings
+from .settings import from_dict
 from .teachers import default_schedule
 
 # Adam as the paper has it (arXiv:2406.04103): no momentum, since the student's loss changes its direction with the auxiliary
 _ADAM = OptimizerSettings(
     name="adam", lr=2e-6, beta1=0.0, beta2=0.99, eps=1e-12, warmup_images=1000 * 2048, decay="linear", grad_clip=1.0
 )
+
+_READING = ("split", "image_column", "label_column", "on_corrupt", "xflip")  # how a data set is read
+_UNSAID = DataSettings()
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class StudentSettings:
     shift: float = 1.0  # of that schedule: more than 1 has more of its steps at high noise (2606.30414 shifts for 2 steps)
     noise_channels: int = 0  # normal noise beside the image, as the student's own randomness (2603.20155; for 1 and 2 steps)
     dropout: float = 0.0  # of the student, also when sampling: likewise (2606.30414 has 0.1)
+    stochasticity: float | None = None  # when sampling, 1 DDPM's, 0 DDIM's; unset: that of its training, loss.stochasticity
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,8 @@ def check(config: DistillConfig) -> None:
     )
     require(student.noise_channels >= 0, f"student.noise_channels cannot be negative, and is {student.noise_channels}")
     require(0 <= student.dropout < 1, f"student.dropout must be at least 0 and less than 1, not {student.dropout}")
+    own = 1.0 if student.stochasticity is None else student.stochasticity
+    require(0 <= own <= 1, f"student.stochasticity must be from 0 to 1, not {own}")
     instant = loss.method == "instant"
     for name, value, default in (("preconditioner", loss.preconditioner, "identity"), ("jvp", loss.jvp, "auto")):
         require(instant or value == default, f"loss.{name} is of the instant method: set loss.method=instant, or leave it out")
@@ -118,6 +125,8 @@ def settled(config: DistillConfig, teacher: ModelConfig, sha256: str, has_null_c
     Raises ConfigError where the two contradict each other, or the teacher names no data set and the config neither.
     """
     data, guidance = config.data, config.teacher.guidance
+    if not data.name:
+        data = _as_the_teacher(data, teacher)
     name = data.name or teacher.data
     require(bool(name), "the teacher's file does not name the data set that it was trained on: give one with --data")
     for key, wanted, own in (
@@ -138,6 +147,13 @@ def settled(config: DistillConfig, teacher: ModelConfig, sha256: str, has_null_c
         num_classes=teacher.num_classes or None,
     )  # fmt: skip
     return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, sha256=sha256), data=data)
+
+
+def _as_the_teacher(data: DataSettings, teacher: ModelConfig) -> DataSettings:
+    """Which images of its data set the teacher was trained on, where nothing else is said: split, columns, mirror images."""
+    own = from_dict(DataSettings, {k: v for k, v in teacher.training.get("config", {}).get("data", {}).items() if k in _READING})
+    unsaid = [key for key in _READING if getattr(data, key) == getattr(_UNSAID, key)]
+    return dataclasses.replace(data, **{key: getattr(own, key) for key in unsaid})
 
 
 def student_schedule(student: StudentSettings, teacher: DenoiserSettings) -> ScheduleSettings:

@@ -50,4 +50,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
     import sys
 
     if (hostile := sys.modules.get("hostile")) is not None:
-        terminalreporter.write_line(f"{len(hostile.tried):,} hostile inputs were tried, {len(set(hostile.tried)):,} of them different")
+        terminalreporter.write_line(
+            f"{len(hostile.tried):,} hostile inputs were tried, {len(set(hostile.tried)):,} of them different"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from mmgen.models import SamplingSettings, load_model
 from mmgen.schedules import ScheduleSettings, make_schedule
 from mmgen.teachers import adam_second_moments, default_schedule, load_teacher, range_note
 from mmgen.training.checkpoint import Progress, save_checkpoint
+from mmgen.training.distill import find_teacher, student_model_config
 from mmgen.training.ema import EMA
 from mmgen.training.optim import build_optimizer
 
@@ -220,6 +222,7 @@ def test_defaults_are_the_papers():
         ({"loss.stochasticity": 0.0}, "loss.stochasticity"),  # a deterministic z_s
         ({"loss.stochasticity": 1.1}, "at most 1"),
         ({"loss.stochasticity": 0.5, "loss.posterior": "unconditional"}, "stochasticity"),
+        ({"student.stochasticity": 1.5}, "from 0 to 1"),
         ({"loss.preconditioner": "adam"}, "instant"),
         ({"loss.jvp": "finite"}, "instant"),
         ({"loss.method": "instant", "train.batch_size": 2047}, "must be even"),
@@ -234,3 +237,28 @@ def test_refused(changes, words):
     with pytest.raises(ConfigError) as caught:
         resolved(**changes)
     assert words in str(caught.value)
+
+
+def test_the_data_are_read_as_the_teacher_read_them(tmp_path):
+    """Split, columns and mirror images too, unless the command names a data set or the setting."""
+    teacher = load_model(make_denoiser(tmp_path / "teacher.safetensors", channels=1)).config
+    read_so = {"name": "user/photos", "split": "validation", "image_column": "picture", "xflip": True, "augment": 0.1}
+    teacher = replace(teacher, data="user/photos", training={"config": {"data": read_so}})
+    settled = lambda **changes: distill_config.settled(resolved(**changes), teacher, "", False).data  # noqa: E731
+    found = settled()
+    assert (found.name, found.split, found.image_column, found.xflip) == ("user/photos", "validation", "picture", True)
+    assert found.augment == 0 and found.label_dropout == 0
+    assert settled(data__split="test").split == "test"
+    assert settled(data__name="digits").split == "train"
+    with pytest.raises(ConfigError, match="split"):
+        distill_config.settled(resolved(), replace(teacher, training={"config": {"data": {"split": 3}}}), "", False)
+
+
+def test_stochasticity_of_sampling_is_that_of_training_unless_it_is_set(tmp_path):
+    place = make_denoiser(tmp_path / "teacher.safetensors", channels=1)
+    for changes, wanted in (({}, 1.0), ({"loss.stochasticity": 0.7}, 0.7), ({"student.stochasticity": 0.0}, 0.0)):
+        config = distill_config.resolve(
+            nest({"teacher.name": str(place), "data.name": "digits", **changes}, distill_config.DistillConfig)
+        )
+        teacher, config = find_teacher(config, torch.device("cpu"))
+        assert student_model_config(config, teacher).sampling.stochasticity == wanted

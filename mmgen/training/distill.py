@@ -120,7 +120,7 @@ def student_model_config(config: DistillConfig, teacher: Teacher, dataset: Datas
             grid="schedule",
             steps=student.steps,
             schedule=student_schedule(student, own.denoiser),
-            stochasticity=loss.stochasticity,
+            stochasticity=loss.stochasticity if student.stochasticity is None else student.stochasticity,
             student_steps=student.steps,
         ),
         training={DISTILLED: origin},

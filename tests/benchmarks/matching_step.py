@@ -69,7 +69,7 @@ def distilling(method: str, batch: int, size: Size, device: str) -> Trainer:
     """mmgen's own run."""
     changes = {
         "teacher.name": str(make_teacher(size)), "loss.method": method, "student.steps": STEPS, "train.batch_size": batch,
-        "run.batch_per_device": batch, "run.eval_num": 0, "run.teacher_steps": 0, "loss.stochasticity": 1.0,
+        "run.batch_per_device": batch, "run.eval_num": 0, "run.teacher_steps": 0,
     }  # fmt: skip
     preset = configs.read_preset("digits-distill", "distill")
     teacher, config = find_teacher(resolve(preset, configs.nest(changes, DistillConfig)), torch.device(device))
