@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from mmgen.process import tune
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of networks as small as these a second thread costs more than it gains
 tune()
 
 

@@ -20,7 +20,8 @@ from mmgen.__main__ import main
 from mmgen.errors import MmgenError
 
 MEMORY = 3 * 1024**3 // 2  # bytes that a command may take beyond what the process has
-SECONDS = 60  # after which a case is stopped as one that hangs: generous, as other work may run beside
+SECONDS = 60  # of computing, after which a case is stopped as one that hangs; other work may run beside
+WAITING = 600  # seconds, of waiting for whatever
 LONGEST = 5000  # characters of a sentence: one lists all valid settings
 tried: list[str] = []  # every case so far, for counting them
 
@@ -34,7 +35,7 @@ def bounded(memory: int = MEMORY) -> Iterator[None]:
     """Memory beyond the limit is refused by the system; what takes too long is stopped. Both fail the test."""
 
     def stop(signum: int, frame: object) -> None:
-        raise Hangs(f"more than {SECONDS} seconds")
+        raise Hangs(f"more than {SECONDS} seconds of computing, or {WAITING} in all")
 
     restore = lambda: None  # noqa: E731
     if sys.platform == "linux":
@@ -44,13 +45,16 @@ def bounded(memory: int = MEMORY) -> Iterator[None]:
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + memory, before[1]))
         restore = lambda: resource.setrlimit(resource.RLIMIT_AS, before)  # noqa: E731
-    old = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    old = {number: signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGPROF)}
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(WAITING)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
         restore()
 
 
