@@ -23,10 +23,11 @@ MOST_JSON = 1 << 26  # bytes of a JSON file: once read, it takes up to twenty ti
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, flush: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside `path`, to be written to; renames it to `path` if the block succeeds.
 
-    The content is flushed to disk before the rename, so that a power cut leaves the old file or the new, never a part.
+    The content is flushed to disk before the rename, so that a power cut leaves the old file or the new, never a part. Not
+    `flush`: the same holds for a process that is killed, and whoever reads the file after a power cut must look whether it is whole.
     Raises MmgenError with one sentence where the disk is full or the folder cannot be written.
     """
     path = Path(path)
@@ -41,8 +42,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with _in_use(temporary):
             yield temporary
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
+            if flush:
+                with open(temporary, "rb") as written:
+                    os.fsync(written.fileno())
             os.replace(temporary, path)
     except OSError as error:
         raise cannot_write(path, error) from error

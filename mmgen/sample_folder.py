@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import ConfigError, MmgenError, cannot_write
 from .files import remove_leftovers, replacing, write_json
-from .images import save_png
+from .images import is_whole_png, save_png
 from .models import AnyModel, ModelConfig, drawn_shape
 from .sample_drawing import Progress, draw_missing
 from .sample_record import Origin, make_record, may_continue, read_record
@@ -55,7 +55,8 @@ def write_png(
     """Writes images 0 to num - 1 as `000000.png` ... (more digits if num needs them), those that are not there yet.
 
     `samples.json` says how they were made, and is written first, with "complete": false until the last image is there.
-    A class-conditional model's labels are in `dataset.json`, which `--data` reads. Files appear whole or not at all.
+    A class-conditional model's labels are in `dataset.json`, which `--data` reads. Files appear whole or not at all; should a
+    power cut damage some, they are drawn anew.
 
     The folder may hold an interrupted or a smaller run of the same settings, which is continued, and anything but
     pictures. `overwrite` replaces a run of other settings (one of the same would come out the same: it is continued).
@@ -78,6 +79,8 @@ def write_png(
     with _in_background() as write:
         for indices, images in draw_missing(model, chosen, missing, num, team, progress):
             write((folder / _name(i, digits), image) for i, image in zip(indices, images, strict=True))
+    if missing and hasattr(os, "sync"):
+        os.sync()  # all at once, instead of each by itself: "complete" means that they are on the disk
     team.wait()
     if team.is_main:
         labels = all_labels(model.config, chosen, num)
@@ -91,10 +94,10 @@ def write_png(
 
 @contextlib.contextmanager
 def _in_background() -> Iterator[Callable[[Iterable[tuple[Path, Tensor]]], None]]:
-    """write(files): starts to write a batch of PNG files, once the batch before is on the disk; at the end all are.
+    """write(files): starts to write a batch of PNG files, once the batch before is written; at the end all are.
 
-    So that the next batch is drawn meanwhile: writing waits for the disk most of the time. Raises what `save_png` raises, and
-    then leaves out what was not begun; whatever else ends the block, what was drawn is written.
+    So that the next batch is drawn meanwhile. Raises what `save_png` raises, and then leaves out what was not begun; whatever
+    else ends the block, what was drawn is written.
     """
     pool, begun = ThreadPoolExecutor(_WRITERS, "png"), []
 
@@ -108,7 +111,7 @@ def _in_background() -> Iterator[Callable[[Iterable[tuple[Path, Tensor]]], None]
 
     def write(files: Iterable[tuple[Path, Tensor]]) -> None:
         finish()
-        begun.extend(pool.submit(save_png, path, image) for path, image in files)
+        begun.extend(pool.submit(save_png, path, image, flush=False) for path, image in files)
 
     try:
         yield write
@@ -168,8 +171,19 @@ def _prepare(folder: Path, record: dict[str, Any], overwrite: bool) -> None:
         old = None
     if folder.is_dir():
         remove_leftovers(folder)
+        if old is not None and not old.get("complete"):
+            _remove_damaged(folder)
     if old is None or not old.get("complete") or _missing(folder, record["num"], record["digits"]):
         write_json(folder / RECORD, record)
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Images are not flushed to the disk one by one: after a power cut, some may be empty or cut short."""
+    paths = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
+    with ThreadPoolExecutor() as pool:
+        for path, whole in zip(paths, pool.map(is_whole_png, paths), strict=True):
+            if not whole:
+                path.unlink()
 
 
 def check_foreign(folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from mmgen.errors import MmgenError
-from mmgen.images import grid, labelled_rows, save_png
+from mmgen.images import grid, is_whole_png, labelled_rows, save_png
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -25,6 +25,19 @@ def test_png_returns_the_pixels(tmp_path, channels, mode):
             pixels = np.asarray(read).reshape(5, 7, channels)
         assert np.array_equal(pixels, image.numpy().transpose(1, 2, 0))
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["a.png"]
+
+
+def test_a_damaged_png_is_seen(tmp_path):
+    file = tmp_path / "a.png"
+    save_png(file, torch.randint(256, (3, 8, 8), dtype=torch.uint8), flush=False)
+    content = file.read_bytes()
+    assert is_whole_png(file) and not is_whole_png(tmp_path / "none.png")
+    for size in range(len(content) - 4):  # the last four bytes are the checksum of nothing ...
+        file.write_bytes(content[:size])
+        assert not is_whole_png(file), size
+    for place in range(len(content) - 12):  # ... and the last twelve an end that holds nothing
+        file.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        assert not is_whole_png(file), place
 
 
 def test_png_of_a_picture(tmp_path):

@@ -118,6 +118,22 @@ def test_only_missing_images_are_drawn(model, tmp_path):
     assert same(pixels(out), content) and not (out / ".tmp-killed.png").exists()
 
 
+def test_what_a_power_cut_damaged_is_drawn_anew(model, tmp_path):
+    out = tmp_path / "out"
+    run(model, "--num", 6, "--out", out)
+    content = pixels(out)
+    stamps = {p.name: p.stat().st_mtime_ns for p in out.glob("*.png")}
+    made = record(out / "samples.json")
+    (out / "samples.json").write_text(json.dumps({**made, "complete": False}))
+    (out / "000001.png").write_bytes(b"")
+    whole = (out / "000004.png").read_bytes()
+    (out / "000004.png").write_bytes(whole[:40] + bytes(len(whole) - 40))
+    run(model, "--num", 6, "--out", out)
+    changed = {p.name for p in out.glob("*.png") if p.stat().st_mtime_ns != stamps[p.name]}
+    assert changed == {"000001.png", "000004.png"} and same(pixels(out), content)
+    assert record(out / "samples.json") == made
+
+
 def test_more_images_continue(model, tmp_path):
     run(model, "--num", 4, "--out", tmp_path / "out")
     old = (tmp_path / "out" / "000003.png").stat().st_mtime_ns
@@ -370,10 +386,10 @@ def test_a_disk_that_fills_up(model, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_while_pictures_are_written(model, tmp_path, monkeypatch):
     original = sample_folder.save_png
 
-    def full(path, image):
+    def full(path, image, **options):
         if path.name == "000002.png":
             raise MmgenError(f"cannot write {path}: No space left on device")
-        original(path, image)
+        original(path, image, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(sample_folder, "save_png", full)
