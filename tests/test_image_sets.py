@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import shutil
+import struct
 import zipfile
 
 import numpy as np
@@ -84,8 +85,13 @@ def test_damaged_npz_is_named(tmp_path):
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (9, 6, 7, 3)})
     with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + PIXELS.tobytes())
-    images = image_set(str(tmp_path / "short.npz"))
-    with pytest.raises(DataError, match="short.npz is damaged"):
+    with pytest.raises(DataError, match=r"short.npz is damaged .*of shape \[9, 6, 7, 3\], and holds"):
+        image_set(str(tmp_path / "short.npz"))
+    content = (tmp_path / "short.npz").read_bytes()
+    said = content.rindex(b"PK\x01\x02") + 24  # of the size, in the directory at the end
+    (tmp_path / "lies.npz").write_bytes(content[:said] + struct.pack("<I", 10**9) + content[said + 4 :])
+    images = image_set(str(tmp_path / "lies.npz"))
+    with pytest.raises(DataError, match="lies.npz is damaged"):
         images.read(0, 9, True)
 
 

@@ -69,12 +69,13 @@ def collect(
     """
     if images.length == 0:
         raise DataError(f"{images.name} holds no images")
-    ranges = [range(i, min(i + batch_size, images.length)) for i in range(0, images.length, batch_size)]
+    starts = range(0, images.length, batch_size)[team.index :: team.size]
+    ranges = (range(start, min(start + batch_size, images.length)) for start in starts)
     part = _Part(images, extractor, wanted)
     report = progress if progress and team.is_main else lambda done, total: None
     report(0, images.length)
     done = 0
-    for numbers, features, batch in features_of(images, ranges[team.index :: team.size], extractor, device):
+    for numbers, features, batch in features_of(images, ranges, extractor, device):
         part.add(numbers, features, batch)
         done += len(numbers)
         report(min(images.length, done * team.size), images.length)

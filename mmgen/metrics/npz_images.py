@@ -39,6 +39,7 @@ class NpzImages:
                 if MEMBER not in names:
                     found = ", ".join(n.removesuffix(".npy") for n in names[:6]) or "nothing"
                     raise DataError(f"{path} holds {found}, but no arr_0: save the images as arr_0, uint8 [N, H, W, C]")
+                held = archive.getinfo(MEMBER).file_size
             shape = self._open()
         except _DAMAGED as error:
             raise self._damaged(error) from error
@@ -51,6 +52,8 @@ class NpzImages:
             )
         self.shape = (channels, height, width)
         self._size = height * width * channels
+        if self.length * self._size > held:  # before anyone plans for so many
+            raise self._damaged(EOFError(f"its arr_0 is of shape {shortened(list(shape))}, and holds {held:,} bytes"))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Images start to stop - 1, uint8 [n, C, H, W]. Raises DataError where the file is damaged."""

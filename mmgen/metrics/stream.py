@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -20,7 +20,7 @@ _AHEAD = 2  # batches that are read while the network works on another
 
 
 def features_of(
-    images: ImageSet, ranges: Sequence[range], extractor: Extractor, device: torch.device | str
+    images: ImageSet, ranges: Iterable[range], extractor: Extractor, device: torch.device | str
 ) -> Iterator[tuple[range, Tensor, Tensor | np.ndarray]]:
     """Yields (image numbers, features float [n, D] on the device, the batch as the network saw it) for each range, in order.
 
@@ -40,7 +40,7 @@ def features_of(
 
 
 def _batches(
-    images: ImageSet, ranges: Sequence[range], extractor: Extractor, size: tuple[int, ...] | None
+    images: ImageSet, ranges: Iterable[range], extractor: Extractor, size: tuple[int, ...] | None
 ) -> Iterator[tuple[range, np.ndarray]]:
     """(image numbers, uint8 [n, C, H, W], or float32 as `extractor.prepare` makes it), read ahead."""
     workers = min(_cores(), _MOST_THREADS)
