@@ -7,7 +7,6 @@
 #
 # Called again, it resumes what was interrupted and repeats nothing that is finished.
 set -euo pipefail
-export OMP_WAIT_POLICY=passive # small networks: threads that wait for each other by spinning are slower than one
 
 # With nothing else, `mmgen train-teacher` trains on the digits that come with mmgen, and `mmgen distill` on the teacher's data.
 mmgen train-teacher --out runs/digits-teacher "$@"
