@@ -1,4 +1,4 @@
-"""Settings of the process that make small networks fast on a CPU. They change no result."""
+"""The process: settings that make small networks fast on a CPU and change no result; the cores that it may use."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ def tune() -> None:
     """To be called before torch is loaded."""
     _spin_briefly()
     _keep_freed_memory()
+
+
+def cores() -> int:
+    """How many cores this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _spin_briefly() -> None:

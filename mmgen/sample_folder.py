@@ -19,6 +19,7 @@ from .errors import ConfigError, MmgenError, cannot_write
 from .files import remove_leftovers, replacing, write_json
 from .images import is_whole_png, save_png
 from .models import AnyModel, ModelConfig, drawn_shape
+from .process import cores
 from .sample_drawing import Progress, draw_missing
 from .sample_record import Origin, make_record, may_continue, read_record
 from .sampling import Plan, SampleSettings, draw_labels, plan
@@ -27,7 +28,7 @@ from .team import Team, find_team
 RECORD = "samples.json"
 LABELS = "dataset.json"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_WRITERS = 16  # threads: they wait for the disk, not for the processor
+_MOST_WRITERS = 16  # threads
 _OURS = re.compile(r"\d{6,}\.png")
 
 
@@ -99,7 +100,7 @@ def _in_background() -> Iterator[Callable[[Iterable[tuple[Path, Tensor]]], None]
     So that the next batch is drawn meanwhile. Raises what `save_png` raises, and then leaves out what was not begun; whatever
     else ends the block, what was drawn is written.
     """
-    pool, begun = ThreadPoolExecutor(_WRITERS, "png"), []
+    pool, begun = ThreadPoolExecutor(min(cores(), _MOST_WRITERS), "png"), []
 
     def finish() -> None:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import DataError
+from ..process import cores
 from .decode import is_grey, open_image, to_pixels
 from .image_source import CorruptImage, ImageSource
 
@@ -82,7 +82,7 @@ def decode_all(source: ImageSource, plan: Plan, progress: Callable[[int, int], N
 
 def decode_chunks(source: ImageSource, plan: Plan, numbers: range, size: int) -> Iterator[Chunk]:
     """Yields the images `numbers` of a source in order, up to `size` at a time. Raises DataError as `decode_all`."""
-    with ThreadPoolExecutor(min(_cores(), _MOST_THREADS)) as threads:
+    with ThreadPoolExecutor(min(cores(), _MOST_THREADS)) as threads:
         for start in range(numbers.start, numbers.stop, size):
             part = range(start, min(start + size, numbers.stop))
             decoded = list(threads.map(lambda i: _pixels(source, i, plan), part))
@@ -113,8 +113,3 @@ def _pixels(source: ImageSource, i: int, plan: Plan) -> np.ndarray | None:
 
 def _stop(name: str, error: CorruptImage) -> DataError:
     return DataError(f"{name} cannot be read as an image ({error}): mend it, or leave such out with --on-corrupt skip")
-
-
-def _cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, MmgenError
+from ..process import cores
 from .features import Extractor
 from .image_sets import ImageSet
 
@@ -43,7 +43,7 @@ def _batches(
     images: ImageSet, ranges: Iterable[range], extractor: Extractor, size: tuple[int, ...] | None
 ) -> Iterator[tuple[range, np.ndarray]]:
     """(image numbers, uint8 [n, C, H, W], or float32 as `extractor.prepare` makes it), read ahead."""
-    workers = min(_cores(), _MOST_THREADS)
+    workers = min(cores(), _MOST_THREADS)
     with ThreadPoolExecutor(workers) as threads:
         waiting: deque[tuple[range, list[Future]]] = deque()
         try:
@@ -107,7 +107,3 @@ def _cut(numbers: range, parts: int) -> list[range]:
 def _words(shape: tuple[int, ...]) -> str:
     channels, height, width = shape
     return f"{width}x{height} {'grey' if channels == 1 else 'colour'}"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,10 +6,11 @@ a step is not parallel or data are awaited, use none either.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..process import cores
 
 WAITED = 0.2  # this share of the time that threads wanted to run is worth a note
 ENOUGH_SECONDS = 5.0  # of wanted time, before anything is said
@@ -76,4 +77,4 @@ class Watch:
         if share < WAITED:
             return None
         self.said = True
-        return note(share, threads, len(os.sched_getaffinity(0)))
+        return note(share, threads, cores())
