@@ -36,7 +36,7 @@ def is_whole_png(path: str | os.PathLike) -> bool:
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.verify()
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for damaged files
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for damaged files
         return False
     return True
 

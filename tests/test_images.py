@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -38,6 +41,10 @@ def test_a_damaged_png_is_seen(tmp_path):
     for place in range(len(content) - 12):  # ... and the last twelve an end that holds nothing
         file.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
         assert not is_whole_png(file), place
+    side = struct.pack(">I", 10**6)
+    header = b"IHDR" + side + side + content[24:29]
+    file.write_bytes(content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:])
+    assert not is_whole_png(file)  # a million pixels a side
 
 
 def test_png_of_a_picture(tmp_path):
