@@ -34,6 +34,7 @@ from mmgen.models import AnyModel
 from mmgen.sampling import SampleSettings, draw
 from mmgen.teachers import load_teacher
 from mmgen.training.distill import distill
+from mmgen.training.task import Outcome
 from mmgen.training.teacher import train_teacher
 
 SHOWN = 15  # images of each row of the picture
@@ -132,13 +133,20 @@ def spread(values: np.ndarray | list[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f} ± {np.ptp(values) / 2:.{digits}f}"
 
 
+def ended(outcome: Outcome) -> Outcome:
+    """A run that was told to stop ends the script, too: half a training is no result."""
+    if outcome.signal is not None:
+        raise SystemExit(128 + outcome.signal)
+    return outcome
+
+
 def teacher(out: Path, iterations: int) -> Path:
     """Trains the small teacher in the folder `out`, or finds it there; the folder."""
     AcceleratorState._reset_state(reset_partial_state=True)
     images = iterations * TEACHER["train.batch_size"]
     settings = {**TEACHER, "train.max_images": images, "optimizer.warmup_images": images // 20}
     config = teacher_config.resolve(read_preset("digits-teacher", "train-teacher"), nest(settings, teacher_config.TeacherConfig))
-    train_teacher(config, out, Silent(), device="cpu")
+    ended(train_teacher(config, out, Silent(), device="cpu"))
     return out
 
 
@@ -152,7 +160,7 @@ def student(place: str, variant: Variant, steps: int, seed: int, iterations: int
     }  # fmt: skip
     config = distill_config.resolve(read_preset("digits-distill", "distill"), nest(settings, distill_config.DistillConfig))
     folder = out / f"{''.join(c if c.isalnum() else '-' for c in variant.name)}-{steps}-{seed}"
-    distill(config, folder, Silent(), device="cpu")
+    ended(distill(config, folder, Silent(), device="cpu"))
     return mmgen.load(folder)
 
 

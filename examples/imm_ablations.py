@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from mmgen.config import nest, read_preset
 from mmgen.imm_config import ImmConfig, resolve
 from mmgen.training.start import train_imm
+from mmgen.training.task import Outcome
 
 STEPS = (1, 2, 8)
 SMALL = {
@@ -53,13 +54,20 @@ class Silent:
     def log(self, line: dict) -> None: ...
 
 
+def ended(outcome: Outcome) -> Outcome:
+    """A run that was told to stop ends the script, too: half a training is no result."""
+    if outcome.signal is not None:
+        raise SystemExit(128 + outcome.signal)
+    return outcome
+
+
 def run(name: str, changes: dict, seed: int, images: int, samples: int, out: Path) -> dict[str, float]:
     """FD-pixels by number of steps. Trains the run in `out`, or finds it finished there."""
     AcceleratorState._reset_state(reset_partial_state=True)
     settings = {**SMALL, **changes, "train.seed": seed, "train.max_images": images, "run.eval_num": samples}
     config = resolve(read_preset("digits-imm"), nest(settings, ImmConfig))
     folder = out / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
-    return train_imm(config, folder, Silent(), device="cpu").results["values"]
+    return ended(train_imm(config, folder, Silent(), device="cpu")).results["values"]
 
 
 def spread(values: list[float]) -> str:

@@ -3,6 +3,7 @@
 import math
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from mmgen.schedules import ScheduleSettings, make_schedule
+from mmgen.training.task import Outcome
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +32,25 @@ def test_the_ablations_make_their_table(tmp_path):
     table = (tmp_path / "table/table.md").read_text().splitlines()
     assert len(table) == 2 + 14 and all(row.count("±") == 3 for row in table[2:])
     assert "nan" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("example", "function", "trains", "arguments"),
+    [
+        ("imm_ablations.py", "run", "train_imm", ("a", {}, 0, 128, 32, Path("a"))),
+        ("distill_ablations.py", "teacher", "train_teacher", (Path("a"), 2)),
+        ("distill_ablations.py", "student", "distill", ("teacher", None, 8, 0, 2, Path("a"))),
+    ],
+)
+def test_half_a_training_is_no_result(example, function, trains, arguments, monkeypatch):
+    """A signal lets a run save and end in good order; the script must not go on as if it had finished."""
+    names = runpy.run_path(str(ROOT / "examples" / example))
+    if arguments[1] is None:
+        arguments = (arguments[0], names["VARIANTS"][0], *arguments[2:])
+    monkeypatch.setitem(names[function].__globals__, trains, lambda *_, **__: Outcome(128, signal=signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        names[function](*arguments)
+    assert ended.value.code == 143
 
 
 def test_the_table_of_scale(tmp_path):
