@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from PIL import Image
 
 from mmgen.errors import DataError
-from mmgen.metrics.image_sets import image_set
+from mmgen.metrics.collect import collect
+from mmgen.metrics.features import build_extractor
+from mmgen.metrics.image_sets import ImageSet, image_set
 from mmgen.metrics.npz_images import NpzImages
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), dtype=np.uint8)
@@ -203,3 +206,18 @@ def test_kept_features_are_in_the_order_of_the_images(folder, size):
     expected = PIXELS.transpose(0, 3, 1, 2).reshape(5, -1) / 127.5 - 1
     np.testing.assert_allclose(found.kept.numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(found.statistics.mean.numpy(), expected.mean(0), atol=1e-12)
+
+
+def test_batches_are_planned_as_they_are_needed():
+    """What is claimed to hold a million images, and does not, costs no memory before the first is read."""
+
+    def read(start, stop, colour):
+        raise DataError("there is none")
+
+    images = ImageSet("many", "", 10**6, read, str, threaded=False)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="there is none"):
+        collect(images, build_extractor("pixels"), batch_size=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22  # a million ranges are 50 times as much

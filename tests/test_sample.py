@@ -134,6 +134,17 @@ def test_what_a_power_cut_damaged_is_drawn_anew(model, tmp_path):
     assert record(out / "samples.json") == made
 
 
+def test_complete_means_on_the_disk(model, tmp_path, monkeypatch):
+    seen = []  # at every sync: whether the run was complete, and how many images were there
+    out = tmp_path / "out"
+    monkeypatch.setattr(
+        os, "sync", lambda: seen.append((record(out / "samples.json")["complete"], len(list(out.glob("0*.png")))))
+    )
+    for num in (6, 6, 8):
+        run(model, "--num", num, "--out", out, "--batch-size", 4)
+    assert seen == [(False, 6), (False, 8)]  # nothing was written the second time
+
+
 def test_more_images_continue(model, tmp_path):
     run(model, "--num", 4, "--out", tmp_path / "out")
     old = (tmp_path / "out" / "000003.png").stat().st_mtime_ns
