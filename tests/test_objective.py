@@ -11,6 +11,7 @@ from mmgen.diffusion import diffuse
 from mmgen.flow_map import flow_map
 from mmgen.imm_config import ImmConfig, resolve
 from mmgen.losses.imm import draw_times, earlier_time, kernel_weight, loss_weight
+from mmgen.networks.dropout import Dropout
 from mmgen.random import keys, normal, torch_seed
 from mmgen.training import imm
 from mmgen.training.batches import fetch
@@ -94,13 +95,13 @@ def test_hidden_labels_reach_the_target_only_if_wanted():
 
 def record_masks(objective, batch, monkeypatch):
     """The masks of all dropout layers in one pass: the student's, then the target's."""
-    masks, original = [], torch.nn.functional.dropout
+    masks, original = [], Dropout.forward
 
-    def dropout(x, p, training, inplace=False):
-        masks.append(original(torch.ones_like(x), p, training))
+    def forward(self, x):
+        masks.append(original(self, torch.ones_like(x)))
         return x * masks[-1]
 
-    monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+    monkeypatch.setattr(Dropout, "forward", forward)
     loss_of(objective, batch)
     monkeypatch.undo()
     half = len(masks) // 2

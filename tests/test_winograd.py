@@ -26,7 +26,12 @@ def near(a, b, tolerance=1e-5):
     assert (a.double() - b.double()).norm() < tolerance * b.double().norm()
 
 
-def test_values_and_gradients_are_those_of_the_direct_convolution():
+@pytest.mark.parametrize("piece", [1, 2**17])  # each row of tiles by itself, or whole images
+@pytest.mark.parametrize("part, parts", [(1, 3), (3000, 2), (6 * 2**20, 1)])  # the three images one by one, two and one, at once
+def test_values_and_gradients_are_those_of_the_direct_convolution(monkeypatch, piece, part, parts):
+    monkeypatch.setattr(winograd, "PIECE", piece)
+    monkeypatch.setattr(winograd, "PART", part)
+    assert len(winograd._parts(inputs()[0], 7)) == parts
     parts = inputs()
     out, expected = Winograd.apply(*parts), exact(*parts)
     near(out, expected)

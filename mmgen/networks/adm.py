@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from ..keyed_dropout import checkpointed
+from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 
 EPSILON = 1e-5  # of every group norm
@@ -65,7 +66,7 @@ class Block(nn.Module):
         self.conv0 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.affine = nn.Linear(emb_channels, out_channels * (2 if settings.scale_shift_norm else 1))
         self.norm1 = _norm(out_channels, settings)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
         self.conv1 = _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.heads = 0

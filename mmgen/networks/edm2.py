@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from ..keyed_dropout import checkpointed
+from .dropout import Dropout
 
 EPSILON = 1e-4  # added to every magnitude that is divided by
 
@@ -104,7 +105,7 @@ class Block(nn.Module):
         self.emb_gain = nn.Parameter(torch.zeros([]))
         self.conv_res0 = Layer(out_channels if side == "enc" else in_channels, out_channels, 3)
         self.emb_linear = Layer(emb_channels, out_channels)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
         self.conv_res1 = Layer(out_channels, out_channels, 3)
         self.conv_skip = Layer(in_channels, out_channels, 1) if in_channels != out_channels else None
         self.heads = out_channels // settings.channels_per_head if attention else 0

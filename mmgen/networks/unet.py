@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..keyed_dropout import checkpointed
+from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 from .winograd import Conv2d
 
@@ -94,7 +95,7 @@ class Block(nn.Module):
         self.conv0 = _conv(in_channels, out_channels, 3)
         self.affine = _linear(emb_channels, out_channels)
         self.norm1 = _norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv1 = _conv(out_channels, out_channels, 3, gain=1e-5)
         self.skip = _conv(in_channels, out_channels, 1) if resampling or in_channels != out_channels else None
         self.attention = attention

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from ..keyed_dropout import checkpointed
+from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 
 EPSILON = 1e-6  # of every norm
@@ -60,7 +61,7 @@ class ConvBlock(nn.Module):
         self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)
         self.affine = nn.Linear(emb_channels, 2 * channels)
         self.norm1 = _group_norm(channels)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -89,7 +90,7 @@ class TransformerBlock(nn.Module):
         self.query_gain = nn.Parameter(torch.ones(settings.channels_per_head))
         self.key_gain = nn.Parameter(torch.ones(settings.channels_per_head))
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = Dropout(settings.dropout)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale1, shift1, scale2, shift2 = self.affine(emb)[:, None].chunk(4, dim=2)

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 TILE = 4  # side of the output that a tile computes; it reads 6 x 6 pixels
+PART = 6 * 2**20  # numbers of a part's tiles, 24 MiB: what is larger than 32 MiB glibc fetches from the system anew, page by page
+PIECE = 2**17  # numbers that are transformed at a time: 0.5 MiB, half of a core's second cache
 LEAST_CHANNELS, LEAST_PIXELS = 128, 256  # below, moving the tiles costs more than is saved (tests/benchmarks/NOTES.md)
 
 # d -> B d B^T, weights g -> G g G^T, and the output A m A^T, for the points 0, 1, -1, 2, -2 and infinity
@@ -50,7 +52,7 @@ class Winograd(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return _convolution(x, weight).add_(bias[:, None, None])
+        return _convolution(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -66,11 +68,11 @@ class Winograd(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = _convolution(gradient, weight.flip(2, 3).transpose(0, 1))
         if ctx.needs_input_grad[1]:
-            n, k, height, width = gradient.shape
-            spread = gradient.permute(0, 2, 3, 1).reshape(n, height // TILE, TILE, width // TILE, TILE, k)
-            spread = _matrix("A").T @ spread.permute(2, 4, 0, 1, 3, 5).reshape(TILE**2, -1)
-            product = torch.bmm(_tiles(x).transpose(1, 2), spread.view(36, -1, k))  # [36, C, K]
-            of_weight = (_matrix("G").T @ product.view(36, -1)).view(3, 3, -1, k).permute(3, 2, 0, 1).contiguous()
+            k, c = weight.shape[:2]
+            product = x.new_zeros(36, c, k)
+            for part in _parts(x, max(c, k)):
+                product.baddbmm_(_tiles(x[part]).transpose(1, 2), _spread(gradient[part]))
+            of_weight = (_matrix("G").T @ product.view(36, -1)).view(3, 3, c, k).permute(3, 2, 0, 1).contiguous()
         return of_x, of_weight, gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
 
     @staticmethod
@@ -81,24 +83,57 @@ class Winograd(torch.autograd.Function):
         return total if along_weight is None else total + _convolution(x, along_weight)
 
 
-def _convolution(x: Tensor, weight: Tensor) -> Tensor:
-    """[N, C, H, W] and [K, C, 3, 3] -> [N, K, H, W], channels last in memory."""
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """[N, C, H, W], [K, C, 3, 3] and [K] -> [N, K, H, W], channels last in memory."""
     n, _, height, width = x.shape
     k, c = weight.shape[:2]
+    high, wide = height // TILE, width // TILE
     points = (_matrix("G") @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, c, k)
-    product = torch.bmm(_tiles(x), points)  # [36, tiles, K]
-    out = (_matrix("A") @ product.view(36, -1)).view(TILE, TILE, n, height // TILE, width // TILE, k)
-    return out.permute(2, 3, 0, 4, 1, 5).reshape(n, height, width, k).permute(0, 3, 1, 2)
+    out = x.new_empty(n, high, TILE, wide, TILE, k)
+    for part in _parts(x, max(c, k)):
+        product = torch.bmm(_tiles(x[part]), points).view(36, -1, high, wide * k)
+        for image, rows in _pieces(product.shape[1], high, 36 * wide * k):
+            pixels = (_matrix("A") @ product[:, image, rows].reshape(36, -1)).view(TILE, TILE, -1, wide, k)
+            torch.add(pixels.permute(2, 0, 3, 1, 4), bias, out=out[part][image, rows])
+    return out.view(n, height, width, k).permute(0, 3, 1, 2)
 
 
 def _tiles(x: Tensor) -> Tensor:
     """The transformed 6 x 6 tiles of x [N, C, H, W], each four pixels from the last: [36, N H/4 W/4, C]."""
     n, c, height, width = x.shape
+    high, wide = height // TILE, width // TILE
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).contiguous()
-    image, row, column, channel = padded.stride()
-    shape = (6, 6, n, height // TILE, width // TILE, c)
-    tiles = padded.as_strided(shape, (row, column, image, TILE * row, TILE * column, channel))
-    return (_matrix("B") @ tiles.reshape(36, -1)).view(36, -1, c)
+    each, row, column, channel = padded.stride()
+    tiles = padded.as_strided((6, 6, n, high, wide, c), (row, column, each, TILE * row, TILE * column, channel))
+    out = x.new_empty(36, n, high, wide * c)
+    for image, rows in _pieces(n, high, 36 * wide * c):
+        torch.mm(_matrix("B"), tiles[:, :, image, rows].reshape(36, -1), out=out[:, image, rows].view(36, -1))
+    return out.view(36, -1, c)
+
+
+def _spread(gradient: Tensor) -> Tensor:
+    """The transpose of the output's transformation, of its gradient [N, K, H, W], channels last: [36, N H/4 W/4, K]."""
+    n, k, height, width = gradient.shape
+    high, wide = height // TILE, width // TILE
+    pixels = gradient.permute(0, 2, 3, 1).view(n, high, TILE, wide, TILE, k).permute(2, 4, 0, 1, 3, 5)
+    out = gradient.new_empty(36, n, high, wide * k)
+    for image, rows in _pieces(n, high, 36 * wide * k):
+        torch.mm(_matrix("A").T, pixels[:, :, image, rows].reshape(TILE**2, -1), out=out[:, image, rows].view(36, -1))
+    return out.view(36, -1, k)
+
+
+def _parts(x: Tensor, channels: int) -> list[slice]:
+    """Images of x [N, C, H, W] to be convolved at a time: equal parts whose tiles of so many channels are within PART numbers."""
+    n, _, height, width = x.shape
+    count = -(-36 * n * height * width * channels // TILE**2 // PART)
+    step = -(-n // max(1, count))
+    return [slice(first, first + step) for first in range(0, n, step)]
+
+
+def _pieces(images: int, rows: int, size: int) -> list[tuple[int, slice]]:
+    """Image and rows of tiles, of `size` numbers each, to be transformed at a time, so that they stay in the cache."""
+    step = max(1, PIECE // size)
+    return [(image, slice(row, row + step)) for image in range(images) for row in range(0, rows, step)]
 
 
 @lru_cache(maxsize=3)
