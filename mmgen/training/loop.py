@@ -25,6 +25,7 @@ from ..images import save_png
 from ..metrics.frechet import halves_distance
 from ..models import MODEL_FILE, AnyModel, ModelConfig, build_model, save_model
 from ..networks import checkpoint_blocks
+from ..process import keep_large_blocks
 from ..team import team_of
 from . import collapse, evaluation
 from .auto_batch import describe, find_size
@@ -73,6 +74,8 @@ class Trainer:
         self.accelerator, self.max_seconds = accelerator, max_seconds
         self.train, self.optimizer, self.run_settings, self.config = train, optimizer, run, config
         set_precision(train.precision)
+        if accelerator.device.type == "cpu":
+            keep_large_blocks()
         torch.manual_seed(train.seed)  # the initial weights
         self.task = make_task(accelerator)
         at_most = train.batch_size if run.batch_per_device == "auto" else run.batch_per_device
