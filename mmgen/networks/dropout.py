@@ -24,7 +24,7 @@ class Dropout(nn.Dropout):
 def drop(x: Tensor, p: float) -> Tensor:
     """x, each number 0 with probability p (rounded to 2^-16), the others divided by 1 - p: the mean is x. Draws from torch's generator."""
     dropped = min(round(p * LEVELS), LEVELS - 1)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    words = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 3) // 4,)).view(torch.int16)
     words = words.as_strided(x.shape, torch.empty_like(x, device="meta").stride())  # in x's order in memory
     kept = (words >= dropped - LEVELS // 2).to(x.dtype)
     return x * kept.mul_(LEVELS / (LEVELS - dropped))
