@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,21 @@ def published(tiny_network, monkeypatch) -> Path:
     return path
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    import sys
+tried: list[str] = []  # hostile inputs of all processes of `pytest -n`
 
+
+def pytest_sessionfinish(session) -> None:
     if (hostile := sys.modules.get("hostile")) is not None:
-        terminalreporter.write_line(
-            f"{len(hostile.tried):,} hostile inputs were tried, {len(set(hostile.tried)):,} of them different"
-        )
+        tried.extend(hostile.tried)
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist: what it leaves here reaches the one that prints
+        session.config.workeroutput["hostile"] = tried
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    tried.extend(getattr(node, "workeroutput", {}).get("hostile", []))  # none of a process that crashed
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if tried:
+        terminalreporter.write_line(f"{len(tried):,} hostile inputs were tried, {len(set(tried)):,} of them different")
