@@ -23,11 +23,10 @@ MOST_JSON = 1 << 26  # bytes of a JSON file: once read, it takes up to twenty ti
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike, flush: bool = True) -> Iterator[Path]:
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary path beside `path`, to be written to; renames it to `path` if the block succeeds.
 
-    The content is flushed to disk before the rename, so that a power cut leaves the old file or the new, never a part. Not
-    `flush`: the same holds for a process that is killed, and whoever reads the file after a power cut must look whether it is whole.
+    The content is flushed to disk before the rename, so that a power cut leaves the old file or the new, never a part.
     Raises MmgenError with one sentence where the disk is full or the folder cannot be written.
     """
     path = Path(path)
@@ -42,14 +41,31 @@ def replacing(path: str | os.PathLike, flush: bool = True) -> Iterator[Path]:
     try:
         with _in_use(temporary):
             yield temporary
-            if flush:
-                with open(temporary, "rb") as written:
-                    os.fsync(written.fileno())
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
             os.replace(temporary, path)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staging(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder within `folder`, for many small files that are renamed out of it as soon as each is whole.
+
+    A fifth of the cost of `replacing` a file. Nothing is flushed: a process that is killed leaves whole files, and whoever reads
+    them after a power cut must look whether they are. Raises MmgenError with one sentence where the folder cannot be written.
+    """
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        with _in_use(temporary):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

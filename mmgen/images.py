@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -15,20 +16,27 @@ from .files import replacing
 READABLE = 64  # pixels: smaller tiles are enlarged to at least about this
 
 
-def save_png(path: str | os.PathLike, image: Tensor | np.ndarray | Image.Image, flush: bool = True) -> None:
+def save_png(path: str | os.PathLike, image: Tensor | np.ndarray | Image.Image) -> None:
     """Writes a PNG file, atomically: an image uint8 [C, H, W] with C = 1 (grey) or 3 (RGB), or a picture from below.
 
-    Not `flush`: many times as fast for many files, which a power cut may then damage (see `is_whole_png`).
     Raises ValueError for an array of another type or shape, MmgenError where the file cannot be written.
     """
+    content = png_bytes(image)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def png_bytes(image: Tensor | np.ndarray | Image.Image) -> bytes:
+    """What a PNG file of an image of `save_png` holds. Raises ValueError for an array of another type or shape."""
     if not isinstance(image, Image.Image):
         array = _array(image)
         if array.ndim != 3:
             raise ValueError(f"an image is [C, H, W], not of shape {list(array.shape)}")
         _check(array[None])
         image = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0) if len(array) == 3 else array[0]))
-    with replacing(path, flush) as temporary:
-        image.save(temporary, format="PNG")
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return content.getvalue()
 
 
 def is_whole_png(path: str | os.PathLike) -> bool:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, MmgenError, cannot_write
-from .files import remove_leftovers, replacing, write_json
-from .images import is_whole_png, save_png
+from .files import remove_leftovers, replacing, staging, write_json
+from .images import is_whole_png, png_bytes
 from .models import AnyModel, ModelConfig, drawn_shape
 from .process import cores
 from .sample_drawing import Progress, draw_missing
@@ -77,7 +77,7 @@ def write_png(
     team.wait()  # nobody may look before the main process has cleared up ...
     missing = _missing(folder, num, digits)
     team.wait()  # ... nor write before all have looked
-    with _in_background() as write:
+    with staging(folder) as temporary, _in_background(temporary) as write:
         for indices, images in draw_missing(model, chosen, missing, num, team, progress):
             write((folder / _name(i, digits), image) for i, image in zip(indices, images, strict=True))
     if missing and hasattr(os, "sync"):
@@ -94,10 +94,10 @@ def write_png(
 
 
 @contextlib.contextmanager
-def _in_background() -> Iterator[Callable[[Iterable[tuple[Path, Tensor]]], None]]:
+def _in_background(temporary: Path) -> Iterator[Callable[[Iterable[tuple[Path, Tensor]]], None]]:
     """write(files): starts to write a batch of PNG files, once the batch before is written; at the end all are.
 
-    So that the next batch is drawn meanwhile. Raises what `save_png` raises, and then leaves out what was not begun; whatever
+    So that the next batch is drawn meanwhile. Raises what `_write` raises, and then leaves out what was not begun; whatever
     else ends the block, what was drawn is written.
     """
     pool, begun = ThreadPoolExecutor(min(cores(), _MOST_WRITERS), "png"), []
@@ -112,13 +112,23 @@ def _in_background() -> Iterator[Callable[[Iterable[tuple[Path, Tensor]]], None]
 
     def write(files: Iterable[tuple[Path, Tensor]]) -> None:
         finish()
-        begun.extend(pool.submit(save_png, path, image, flush=False) for path, image in files)
+        begun.extend(pool.submit(_write, path, image, temporary) for path, image in files)
 
     try:
         yield write
         finish()
     finally:
         pool.shutdown()
+
+
+def _write(path: Path, image: Tensor, temporary: Path) -> None:
+    """Writes a PNG file by way of a folder for unfinished ones. Raises MmgenError where that fails."""
+    try:
+        unfinished = temporary / path.name
+        unfinished.write_bytes(png_bytes(image))
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 @contextlib.contextmanager

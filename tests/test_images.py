@@ -32,7 +32,7 @@ def test_png_returns_the_pixels(tmp_path, channels, mode):
 
 def test_a_damaged_png_is_seen(tmp_path):
     file = tmp_path / "a.png"
-    save_png(file, torch.randint(256, (3, 8, 8), dtype=torch.uint8), flush=False)
+    save_png(file, torch.randint(256, (3, 8, 8), dtype=torch.uint8))
     content = file.read_bytes()
     assert is_whole_png(file) and not is_whole_png(tmp_path / "none.png")
     for size in range(len(content) - 4):  # the last four bytes are the checksum of nothing ...

@@ -20,7 +20,7 @@ from tiny_model import NAMES, make_model
 from typer.testing import CliRunner
 
 import mmgen
-from mmgen import sample_drawing, sample_file, sample_folder
+from mmgen import sample_drawing, sample_file
 from mmgen.cli.sample import sample
 from mmgen.errors import ConfigError, MmgenError, ModelError
 
@@ -395,18 +395,19 @@ def test_a_disk_that_fills_up(model, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_fills_up_while_pictures_are_written(model, tmp_path, monkeypatch):
-    original = sample_folder.save_png
+    original = os.replace
 
-    def full(path, image, **options):
+    def full(source, path):
         if path.name == "000002.png":
-            raise MmgenError(f"cannot write {path}: No space left on device")
-        original(path, image, **options)
+            raise OSError(28, "No space left on device")
+        original(source, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sample_folder, "save_png", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(MmgenError, match="000002.png: No space left"):
             run(model, "--num", 6, "--out", tmp_path / "a", "--batch-size", 2)
     assert {"000000.png", "000001.png"} <= {path.name for path in (tmp_path / "a").glob("*.png")}
+    assert not list((tmp_path / "a").glob(".tmp-*"))
     assert not json.loads((tmp_path / "a" / "samples.json").read_text())["complete"]
     run(model, "--num", 6, "--out", tmp_path / "a", "--batch-size", 2)
     assert len(list((tmp_path / "a").glob("*.png"))) == 6

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -66,13 +66,17 @@ def make_model(preset: str, changes: dict, device: str) -> tuple[Model, Path]:
     return model, folder
 
 
+def new_folder(within: Path) -> Path:
+    """Not one that was emptied just before: ext4 takes up to ten times as long for a file where many were deleted seconds ago."""
+    return Path(tempfile.mkdtemp(dir=within))
+
+
 def ours(preset: str, changes: dict, num: int, device: str) -> Run:
     model, folder = make_model(preset, changes, device)
     origin, settings = Origin.of(folder), SampleSettings(steps=2, batch_size=BATCH)
 
     def once() -> None:
-        shutil.rmtree(folder / "samples", ignore_errors=True)
-        write_png(model, folder / "samples", num, settings, origin, team=Team())
+        write_png(model, new_folder(folder), num, settings, origin, team=Team())
 
     return once
 
@@ -92,12 +96,11 @@ def plain(preset: str, changes: dict, num: int, device: str) -> Run:
     middle = 1.4 / (1 + 1.4)  # eta = 1.4
 
     def once() -> None:
-        shutil.rmtree(folder / "plain", ignore_errors=True)
-        (folder / "plain").mkdir()
+        samples = new_folder(folder)
         images = torch.cat([batch(min(BATCH, num - start)) for start in range(0, num, BATCH)])
         for number, image in enumerate(images.cpu().numpy()):
             picture = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
-            Image.fromarray(picture).save(folder / "plain" / f"{number:06d}.png")
+            Image.fromarray(picture).save(samples / f"{number:06d}.png")
 
     @torch.no_grad()
     def batch(count: int) -> torch.Tensor:
