@@ -54,7 +54,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 def staging(folder: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary folder within `folder`, for many small files that are renamed out of it as soon as each is whole.
 
-    A fifth of the cost of `replacing` a file. Nothing is flushed: a process that is killed leaves whole files, and whoever reads
+    A quarter of the cost of `replacing` each. Nothing is flushed: a process that is killed leaves whole files, and whoever reads
     them after a power cut must look whether they are. Raises MmgenError with one sentence where the folder cannot be written.
     """
     try:

@@ -77,11 +77,12 @@ def write_png(
     team.wait()  # nobody may look before the main process has cleared up ...
     missing = _missing(folder, num, digits)
     team.wait()  # ... nor write before all have looked
-    with staging(folder) as temporary, _in_background(temporary) as write:
-        for indices, images in draw_missing(model, chosen, missing, num, team, progress):
-            write((folder / _name(i, digits), image) for i, image in zip(indices, images, strict=True))
-    if missing and hasattr(os, "sync"):
-        os.sync()  # all at once, instead of each by itself: "complete" means that they are on the disk
+    if missing:
+        with staging(folder) as temporary, _in_background(temporary) as write:
+            for indices, images in draw_missing(model, chosen, missing, num, team, progress):
+                write((folder / _name(i, digits), image) for i, image in zip(indices, images, strict=True))
+        if hasattr(os, "sync"):
+            os.sync()  # all at once, instead of each by itself: "complete" means that they are on the disk
     team.wait()
     if team.is_main:
         labels = all_labels(model.config, chosen, num)
