@@ -14,6 +14,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of networks as small as these a
 tune()
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps its device and precision for the whole process, of which every test is to begin anew."""
+    yield
+    if (state := sys.modules.get("accelerate.state")) is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """A cache of the test's own, and a folder of its own to work in."""

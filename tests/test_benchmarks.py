@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from mmgen.networks.dropout import drop
 from mmgen.random import keys, normal
@@ -15,12 +14,6 @@ from mmgen.training.instant import minibatch
 from tests.benchmarks import imm_step, matching_step, plain_imm, plain_matching
 from tests.benchmarks.__main__ import BENCHMARKS, main
 from tests.benchmarks.runs import imm_config, imm_trainer
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def shake(network):

@@ -23,12 +23,6 @@ from mmgen.training.start import train_imm
 FILES = {"network.safetensors", "optimizer.safetensors", "ema-0.5.safetensors"}
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 class Run:
     """A network that was trained for a step, with checkpoints of 10, 20, ... images whose weights are those numbers."""
 

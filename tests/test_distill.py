@@ -1,335 +1,38 @@
-"""Training of students: objectives against their definitions, both methods on a toy teacher, resuming, what is refused."""
+"""Training of students: both methods on a toy teacher, resuming, teachers of all coordinates, what is refused."""
 
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_model import make_denoiser, make_model
+from toy_distill import COSINE, One, Quiet, V, assert_same, config_for, digits, grads, run, task_for, toy_teacher, weights
 
 from mmgen import data
-from mmgen.config import DataSettings, nest
-from mmgen.denoiser import Denoiser, DenoiserSettings
-from mmgen.distill_config import DistillConfig, resolve
+from mmgen.config import DataSettings
+from mmgen.denoiser import DenoiserSettings
 from mmgen.errors import ConfigError, ModelError, TrainingError
-from mmgen.losses.moment_matching import MomentSettings, finite_derivative, forward_derivative
+from mmgen.losses.moment_matching import MomentSettings
 from mmgen.models import load_model, read_config, save_model
-from mmgen.networks import UNetSettings
-from mmgen.random import keys
 from mmgen.sampling import SampleSettings, draw, plan
 from mmgen.schedules import ScheduleSettings
 from mmgen.teachers import load_teacher
 from mmgen.training import distill as module
 from mmgen.training import instant, loop, matching
-from mmgen.training.alternating import alternating_parts, turn
-from mmgen.training.batches import fetch
-from mmgen.training.distill import copy_of, distill, distill_task, find_teacher, student_model_config
+from mmgen.training.alternating import alternating_parts
+from mmgen.training.distill import copy_of, find_teacher, student_model_config
 from mmgen.training.inputs import Inputs
-
-COSINE = ScheduleSettings("vp_cosine")
-V = DenoiserSettings(precondition="schedule", prediction="v", schedule=COSINE, time_scale=100.0)
-TINY = {
-    "student.steps": 2, "optimizer.lr": 1e-3, "optimizer.warmup_images": 32, "optimizer.grad_clip": 1.0,
-    "train.batch_size": 16, "train.max_images": 160, "train.precision": "fp32",
-    "run.batch_per_device": 8, "run.checkpoint_every": 48, "run.eval_num": 0, "run.log_every": 2, "run.teacher_steps": 4,
-}  # fmt: skip
-
-
-class Quiet:
-    def __init__(self):
-        self.notes, self.lines = [], []
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def start(self, images, total): ...
-    def advance(self, images): ...
-    def log(self, line):
-        self.lines.append(line)
-
-
-class One:
-    """An accelerator of one process."""
-
-    num_processes, process_index, device = 1, 0, torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path, monkeypatch):
+def no_inception(monkeypatch):
     monkeypatch.setenv("MMGEN_INCEPTION", "")
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A teacher of digits with random weights."""
-    return make_denoiser(tmp_path_factory.mktemp("teacher") / "teacher.safetensors", V, channels=1, num_classes=10)
-
-
-def config_for(place, **changes):
-    return resolve(nest({"teacher.name": str(place), **TINY, **changes}, DistillConfig))
-
-
-def run(place, out, reporter=None, **changes):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return distill(config_for(place, **changes), out, reporter or Quiet(), device="cpu")
-
-
-def task_for(place, **changes):
-    teacher, config = find_teacher(config_for(place, **changes))
-    dataset = data.load("digits")
-    return distill_task(config, teacher, student_model_config(config, teacher, dataset), dataset, Quiet(), One()), teacher
-
-
-def digits(first=0, count=16):
-    return fetch(data.load("digits"), first, count, 0, torch.device("cpu"))
-
-
-def weights(folder):
-    last = max((folder / "checkpoints").glob("[0-9]*"))
-    return {f"{file.stem}.{k}": v for file in sorted(last.glob("*.safetensors")) for k, v in load_file(file).items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys() and len(a) > 100
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
-
-
-def perturb(network, amount=0.1):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(amount * parameter.std(correction=0) * torch.randn(parameter.shape, generator=generator))
-
-
-# ---------------------------------------------------------------------- one pass, by the definitions
-
-
-def textbook(objective, batch, k):
-    """(x~, z_s, s, w, label) of a pass in float64 by page 1.2 and 1.5: alpha = cos, sigma = sin, posterior by its precision."""
-    used = objective.matching
-    u = matching.uniform(keys(0, batch.index, matching._TIME), (2,))
-    s, t = u[:, 0], (u[:, 0] + u[:, 1] / k).clamp(max=1)
-
-    def at(time):
-        angle = torch.pi / 2 * time[:, None, None, None]
-        return torch.cos(angle), torch.sin(angle)
-
-    (a_s, s_s), (a_t, s_t) = at(s), at(t)
-    x = batch.images.double() / 127.5 - 1
-    z_t = a_t * x + s_t * matching.normal(keys(0, batch.index, matching._NOISE), x.shape[1:], torch.float64)
-    x_tilde = used.student.x_hat(z_t, t, used.schedule, batch.labels)
-    ratio = a_t / a_s
-    jump = s_t**2 - ratio**2 * s_s**2  # sigma_{t|s}^2
-    variance = 1 / (1 / s_s**2 + ratio**2 / jump)
-    mean = variance * (ratio / jump * z_t + a_s / s_s**2 * x_tilde)
-    noise = matching.normal(keys(0, batch.index, matching._TARGET), x.shape[1:], torch.float64)
-    sigma = (torch.tan(torch.pi / 2 * s)).clamp(0.002, 80.0)
-    return x_tilde, (mean + variance.sqrt() * noise).detach(), s, sigma**-2 + 1, batch.labels
-
-
-def grads(loss, network):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
-
-
-def close(a, b, tolerance=1e-4):
-    assert (a - b).norm() <= tolerance * b.norm(), ((a - b).norm() / b.norm()).item()
-
-
-def test_the_students_gradient_is_that_of_algorithm_2(place):
-    task, teacher = task_for(place, **{"student.steps": 3})
-    objective = task.parts["student"].objective
-    (auxiliary,) = objective._others
-    perturb(auxiliary.network)
-    batch = digits()
-    loss, numbers = objective(batch)
-    x_tilde, z_s, s, w, label = textbook(objective, batch, 3)
-    with torch.no_grad():
-        g_phi, g_theta = (m.x_hat(z_s, s, objective.matching.schedule, label) for m in (auxiliary, teacher.model))
-    expected = (w * (x_tilde * (g_phi - g_theta)).sum((1, 2, 3))).mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-3)
-    close(grads(loss, objective.student.network), grads(expected, objective.student.network))
-    rms = (g_phi - g_theta).square().mean((1, 2, 3)).sqrt()
-    assert (numbers["moment_gap"][0] / numbers["moment_gap"][1]).item() == pytest.approx(2 * rms.mean().item(), rel=1e-3)
-    assert numbers["moment_gap_by_noise"][1].sum() == 16
-    level = torch.bucketize(torch.tan(torch.pi / 2 * s).log(), torch.linspace(0.002, 80, 2).log().new_tensor(
-        [torch.tensor(0.002).log() + i / 8 * (torch.tensor(80.0) / 0.002).log() for i in range(1, 8)]).double())  # fmt: skip
-    for i in range(8):
-        assert numbers["moment_gap_by_noise"][1, i] == (level == i).sum()
-
-
-def test_the_auxiliarys_gradient_is_that_of_algorithm_2(place):
-    task, teacher = task_for(place, **{"student.steps": 3})
-    objective = task.parts["auxiliary"].objective
-    perturb(objective.auxiliary.network)
-    perturb(objective.matching.student.network)
-    batch = digits()
-    loss, _ = objective(batch)
-    x_tilde, z_s, s, w, label = textbook(objective, batch, 3)
-    g_theta = teacher.model.x_hat(z_s, s, objective.matching.schedule, label)
-    g_phi = objective.auxiliary.x_hat(z_s, s, objective.matching.schedule, label)
-    errors = (x_tilde.detach() - g_phi) ** 2 + (g_theta - g_phi) ** 2
-    expected = (w * errors.sum((1, 2, 3))).mean()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
-    close(grads(loss, objective.auxiliary.network), grads(expected, objective.auxiliary.network))
-
-
-def test_the_instant_gradient_is_that_of_the_squared_norm_by_double_backward(place):
-    """1/2 <grad L_A, grad L_B>, of which only the x~ of B is differentiated; A: even images, B: odd ones."""
-    task, teacher = task_for(place, **{"loss.method": "instant"})
-    objective, part = task.parts["model"].objective, task.parts["model"]
-    batch = digits()
-    part.prepare(lambda: iter([batch]))
-    loss, _ = objective(batch)
-    network = Denoiser(teacher.model.config, teacher.model.network)
-    leaves = list(network.network.requires_grad_().parameters())
-    gradients = []
-    for which in (0, 1):
-        half = instant.minibatch(batch, which)
-        assert (half.index % 2 == which).all()
-        x_tilde, z_s, s, w, label = textbook(objective, half, 2)
-        x_tilde = x_tilde.detach() if which == 0 else x_tilde
-        x_hat = network.x_hat(z_s, s, objective.matching.schedule, label)
-        of_teacher = (w * ((x_hat - x_tilde) ** 2).sum((1, 2, 3))).mean()
-        gradients.append(torch.autograd.grad(of_teacher, leaves, create_graph=which == 1))
-    expected = 0.5 * sum((a * b).sum() for a, b in zip(*gradients, strict=True))
-    assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
-    student = objective.student.network
-    close(grads(loss, student), grads(expected, student), 1e-3)
-    teacher.model.requires_grad_(False)
-
-
-def test_finite_differences_serve_as_well(place):
-    found = {}
-    for jvp in ("auto", "finite"):
-        task, _ = task_for(place, **{"loss.method": "instant", "loss.jvp": jvp})
-        part = task.parts["model"]
-        assert part.objective.derivative is (forward_derivative if jvp == "auto" else finite_derivative)
-        part.prepare(lambda: iter([digits()]))
-        found[jvp] = grads(part.objective(digits())[0], part.network)
-    close(found["finite"], found["auto"], 1e-3)
-
-
-def test_a_network_without_forward_mode_falls_back_and_says_so(place, monkeypatch):
-    monkeypatch.setattr(instant, "lacks_forward_mode", lambda *_: "no rule")
-    teacher, config = find_teacher(config_for(place, **{"loss.method": "instant"}))
-    dataset, reporter = data.load("digits"), Quiet()
-    task = distill_task(config, teacher, student_model_config(config, teacher, dataset), dataset, reporter, One())
-    assert task.parts["model"].objective.derivative is finite_derivative
-    assert any("finite differences" in note and "no rule" in note for note in reporter.notes)
-
-
-def test_an_objective_trains_its_own_network_alone(place):
-    task, _ = task_for(place)
-    for name, part in task.parts.items():
-        own = {id(p) for p in part.network.parameters()}
-        assert {id(p) for p in part.objective.parameters()} == own
-        others = [p for other in task.parts.values() if other is not part for p in other.network.parameters()]
-        part.objective(digits())[0].backward()
-        assert all(p.grad is None for p in others), name
-        part.network.zero_grad()
-    assert [turn(i) for i in range(4)] == ["auxiliary", "student"] * 2 and next(iter(task.parts)) == "student"
-
-
-@pytest.mark.parametrize("method", ["alternating", "instant"])
-def test_results_do_not_depend_on_how_the_batch_is_cut(place, method):
-    """nu is of the whole of A, whatever the rounds."""
-    task, _ = task_for(place, **{"loss.method": method})
-    found = []
-    for size in (16, 4):
-        batches = [digits(start, size) for start in range(0, 16, size)]
-        total = []
-        for part in task.parts.values():
-            if part.prepare is not None:
-                part.prepare(lambda batches=batches: iter(batches))
-            loss = sum(part.objective(batch)[0] for batch in batches) / len(batches)
-            total.append(grads(loss, part.network))
-        found.append(torch.cat(total))
-    close(found[1], found[0], 1e-5)
-
-
-def test_draws_are_all_different(place):
-    task, _ = task_for(place)
-    used = task.parts["student"].objective.matching
-    noised = used.noised(digits())
-    purposes = {v for k, v in vars(matching).items() if k.startswith("_") and k.isupper() and isinstance(v, int)}
-    assert len(purposes) == 6 and not purposes & {100, 101, 102, 105, 120, 121}
-    zero = replace(noised, z_t=torch.zeros_like(noised.z_t))
-    first = used.target(zero, torch.zeros_like(noised.z_t))
-    assert not torch.allclose(first, noised.z_t) and not first.requires_grad
-    assert ((noised.s < noised.t) & (noised.t <= 1)).all()
-
-
-# ---------------------------------------------------------------------- the networks
-
-
-def test_a_student_begins_as_its_teacher_whatever_its_own_noise(place):
-    for changes in ({}, {"student.noise_channels": 2}, {"student.dropout": 0.3}):
-        teacher, config = find_teacher(config_for(place, **changes))
-        student = copy_of(teacher.model, student_model_config(config, teacher))
-        z, t = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
-        label = torch.arange(4)
-        used = matching.make_schedule(COSINE)
-        own = keys(0, torch.arange(4)) if student.is_random else None
-        ours, theirs = student.x_hat(z, t, used, label, noise=own), teacher.model.x_hat(z, t, used, label)
-        assert torch.equal(ours, theirs) == (not student.settings.noise_dropout)
-        assert not student.training and all(p.requires_grad for p in student.parameters())
-    other = student.x_hat(z, t, used, label, noise=own + 1)
-    assert not torch.equal(ours, other)
-
-
-def test_dropout_of_the_teacher_is_off_and_clipping_too(tmp_path):
-    """A teacher with dropout: passes are the same twice, no network is in training mode; x_hat of all three is not clipped."""
-    path = tmp_path / "teacher.safetensors"
-    torch.manual_seed(0)
-    from mmgen.models import ModelConfig
-
-    network = UNetSettings(model_channels=8, channel_mult=(1, 1), num_blocks=1, attn_resolutions=(4,), dropout=0.5)
-    config = ModelConfig(network=network, flow=None, denoiser=replace(V, clip=True), resolution=8, channels=1, data="digits")
-    model = Denoiser(config)
-    for weight in model.parameters():
-        if not weight.any():
-            torch.nn.init.normal_(weight, std=0.3)
-    save_model(path, config, model.network.state_dict())
-    task, teacher = task_for(path)
-    for part in task.parts.values():
-        assert part.objective(digits())[0].item() == part.objective(digits())[0].item()
-        assert not any(m.training for m in part.network.modules())
-    used = task.parts["student"].objective.matching
-    assert not teacher.model.training and not used.teacher.training
-    noised = used.noised(digits())
-    assert used.taught(3 * noised.z_t, noised).abs().max() > 1 and used.answer(noised).abs().max() > 1
-    assert teacher.model.settings.clip and read_config(path).denoiser.clip  # its own samples are clipped as ever
-
-
-def test_guidance_is_the_teachers_alone(place):
-    task, teacher = task_for(place, **{"teacher.guidance": 2.5})
-    used = task.parts["student"].objective.matching
-    noised = used.noised(digits())
-    z = noised.z_t
-    plain = teacher.model.x_hat(z, noised.s, used.schedule, noised.label)
-    none = teacher.model.x_hat(z, noised.s, used.schedule, torch.full_like(noised.label, 10))
-    torch.testing.assert_close(used.taught(z, noised), none + 2.5 * (plain - none), rtol=1e-4, atol=1e-4)
-    at_t = teacher.model.x_hat(z, noised.t, used.schedule, noised.label)
-    torch.testing.assert_close(used.answer(noised), at_t)
-    assert task.model_config.sampling.guidance == 1 and task.model_config.training["distilled"]["guidance"] == 2.5
-
-
-def test_a_students_own_noise_differs_between_images_and_repeats(place):
-    task, _ = task_for(place, **{"student.noise_channels": 1})
-    objective = task.parts["student"].objective
-    with torch.no_grad():
-        for name, weight in objective.student.network.named_parameters():
-            if weight.ndim == 4 and weight.shape[1] == 2:
-                weight.add_(1.0)
-    noised = objective.matching.noised(digits())
-    answer = objective.matching.answer(noised)
-    assert torch.equal(answer, objective.matching.answer(noised))
-    assert not torch.allclose(answer, objective.matching.answer(replace(noised, index=noised.index + 16)))
+    return toy_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 # ---------------------------------------------------------------------- runs

@@ -36,12 +36,6 @@ from mmgen.training.start import train_imm
 needs_locks = pytest.mark.skipif(lock.fcntl is None, reason="this system has no flock")
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @contextlib.contextmanager
 def files_of_at_most(size: int):
     """The system itself refuses to write more than this to a file."""

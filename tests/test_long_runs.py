@@ -7,7 +7,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from test_checkpoints import together
 from test_training import Quiet, tiny
@@ -17,12 +16,6 @@ from mmgen.training.collapse import Spread, spread_of, spread_of_data
 from mmgen.training.gradients import measure_and_clip
 from mmgen.training.numbers import BadLoss, Numbers
 from mmgen.training.start import train_imm
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def accelerator(scaler=None):

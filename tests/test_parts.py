@@ -30,12 +30,6 @@ from mmgen.training.evaluation import curves
 from mmgen.training.optim import learning_rate
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def again(*arguments, **options):
     AcceleratorState._reset_state(reset_partial_state=True)
     return run_toy(*arguments, **options)

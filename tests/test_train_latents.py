@@ -58,7 +58,6 @@ class Quiet:
 @pytest.fixture(autouse=True)
 def fresh():
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
     vae_module._load.cache_clear()
 
 

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch.nn import functional as F
 
 from mmgen import config as configs
@@ -36,12 +35,6 @@ EDM = {"denoiser.precondition": "edm", "loss.weighting": "edm", "loss.times": "l
 
 def tiny(**changes):
     return resolve(TINY, configs.nest(changes, TeacherConfig))
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make(count=16, **changes):

@@ -45,12 +45,6 @@ class Quiet:
     def log(self, line): ...
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 def tiny(**changes):
     return resolve(TINY, configs.nest(changes, ImmConfig))
 
