@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_model import make_denoiser, make_model
-from toy_distill import COSINE, One, Quiet, V, assert_same, config_for, digits, grads, run, task_for, toy_teacher, weights
+from toy_distill import COSINE, One, V, assert_same, config_for, digits, grads, run, task_for, toy_teacher, weights
+from toy_task import Quiet
 
 from mmgen import data
 from mmgen.config import DataSettings

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy_distill import COSINE, One, Quiet, V, config_for, digits, grads, perturb, task_for, toy_teacher
+from toy_distill import COSINE, One, V, config_for, digits, grads, perturb, task_for, toy_teacher
+from toy_task import Quiet
 
 from mmgen import data
 from mmgen.denoiser import Denoiser

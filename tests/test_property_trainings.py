@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from properties import examples
 from tiny_model import make_denoiser
+from toy_task import Quiet
 
 from mmgen import data, distill_config, imm_config, teacher_config
 from mmgen.config import nest
@@ -40,13 +41,6 @@ TINY = {
     "run.eval_num": 0, "optimizer.lr": 1e-3,
 }  # fmt: skip
 STEPS = 2
-
-
-class Quiet:
-    def note(self, text): ...
-    def start(self, images, total): ...
-    def advance(self, images): ...
-    def log(self, line): ...
 
 
 @pytest.fixture(scope="module")

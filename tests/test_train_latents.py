@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_vae import write_images, write_vae
+from toy_task import Quiet
 
 import mmgen
 from mmgen import config as configs
@@ -40,19 +41,6 @@ TINY = {
     "run": {"batch_per_device": 8, "checkpoint_every": 32, "preview_every": 32, "eval_every": 32, "eval_steps": [1, 2],
             "log_every": 1},
 }  # fmt: skip
-
-
-class Quiet:
-    def __init__(self):
-        self.notes, self.lines = [], []
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def start(self, images, total): ...
-    def advance(self, images): ...
-    def log(self, line):
-        self.lines.append(line)
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from toy_task import Quiet
 
 from mmgen import config as configs
 from mmgen.errors import ConfigError, TrainingError
@@ -31,18 +32,6 @@ TINY = {
     "run": {"batch_per_device": 8, "checkpoint_every": 32, "preview_every": 10**9, "eval_every": 10**9, "eval_num": 32,
             "eval_steps": [1, 2], "log_every": 2},
 }  # fmt: skip
-
-
-class Quiet:
-    def __init__(self):
-        self.notes = []
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def start(self, images, total): ...
-    def advance(self, images): ...
-    def log(self, line): ...
 
 
 def tiny(**changes):

@@ -4,6 +4,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny_model import make_denoiser
+from toy_task import Quiet
 
 from mmgen import data
 from mmgen.config import nest
@@ -20,19 +21,6 @@ TINY = {
     "train.batch_size": 16, "train.max_images": 160, "train.precision": "fp32",
     "run.batch_per_device": 8, "run.checkpoint_every": 48, "run.eval_num": 0, "run.log_every": 2, "run.teacher_steps": 4,
 }  # fmt: skip
-
-
-class Quiet:
-    def __init__(self):
-        self.notes, self.lines = [], []
-
-    def note(self, text):
-        self.notes.append(text)
-
-    def start(self, images, total): ...
-    def advance(self, images): ...
-    def log(self, line):
-        self.lines.append(line)
 
 
 class One:
