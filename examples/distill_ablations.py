@@ -23,19 +23,20 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 import mmgen
-from mmgen import data, distill_config, teacher_config
-from mmgen.charts import Panel, line_chart
-from mmgen.config import nest, read_preset
+from mmgen import data
+from mmgen.config import distill as distill_config, teacher as teacher_config
+from mmgen.report.charts import Panel, line_chart
+from mmgen.config.sections import nest, read_preset
 from mmgen.errors import ConfigError, MmgenError
-from mmgen.images import labelled_rows, save_png
+from mmgen.report.images import labelled_rows, save_png
 from mmgen.metrics.frechet import fd_pixels, halves_distance, pixel_features
 from mmgen.metrics.neighbours import precision_recall
-from mmgen.models import AnyModel
-from mmgen.sampling import SampleSettings, draw
-from mmgen.teachers import load_teacher
-from mmgen.training.distill import distill
+from mmgen.models.model import AnyModel
+from mmgen.sampling.drawing import SampleSettings, draw
+from mmgen.methods.distill.teachers import load_teacher
+from mmgen.methods.distill.method import distill
 from mmgen.training.task import Outcome
-from mmgen.training.teacher import train_teacher
+from mmgen.methods.teacher import train_teacher
 
 SHOWN = 15  # images of each row of the picture
 QUIET = {"run.checkpoint_every": 10**9, "run.preview_every": 10**9, "run.eval_num": 0}  # what is measured is measured here

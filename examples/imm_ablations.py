@@ -15,8 +15,8 @@ from pathlib import Path
 
 from accelerate.state import AcceleratorState
 
-from mmgen.config import nest, read_preset
-from mmgen.imm_config import ImmConfig, resolve
+from mmgen.config.sections import nest, read_preset
+from mmgen.config.imm import ImmConfig, resolve
 from mmgen.training.start import train_imm
 from mmgen.training.task import Outcome
 

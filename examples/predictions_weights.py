@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from mmgen.charts import Panel, line_chart
-from mmgen.diffusion import posterior
-from mmgen.files import replacing
-from mmgen.schedules import Schedule, ScheduleSettings, make_schedule
+from mmgen.report.charts import Panel, line_chart
+from mmgen.diffusion.process import posterior
+from mmgen.system.files import replacing
+from mmgen.diffusion.schedules import Schedule, ScheduleSettings, make_schedule
 
 SCHEDULES = ("fm", "vp_cosine", "ddpm_linear", "edm")
 SAMPLERS = {"DDPM": 1.0, "half": 0.5, "DDIM": 0.0}  # stochasticity

@@ -14,18 +14,18 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from mmgen import distill_config, imm_config, teacher_config
-from mmgen.config import preset_names, read_preset
+from mmgen.config import distill as distill_config, imm as imm_config, teacher as teacher_config
+from mmgen.config.sections import preset_names, read_preset
 from mmgen.data import DataShape
-from mmgen.denoiser import DenoiserSettings
-from mmgen.models import ModelConfig
+from mmgen.models.denoiser import DenoiserSettings
+from mmgen.models.model import ModelConfig
 from mmgen.networks import ADMSettings
 from mmgen.training.batches import split_batch
 from mmgen.training.cost import ALTERNATING, DENOISING, IMM, INSTANT, Cost, PassCost, Work, estimate, pass_cost
-from mmgen.training.imm import imm_model_config
-from mmgen.training.instant import GROUP
+from mmgen.methods.imm import imm_model_config
+from mmgen.methods.distill.instant import GROUP
 from mmgen.training.start import expected_shape
-from mmgen.training.teacher import teacher_model_config
+from mmgen.methods.teacher import teacher_model_config
 
 # Peak rates of dense products in FLOP/s, from NVIDIA's data sheets, which print twice as much "with sparsity"; memory in bytes
 GPUS = {

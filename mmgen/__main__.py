@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    from .process import tune
+    from .system.process import tune
 
     tune()
     from .cli import app

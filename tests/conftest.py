@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmgen.process import tune
+from mmgen.system.process import tune
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of networks as small as these a second thread costs more than it gains
 tune()

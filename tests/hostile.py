@@ -14,7 +14,7 @@ import accelerate  # noqa: F401  before memory is limited, of which their librar
 import datasets  # noqa: F401
 
 import mmgen.metrics.evaluate
-import mmgen.training.distill
+import mmgen.methods.distill.method
 import mmgen.training.start  # noqa: F401
 from mmgen.__main__ import main
 from mmgen.errors import MmgenError

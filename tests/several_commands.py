@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import sys
 
-from mmgen.process import tune
+from mmgen.system.process import tune
 
 if __name__ == "__main__":
     tune()

@@ -8,17 +8,8 @@ import math
 import pytest
 import torch
 
-from mmgen import random
-from mmgen.augment import (
-    AUGMENT_DIM,
-    AugmentSettings,
-    Transform,
-    augment,
-    draw,
-    inverse_matrices,
-    labels,
-    warp,
-)
+from mmgen.system import random
+from mmgen.training.augment import AUGMENT_DIM, AugmentSettings, Transform, augment, draw, inverse_matrices, labels, warp
 from mmgen.errors import ConfigError
 
 EVERYTHING = AugmentSettings(probability=1.0)

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 from toy_task import Quiet, model_config, run_toy, toy_task
 
-from mmgen import config as configs
+from mmgen.config import sections as configs
 from mmgen.cli.training_options import shared_changes
-from mmgen.config import RunSettings
+from mmgen.config.sections import RunSettings
 from mmgen.data import load
 from mmgen.errors import ConfigError, TrainingError
-from mmgen.settings import from_dict
-from mmgen.team import Team
+from mmgen.system.schema import from_dict
+from mmgen.system.processes import Team
 from mmgen.training import auto_batch
 from mmgen.training.batches import fetch, part_sizes, split_batch
 from mmgen.training.cost import PassCost

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mmgen.networks.dropout import drop
-from mmgen.random import keys, normal
-from mmgen.training import imm, matching
-from mmgen.training.instant import minibatch
+from mmgen.system.random import keys, normal
+from mmgen.methods import imm
+from mmgen.methods.distill import matching
+from mmgen.methods.distill.instant import minibatch
 from tests.benchmarks import imm_step, matching_step, plain_imm, plain_matching
 from tests.benchmarks.__main__ import BENCHMARKS, main
 from tests.benchmarks.runs import imm_config, imm_trainer

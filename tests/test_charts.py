@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import ImageColor
 
-from mmgen.charts import COLOURS, Panel, line_chart, linear_ticks, log_ticks, tick_labels
+from mmgen.report.charts import COLOURS, Panel, line_chart, linear_ticks, log_ticks, tick_labels
 
 NAN, INF = float("nan"), float("inf")
 

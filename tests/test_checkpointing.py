@@ -12,24 +12,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toy_task import Quiet
 
-from mmgen.denoiser import DenoiserSettings
+from mmgen.models.denoiser import DenoiserSettings
 from mmgen.errors import ConfigError
-from mmgen.flow_map import FlowMapSettings
-from mmgen.imm_config import resolve
+from mmgen.models.flow_map import FlowMapSettings
+from mmgen.config.imm import resolve
 from mmgen.losses.moment_matching import forward_derivative, teacher_gradient
-from mmgen.models import ModelConfig
-from mmgen.networks import (
-    ADMSettings,
-    DiTSettings,
-    EDM2Settings,
-    UNetSettings,
-    UViTSettings,
-    build_network,
-    checkpoint_blocks,
-)
+from mmgen.models.model import ModelConfig
+from mmgen.networks import ADMSettings, DiTSettings, EDM2Settings, UNetSettings, UViTSettings, build_network, checkpoint_blocks
 from mmgen.training.batches import Parts
 from mmgen.training.cost import DENOISING, estimate, pass_cost
-from mmgen.training.imm import imm_task
+from mmgen.methods.imm import imm_task
 from mmgen.training.start import train_imm
 
 NETWORKS = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_training import Quiet, assert_same, tiny, weights
 
 from mmgen.errors import MmgenError, TrainingError
-from mmgen.team import Team
+from mmgen.system.processes import Team
 from mmgen.training import checkpoint_sums
 from mmgen.training.checkpoint import Progress, file_names, load_checkpoint, newest_whole, save_checkpoint
 from mmgen.training.checkpoint_sums import damage

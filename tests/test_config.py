@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from mmgen import config as configs
+from mmgen.config import sections as configs
 from mmgen.data import DataShape
 from mmgen.errors import ConfigError
-from mmgen.imm_config import ImmConfig, resolve
-from mmgen.models import Model
-from mmgen.settings import flatten
-from mmgen.training.imm import imm_model_config
+from mmgen.config.imm import ImmConfig, resolve
+from mmgen.models.model import Model
+from mmgen.system.schema import flatten
+from mmgen.methods.imm import imm_model_config
 
 # arXiv:2503.07565, table 5; DiT sizes from table 4 of arXiv:2212.09748
 PAPER = {

@@ -19,13 +19,13 @@ from tiny_model import make_model
 from typer.testing import CliRunner
 
 import mmgen
-from mmgen import sampling
+from mmgen.sampling import drawing as sampling
 from mmgen.cli.convert import convert, inspect
 from mmgen.cli.sample import sample
-from mmgen.denoiser import Denoiser
+from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
-from mmgen.random import keys, normal
-from mmgen.sampling import _NOISE
+from mmgen.system.random import keys, normal
+from mmgen.sampling.drawing import _NOISE
 
 DIT = {"dit": "dit_learn_sigma", "sit": "sit_learn_sigma"}
 
@@ -96,7 +96,7 @@ def small_unet(diffusers):
 
 
 def mmgen_read(path: Path) -> dict[str, torch.Tensor]:
-    from mmgen.checkpoints.reading import read
+    from mmgen.formats.reading import read
 
     return read(path).tensors
 

@@ -14,11 +14,11 @@ from tiny_model import make_denoiser, make_model
 from torch import nn
 
 import mmgen
-from mmgen.denoiser import Denoiser, DenoiserSettings, network_time, rounded_sigma, sigma_at, sigma_range, sigma_table
+from mmgen.models.denoiser import Denoiser, DenoiserSettings, network_time, rounded_sigma, sigma_at, sigma_range, sigma_table
 from mmgen.errors import ConfigError, ModelError
-from mmgen.models import METADATA_KEY, Model, ModelConfig, load_model, read_config, save_model
+from mmgen.models.model import METADATA_KEY, Model, ModelConfig, load_model, read_config, save_model
 from mmgen.networks import UNetSettings, build_network
-from mmgen.schedules import COSINE, FLOW
+from mmgen.diffusion.schedules import COSINE, FLOW
 
 TINY = UNetSettings(model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), dropout=0.0)
 MEAN, STD = 0.3, 0.4  # of Gaussian data, whose x_hat is known

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from mmgen.denoiser import DenoiserSettings
+from mmgen.models.denoiser import DenoiserSettings
 from mmgen.losses.denoising import DenoisingSettings, draw_sigma, level_edges, weight
-from mmgen.schedules import ScheduleSettings
+from mmgen.diffusion.schedules import ScheduleSettings
 
 # alpha and sigma of each process written anew, and the range of sigma that is trained
 RANGES = {"fm": (1e-3, 1e3), "vp_cosine": (1e-3, 1e3), "ddpm_linear": (0.01, 150.0), "edm": (0.002, 80.0)}

@@ -9,16 +9,16 @@ import pytest
 import torch
 from golden import settings, state
 
-from mmgen.checkpoints import diffusers as ours
-from mmgen.checkpoints import dit
-from mmgen.checkpoints.diffusers_scheduler import DISCRETE, read_scheduler
-from mmgen.checkpoints.family import Converted, ConvertOptions
-from mmgen.checkpoints.reading import Found, read
-from mmgen.checkpoints.recognise import family_of
-from mmgen.denoiser import Denoiser, DenoiserSettings, sigma_table
+from mmgen.formats import diffusers as ours
+from mmgen.formats import dit
+from mmgen.formats.diffusers_scheduler import DISCRETE, read_scheduler
+from mmgen.formats.family import Converted, ConvertOptions
+from mmgen.formats.reading import Found, read
+from mmgen.formats.recognise import family_of
+from mmgen.models.denoiser import Denoiser, DenoiserSettings, sigma_table
 from mmgen.errors import ConfigError, ModelError
-from mmgen.flow_map import FlowMapSettings
-from mmgen.models import ModelConfig, load_model, save_model
+from mmgen.models.flow_map import FlowMapSettings
+from mmgen.models.model import ModelConfig, load_model, save_model
 from mmgen.networks import DiTSettings, UNetSettings
 
 diffusers = pytest.importorskip("diffusers")

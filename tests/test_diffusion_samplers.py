@@ -19,12 +19,22 @@ from typer.testing import CliRunner
 import mmgen
 from mmgen.cli.fid import fid
 from mmgen.cli.sample import sample
-from mmgen.denoiser import Denoiser, DenoiserSettings, sigma_range
-from mmgen.diffusion_samplers import CONSISTENCY_SAMPLERS, SAMPLERS, Churn, ancestral, ddim, heun, restart, sigma_grid, start
+from mmgen.models.denoiser import Denoiser, DenoiserSettings, sigma_range
+from mmgen.sampling.denoiser_samplers import (
+    CONSISTENCY_SAMPLERS,
+    SAMPLERS,
+    Churn,
+    ancestral,
+    ddim,
+    heun,
+    restart,
+    sigma_grid,
+    start,
+)
 from mmgen.errors import ConfigError
-from mmgen.models import ModelConfig, SamplingSettings, to_uint8
-from mmgen.random import keys, normal
-from mmgen.sampling import SampleSettings, draw, plan
+from mmgen.models.model import ModelConfig, SamplingSettings, to_uint8
+from mmgen.system.random import keys, normal
+from mmgen.sampling.drawing import SampleSettings, draw, plan
 
 MEAN, STD = 0.3, 0.4
 SHAPE = (3, 4, 4)
@@ -344,7 +354,7 @@ def test_impossible_plans_are_refused():
 
 
 def make_config() -> ModelConfig:
-    from mmgen.flow_map import FlowMapSettings
+    from mmgen.models.flow_map import FlowMapSettings
 
     return ModelConfig(TINY, FlowMapSettings(t_min=0.006, t_max=0.994), 4, 3)
 
@@ -418,8 +428,8 @@ def test_fid_command(tmp_path, monkeypatch):
 
 def test_latents_are_decoded(tmp_path, monkeypatch):
     """A stand-in for the autoencoder: draw gives it the latents, and the record names it."""
-    from mmgen import vae
-    from mmgen.latents import LatentSettings
+    from mmgen.encoders import vae
+    from mmgen.models.latents import LatentSettings
 
     latents = LatentSettings(vae="somebody/vae", vae_sha256="0" * 64, mean=(0.0,) * 4, std=(1.0,) * 4, resolution=16)
     path = make_denoiser(tmp_path / "d.safetensors", channels=4, latents=latents)
@@ -443,9 +453,9 @@ def test_latents_are_decoded(tmp_path, monkeypatch):
 
 
 def test_training_begins_only_with_a_sampler_for_flow_maps():
-    from mmgen import imm_config as configs
+    from mmgen.config import imm as configs
     from mmgen.data import DataShape
-    from mmgen.training.imm import imm_model_config
+    from mmgen.methods.imm import imm_model_config
 
     for sampling, said in (({"sampler": "heun"}, "not for a flow map"), ({"churn": 2.0}, "sampling.churn is for")):
         with pytest.raises(ConfigError, match=said):

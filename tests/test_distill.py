@@ -11,18 +11,19 @@ from toy_distill import COSINE, One, V, assert_same, config_for, digits, grads, 
 from toy_task import Quiet
 
 from mmgen import data
-from mmgen.config import DataSettings
-from mmgen.denoiser import DenoiserSettings
+from mmgen.config.sections import DataSettings
+from mmgen.models.denoiser import DenoiserSettings
 from mmgen.errors import ConfigError, ModelError, TrainingError
 from mmgen.losses.moment_matching import MomentSettings
-from mmgen.models import load_model, read_config, save_model
-from mmgen.sampling import SampleSettings, draw, plan
-from mmgen.schedules import ScheduleSettings
-from mmgen.teachers import load_teacher
-from mmgen.training import distill as module
-from mmgen.training import instant, loop, matching
-from mmgen.training.alternating import alternating_parts
-from mmgen.training.distill import copy_of, find_teacher, student_model_config
+from mmgen.models.model import load_model, read_config, save_model
+from mmgen.sampling.drawing import SampleSettings, draw, plan
+from mmgen.diffusion.schedules import ScheduleSettings
+from mmgen.methods.distill.teachers import load_teacher
+from mmgen.methods.distill import method as module
+from mmgen.methods.distill import instant, matching
+from mmgen.training import loop
+from mmgen.methods.distill.alternating import alternating_parts
+from mmgen.methods.distill.method import copy_of, find_teacher, student_model_config
 from mmgen.training.inputs import Inputs
 
 

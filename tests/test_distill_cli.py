@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 from mmgen.cli import app
 from mmgen.cli.distill import DATA_PRESETS, GENERAL, SIZE_PRESETS
-from mmgen.config import preset_names, read_preset
-from mmgen.denoiser import DenoiserSettings
-from mmgen.distill_config import resolve
+from mmgen.config.sections import preset_names, read_preset
+from mmgen.models.denoiser import DenoiserSettings
+from mmgen.config.distill import resolve
 from mmgen.errors import MmgenError
-from mmgen.schedules import ScheduleSettings
+from mmgen.diffusion.schedules import ScheduleSettings
 
 V = DenoiserSettings(precondition="schedule", prediction="v", schedule=ScheduleSettings("vp_cosine"), time_scale=100.0)
 SHORT = (

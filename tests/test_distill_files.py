@@ -10,10 +10,10 @@ import torch
 from original_files import write_edm_pickle
 from typer.testing import CliRunner
 
-from mmgen.checkpoints import edm
+from mmgen.formats import edm
 from mmgen.cli import app
-from mmgen.denoiser import Denoiser, DenoiserSettings
-from mmgen.models import ModelConfig
+from mmgen.models.denoiser import Denoiser, DenoiserSettings
+from mmgen.models.model import ModelConfig
 from mmgen.networks import UNetSettings
 
 SHORT = ["--data", "digits", "--preset", "digits-distill", "--device", "cpu", "--batch-size", "8", "--max-images", "64",

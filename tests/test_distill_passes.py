@@ -8,14 +8,14 @@ from toy_distill import COSINE, One, V, config_for, digits, grads, perturb, task
 from toy_task import Quiet
 
 from mmgen import data
-from mmgen.denoiser import Denoiser
+from mmgen.models.denoiser import Denoiser
 from mmgen.losses.moment_matching import finite_derivative, forward_derivative
-from mmgen.models import read_config, save_model
+from mmgen.models.model import read_config, save_model
 from mmgen.networks import UNetSettings
-from mmgen.random import keys
-from mmgen.training import instant, matching
-from mmgen.training.alternating import turn
-from mmgen.training.distill import copy_of, distill_task, find_teacher, student_model_config
+from mmgen.system.random import keys
+from mmgen.methods.distill import instant, matching
+from mmgen.methods.distill.alternating import turn
+from mmgen.methods.distill.method import copy_of, distill_task, find_teacher, student_model_config
 
 
 @pytest.fixture(autouse=True)
@@ -204,7 +204,7 @@ def test_dropout_of_the_teacher_is_off_and_clipping_too(tmp_path):
     """A teacher with dropout: passes are the same twice, no network is in training mode; x_hat of all three is not clipped."""
     path = tmp_path / "teacher.safetensors"
     torch.manual_seed(0)
-    from mmgen.models import ModelConfig
+    from mmgen.models.model import ModelConfig
 
     network = UNetSettings(model_channels=8, channel_mult=(1, 1), num_blocks=1, attn_resolutions=(4,), dropout=0.5)
     config = ModelConfig(network=network, flow=None, denoiser=replace(V, clip=True), resolution=8, channels=1, data="digits")

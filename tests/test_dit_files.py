@@ -9,13 +9,13 @@ import pytest
 import torch
 from golden import arrays, settings, state
 
-from mmgen.checkpoints import dit
-from mmgen.checkpoints.family import Converted, ConvertOptions
-from mmgen.checkpoints.reading import Found, read
-from mmgen.checkpoints.recognise import family_of
-from mmgen.denoiser import Denoiser, sigma_table
+from mmgen.formats import dit
+from mmgen.formats.family import Converted, ConvertOptions
+from mmgen.formats.reading import Found, read
+from mmgen.formats.recognise import family_of
+from mmgen.models.denoiser import Denoiser, sigma_table
 from mmgen.errors import ConfigError, ModelError
-from mmgen.models import load_model, save_model
+from mmgen.models.model import load_model, save_model
 from mmgen.networks.dit import DiT, DiTSettings
 
 HEADS = {"num_heads": 4}  # of the arrays' networks, whose 48 channels are of no published size

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmgen.schedules import ScheduleSettings, make_schedule
+from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 from mmgen.training.task import Outcome
 
 ROOT = Path(__file__).parents[1]

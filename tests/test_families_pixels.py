@@ -12,12 +12,12 @@ import pytest
 import torch
 from golden import arrays, settings, state
 
-from mmgen.checkpoints import adm, edm, edm2, imm, reading, recognise
-from mmgen.checkpoints.family import Converted, ConvertOptions
-from mmgen.checkpoints.reading import Found
-from mmgen.denoiser import Denoiser
+from mmgen.formats import adm, edm, edm2, imm, reading, recognise
+from mmgen.formats.family import Converted, ConvertOptions
+from mmgen.formats.reading import Found
+from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, MmgenError, ModelError
-from mmgen.models import Model, ModelConfig, load_model, save_model
+from mmgen.models.model import Model, ModelConfig, load_model, save_model
 from mmgen.networks import build_network
 
 IMM = {
@@ -356,7 +356,7 @@ def test_ranges_of_edms_preconditioners():
 
 def test_noise_levels_are_those_of_the_denoiser():
     """EDM's float32 recursion against the denoiser's in float64."""
-    from mmgen.denoiser import sigma_table
+    from mmgen.models.denoiser import sigma_table
 
     table = sigma_table(converted("iddpm").config.denoiser, torch.device("cpu"))
     torch.testing.assert_close(edm.noise_levels()[:-1].flip(0).double(), table, rtol=2e-3, atol=0)

@@ -19,16 +19,16 @@ from test_training import Quiet, tiny
 from tiny_model import make_model
 
 import mmgen
-from mmgen import lock
+from mmgen.system import lock
 from mmgen.errors import MmgenError, TrainingError
-from mmgen.files import remove_leftovers, replacing, replacing_folder
-from mmgen.images import save_png
-from mmgen.lock import only_run_in
-from mmgen.sample_file import write_npz
-from mmgen.sample_folder import write_png
-from mmgen.sample_record import Origin
-from mmgen.sampling import SampleSettings
-from mmgen.tensor_files import save_array, save_tensors, save_torch
+from mmgen.system.files import remove_leftovers, replacing, replacing_folder
+from mmgen.report.images import save_png
+from mmgen.system.lock import only_run_in
+from mmgen.sampling.file import write_npz
+from mmgen.sampling.folder import write_png
+from mmgen.sampling.record import Origin
+from mmgen.sampling.drawing import SampleSettings
+from mmgen.system.tensor_files import save_array, save_tensors, save_torch
 from mmgen.training import checkpoint
 from mmgen.training.run_folder import RunFolder
 from mmgen.training.start import train_imm
@@ -106,8 +106,8 @@ def test_a_conversion_on_a_full_disk(to, name, tmp_path):
     import original_files
     from golden import state
 
-    from mmgen.checkpoints.family import ConvertOptions
-    from mmgen.convert import convert_file
+    from mmgen.formats.family import ConvertOptions
+    from mmgen.formats.convert import convert_file
 
     path = original_files.write_pt(tmp_path / "in.pt", state("dit_learn_sigma"), wrap="ema", namespace={"num_heads": 4})
     before = everything(tmp_path)
@@ -124,7 +124,7 @@ def test_latents_on_a_full_disk(tmp_path, own_cache):
 
     from mmgen.data.encoding import EncodingSettings, encode_source
     from mmgen.data.resolve import resolve
-    from mmgen.vae import load_vae
+    from mmgen.encoders.vae import load_vae
 
     source = resolve(str(write_images(tmp_path / "images", per_class=30)))
     vae, out = load_vae(write_vae(tmp_path / "vae"), "cpu"), tmp_path / "latents"
@@ -194,7 +194,7 @@ def test_two_runs_in_one_folder(tmp_path):
 @needs_locks
 def test_a_kill_frees_the_folder(tmp_path):
     script = (
-        "import sys, time, pathlib; from mmgen.lock import only_run_in\n"
+        "import sys, time, pathlib; from mmgen.system.lock import only_run_in\n"
         "with only_run_in(pathlib.Path(sys.argv[1]), print):\n    print('locked', flush=True)\n    time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}

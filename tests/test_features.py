@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from mmgen.errors import ConfigError, ModelError
-from mmgen.files import sha256_of
+from mmgen.system.files import sha256_of
 from mmgen.metrics.exported_program import ExportedProgram, _read
 from mmgen.metrics.features import build_extractor
 from mmgen.metrics.frechet import pixel_features
-from mmgen.metrics.network_file import EXPORTED, STATE_DICT, TORCHSCRIPT, content
+from mmgen.formats.network_file import EXPORTED, STATE_DICT, TORCHSCRIPT, content
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, about its formats
 

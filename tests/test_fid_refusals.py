@@ -213,7 +213,7 @@ def test_adm_images_of_another_size_are_refused_and_their_features_cached(publis
 
 
 def test_model_of_the_hub_leaves_nothing_in_the_hubs_cache(digits_model, monkeypatch, tmp_path):
-    from mmgen import models
+    from mmgen.models import model as models
 
     shutil.copy(digits_model, tmp_path / "model.safetensors")
     monkeypatch.setattr(models, "_download", lambda repository, name: tmp_path / "model.safetensors")
@@ -243,7 +243,7 @@ def test_features_that_are_not_finite_are_named(published, tmp_path, monkeypatch
 
 
 def test_model_without_a_training_set_asks_for_a_reference(tmp_path, digits_model):
-    from mmgen.models import load_model, save_model
+    from mmgen.models.model import load_model, save_model
 
     loaded = load_model(digits_model)
     config = type(loaded.config)(**{**vars(loaded.config), "data": ""})

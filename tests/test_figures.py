@@ -11,14 +11,14 @@ from accelerate.state import AcceleratorState
 from tiny_inception import write_inception
 
 import mmgen
-from mmgen import config as configs
+from mmgen.config import sections as configs
 from mmgen.data import Dataset
 from mmgen.errors import MmgenError, ModelError
-from mmgen.imm_config import ImmConfig, resolve
+from mmgen.config.imm import ImmConfig, resolve
 from mmgen.metrics import inception, published_file
 from mmgen.metrics.frechet import fd_pixels
-from mmgen.models import read_config
-from mmgen.team import Team
+from mmgen.models.model import read_config
+from mmgen.system.processes import Team
 from mmgen.training import loop
 from mmgen.training.figures import make_scorer
 from mmgen.training.start import train_imm

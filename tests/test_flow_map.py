@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from mmgen.diffusion import ddim_coefficients, diffuse
-from mmgen.flow_map import FlowMapSettings, coefficients, flow_map, guided_output, input_scale, network_times
+from mmgen.diffusion.process import ddim_coefficients, diffuse
+from mmgen.models.flow_map import FlowMapSettings, coefficients, flow_map, guided_output, input_scale, network_times
 from mmgen.losses.imm import kernel_weight
-from mmgen.samplers import pushforward, time_grid
+from mmgen.sampling.flow_map_samplers import pushforward, time_grid
 
 SCHEDULES = ("fm", "vp_cosine")
 FLOWS = [

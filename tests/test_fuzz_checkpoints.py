@@ -36,8 +36,8 @@ from original_files import (
 )
 from test_safe_pickle import Calls, inner_bytes, number, storage_file, tensor_file
 
-from mmgen.checkpoints.reading import Found, read
-from mmgen.checkpoints.recognise import describe
+from mmgen.formats.reading import Found, read
+from mmgen.formats.recognise import describe
 from mmgen.errors import MmgenError, ModelError
 
 MEMORY = 256 * 1024**2  # bytes that reading a file of some kilobytes may take, far more than it needs

@@ -7,10 +7,10 @@ import json
 import pytest
 from hostile import answered, refused, tried
 
-from mmgen import config as configs
-from mmgen import distill_config, imm_config, teacher_config
+from mmgen.config import sections as configs
+from mmgen.config import distill as distill_config, imm as imm_config, teacher as teacher_config
 from mmgen.errors import MmgenError
-from mmgen.settings import flatten
+from mmgen.system.schema import flatten
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 COMMANDS = {"train-imm": imm_config.ImmConfig, "train-teacher": teacher_config.TeacherConfig,

@@ -197,7 +197,7 @@ def test_grad_mode_of_the_caller_is_left_alone(folder):
 def test_kept_features_are_in_the_order_of_the_images(folder, size):
     from mmgen.metrics.collect import Wanted, collect
     from mmgen.metrics.features import build_extractor
-    from mmgen.team import Team
+    from mmgen.system.processes import Team
 
     images, parts = image_set(str(folder)), []
     for index in range(size):  # the last process gets what all have seen, pickled as on the way between processes

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mmgen.errors import MmgenError
-from mmgen.images import grid, is_whole_png, labelled_rows, save_png
+from mmgen.report.images import grid, is_whole_png, labelled_rows, save_png
 
 
 def noise(*shape: int) -> torch.Tensor:

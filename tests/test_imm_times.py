@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from mmgen.flow_map import FlowMapSettings
+from mmgen.models.flow_map import FlowMapSettings
 from mmgen.losses.imm import ImmSettings, documented_times, draw_times, earlier_time
-from mmgen.random import keys
+from mmgen.system.random import keys
 
 MAPPINGS = ("eta", "t", "log_snr", "inverse_eta")
 SCHEDULES = ("fm", "vp_cosine")

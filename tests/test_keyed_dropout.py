@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from mmgen.keyed_dropout import dropouts, keyed_dropout
+from mmgen.networks.keyed_dropout import dropouts, keyed_dropout
 from mmgen.networks import ADMSettings, UNetSettings, UViTSettings, build_network
-from mmgen.random import keys
+from mmgen.system.random import keys
 
 UNET = UNetSettings(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.2)
 ADM = ADMSettings(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=16, dropout=0.2)

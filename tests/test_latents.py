@@ -23,7 +23,7 @@ from mmgen.data.image_source import ImageSource
 from mmgen.data.latents import Rows, load_latents
 from mmgen.data.resolve import find_latents, resolve
 from mmgen.errors import ConfigError, DataError, MmgenError
-from mmgen.vae import IMM_MEAN, IMM_STD, load_vae
+from mmgen.encoders.vae import IMM_MEAN, IMM_STD, load_vae
 
 ROOT = Path(__file__).parents[1]
 RUN = "from typer import run; from mmgen.cli.cache_latents import cache_latents as f; run(f)"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmgen.diffusion import diffuse, posterior
+from mmgen.diffusion.process import diffuse, posterior
 from mmgen.losses.moment_matching import (
     MomentSettings,
     auxiliary_loss,
@@ -36,8 +36,8 @@ from mmgen.losses.moment_matching import (
     student_loss,
     teacher_gradient,
 )
-from mmgen.random import keys, normal, uniform
-from mmgen.schedules import ScheduleSettings, make_schedule
+from mmgen.system.random import keys, normal, uniform
+from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 
 COSINE = make_schedule(ScheduleSettings("vp_cosine"))
 MEANS = torch.tensor([[-0.8, -0.4], [0.7, -0.5], [0.1, 0.8]], dtype=torch.float64)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import mmgen
 from mmgen.errors import ConfigError, MmgenError, ModelError
-from mmgen.files import remove_leftovers, replacing, replacing_folder, write_json
-from mmgen.flow_map import FlowMapSettings
-from mmgen.models import (
+from mmgen.system.files import remove_leftovers, replacing, replacing_folder, write_json
+from mmgen.models.flow_map import FlowMapSettings
+from mmgen.models.model import (
     METADATA_KEY,
     Model,
     ModelConfig,
@@ -29,7 +29,7 @@ from mmgen.models import (
     to_uint8,
 )
 from mmgen.networks import DiTSettings, UNetSettings
-from mmgen.settings import flatten, from_dict
+from mmgen.system.schema import flatten, from_dict
 
 UNET = UNetSettings(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), embedding="fourier")
 DIT = DiTSettings(hidden_size=16, depth=1, num_heads=2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mmgen.denoiser import Denoiser, DenoiserSettings
+from mmgen.models.denoiser import Denoiser, DenoiserSettings
 from mmgen.losses.moment_matching import (
     MomentSettings,
     auxiliary_loss,
@@ -27,10 +27,10 @@ from mmgen.losses.moment_matching import (
     student_loss,
     teacher_gradient,
 )
-from mmgen.models import ModelConfig
+from mmgen.models.model import ModelConfig
 from mmgen.networks import ADMSettings, DiTSettings, EDM2Settings, UNetSettings, UViTSettings
-from mmgen.random import keys, normal, uniform
-from mmgen.schedules import ScheduleSettings, make_schedule
+from mmgen.system.random import keys, normal, uniform
+from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 
 COSINE = make_schedule(ScheduleSettings("vp_cosine"))
 MANY = 200_000

@@ -9,9 +9,9 @@ import torch
 from golden import arrays, settings, state
 from torch import nn
 
-from mmgen.checkpoints import imm
-from mmgen.flow_map import FlowMapSettings
-from mmgen.models import Model, ModelConfig
+from mmgen.formats import imm
+from mmgen.models.flow_map import FlowMapSettings
+from mmgen.models.model import Model, ModelConfig
 from mmgen.networks import DiTSettings, UNetSettings, build_network
 from mmgen.networks.dit import grid_embedding
 from mmgen.networks.unet import downsample, upsample

@@ -5,18 +5,18 @@ import shutil
 import pytest
 import torch
 
-from mmgen import config as configs
+from mmgen.config import sections as configs
 from mmgen import data
-from mmgen.diffusion import diffuse
-from mmgen.flow_map import flow_map
-from mmgen.imm_config import ImmConfig, resolve
+from mmgen.diffusion.process import diffuse
+from mmgen.models.flow_map import flow_map
+from mmgen.config.imm import ImmConfig, resolve
 from mmgen.losses.imm import draw_times, earlier_time, kernel_weight, loss_weight
 from mmgen.networks.dropout import Dropout
-from mmgen.random import keys, normal, torch_seed
-from mmgen.training import imm
+from mmgen.system.random import keys, normal, torch_seed
+from mmgen.methods import imm
 from mmgen.training.batches import fetch
 from mmgen.training.compute import compile_network
-from mmgen.training.imm import imm_model_config, imm_task
+from mmgen.methods.imm import imm_model_config, imm_task
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 

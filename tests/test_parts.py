@@ -17,12 +17,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from toy_task import SETTINGS, Quiet, ToyConfig, model_config, run_toy, toy_task
 
-from mmgen import config as configs
+from mmgen.config import sections as configs
 from mmgen import data
-from mmgen.config import OptimizerSettings
+from mmgen.config.sections import OptimizerSettings
 from mmgen.errors import ConfigError, TrainingError
-from mmgen.models import load_model, read_config
-from mmgen.random import keys, uniform
+from mmgen.models.model import load_model, read_config
+from mmgen.system.random import keys, uniform
 from mmgen.training import loop
 from mmgen.training.batches import data_indices, share_batch
 from mmgen.training.cost import ALTERNATING, DENOISING, IMM, INSTANT, estimate

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from mmgen.diffusion import ddim_coefficients, posterior, unconditional
-from mmgen.schedules import ScheduleSettings, make_schedule
+from mmgen.diffusion.process import ddim_coefficients, posterior, unconditional
+from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 
 SCHEDULES = {
     word + ("" if shift == 1 else f"-{shift}"): make_schedule(ScheduleSettings(word, shift))

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_clip import save_clip
 
 from mmgen.errors import ConfigError, ModelError
-from mmgen.files import sha256_of
+from mmgen.system.files import sha256_of
 from mmgen.metrics import pretrained
 from mmgen.metrics.features import build_extractor
 from mmgen.metrics.pretrained import build_clip, build_dinov2

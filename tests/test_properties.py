@@ -11,15 +11,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from properties import examples
 
-from mmgen import diffusion_samplers, samplers
+from mmgen.sampling import denoiser_samplers as diffusion_samplers, flow_map_samplers as samplers
 from mmgen.data.resolve import find_latents, resolve
-from mmgen.denoiser import DenoiserSettings, network_time, preconditioning, sigma_at, sigma_range
-from mmgen.diffusion import ddim_coefficients, diffuse, posterior
+from mmgen.models.denoiser import DenoiserSettings, network_time, preconditioning, sigma_at, sigma_range
+from mmgen.diffusion.process import ddim_coefficients, diffuse, posterior
 from mmgen.errors import ConfigError, DataError
-from mmgen.flow_map import FlowMapSettings, coefficients
+from mmgen.models.flow_map import FlowMapSettings, coefficients
 from mmgen.losses.imm import ImmSettings, documented_times, draw_times, earlier_time
-from mmgen.random import keys, normal
-from mmgen.schedules import SCHEDULES, VARIANCE_PRESERVING, ScheduleSettings, make_schedule
+from mmgen.system.random import keys, normal
+from mmgen.diffusion.schedules import SCHEDULES, VARIANCE_PRESERVING, ScheduleSettings, make_schedule
 from mmgen.training.batches import data_indices, split_batch
 
 NAMES = ("fm", "vp_cosine", "ddpm_linear", "edm")

@@ -15,17 +15,18 @@ from properties import examples
 from tiny_model import make_denoiser
 from toy_task import Quiet
 
-from mmgen import data, distill_config, imm_config, teacher_config
-from mmgen.config import nest
-from mmgen.denoiser import DenoiserSettings
+from mmgen import data
+from mmgen.config import distill as distill_config, imm as imm_config, teacher as teacher_config
+from mmgen.config.sections import nest
+from mmgen.models.denoiser import DenoiserSettings
 from mmgen.errors import ConfigError
-from mmgen.schedules import ScheduleSettings
-from mmgen.training.distill import distill_task, find_teacher, student_model_config
-from mmgen.training.imm import imm_model_config, imm_task
+from mmgen.diffusion.schedules import ScheduleSettings
+from mmgen.methods.distill.method import distill_task, find_teacher, student_model_config
+from mmgen.methods.imm import imm_model_config, imm_task
 from mmgen.training.loop import Trainer
 from mmgen.training.run_folder import RunFolder
 from mmgen.training.start import make_accelerator
-from mmgen.training.teacher import teacher_model_config, teacher_task
+from mmgen.methods.teacher import teacher_model_config, teacher_task
 
 NETWORKS = {
     "unet": {"network.kind": "unet", "network.model_channels": 4, "network.channel_mult": [1, 2], "network.num_blocks": 1,

@@ -11,14 +11,14 @@ import typer
 from typer.testing import CliRunner
 
 from mmgen.cli.push import push as command
-from mmgen.denoiser import DenoiserSettings
+from mmgen.models.denoiser import DenoiserSettings
 from mmgen.errors import ConfigError, MmgenError, ModelError
-from mmgen.flow_map import FlowMapSettings
-from mmgen.latents import LatentSettings
-from mmgen.model_card import LICENCES, SOURCES, model_card
-from mmgen.models import ModelConfig, build_model, save_model
+from mmgen.models.flow_map import FlowMapSettings
+from mmgen.models.latents import LatentSettings
+from mmgen.report.model_card import LICENCES, SOURCES, model_card
+from mmgen.models.model import ModelConfig, build_model, save_model
 from mmgen.networks import DiTSettings, UNetSettings
-from mmgen.push import push
+from mmgen.report.push import push
 
 DIT = DiTSettings(hidden_size=16, depth=1, num_heads=2)
 FLOW = FlowMapSettings("fm", "euler_fm", t_min=0.0, t_max=0.994)

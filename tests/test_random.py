@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mmgen.random import bits, keys, normal, torch_seed, uniform
+from mmgen.system.random import bits, keys, normal, torch_seed, uniform
 
 GAMMA, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 

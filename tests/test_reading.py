@@ -28,8 +28,8 @@ from original_files import (
     write_safetensors,
 )
 
-from mmgen.checkpoints.model_folders import _wanted
-from mmgen.checkpoints.reading import read
+from mmgen.formats.model_folders import _wanted
+from mmgen.formats.reading import read
 from mmgen.errors import ConfigError, ModelError
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2), "b.weight": torch.full((2,), 0.5).half()}
@@ -260,7 +260,7 @@ def offline(code: str, cache: Path) -> str:
 def test_the_hub_out_of_reach(tmp_path):
     """One sentence without a copy in the cache; with one, it is read."""
     code = (
-        "from mmgen.checkpoints.reading import read\nfrom mmgen.errors import ModelError\n"
+        "from mmgen.formats.reading import read\nfrom mmgen.errors import ModelError\n"
         "for word in ('user/name', 'hf://user/name', 'hf://user/name/a.pkl', 'hf://user/there', 'hf://user/there/a.pt'):\n"
         "    try:\n        print(sorted(read(word).tensors))\n    except ModelError as error:\n        print(error)\n"
     )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from original_files import golden_settings, golden_state, write_diffusers, write_edm2_pickle, write_edm_pickle, write_pt
 
-from mmgen.checkpoints.reading import read
-from mmgen.checkpoints.recognise import FAMILIES, convert, describe, family_module, family_of
+from mmgen.formats.reading import read
+from mmgen.formats.recognise import FAMILIES, convert, describe, family_module, family_of
 from mmgen.errors import ConfigError, ModelError
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2), "b.weight": torch.full((2,), 0.5).half()}

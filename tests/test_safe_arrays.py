@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import mmgen.checkpoints.safe_arrays as safe_arrays
-from mmgen.checkpoints.safe_arrays import load_arrays, mistaken_download
+import mmgen.formats.safe_arrays as safe_arrays
+from mmgen.formats.safe_arrays import load_arrays, mistaken_download
 from mmgen.errors import DataError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -196,7 +196,7 @@ NAMES = [
     ("functools", "partial"),
     ("torch._utils", "_rebuild_tensor_v2"),
     ("collections", "OrderedDict"),
-    ("mmgen.checkpoints.safe_arrays", "load_arrays"),
+    ("mmgen.formats.safe_arrays", "load_arrays"),
     ("Numpy", "ndarray"),
     ("", ""),
 ]

@@ -24,9 +24,9 @@ from original_files import (
 )
 from torch import nn
 
-from mmgen.checkpoints.contents import choose, constructor_arguments
-from mmgen.checkpoints.safe_pickle import Holder, StoredTensor, materialise
-from mmgen.checkpoints.torch_files import opened
+from mmgen.formats.contents import choose, constructor_arguments
+from mmgen.formats.safe_pickle import Holder, StoredTensor, materialise
+from mmgen.formats.torch_files import opened
 from mmgen.errors import ModelError
 
 PROTOCOLS = [2, 3, 4, 5]
@@ -338,7 +338,7 @@ NAMES = [
     ("torch.nn.modulesx", "Linear"), ("timmy", "Mlp"), ("dnnlib.util", "call_func_by_name"),
     ("torch_utils.persistence", "import_hooks"),
     ("collections", "namedtuple"), ("argparse", "ArgumentParser"), ("training.networks", "EDMPrecond"), ("models", "DiT"),
-    ("numpy", "load"), ("functools", "partial"), ("copyreg", "_reconstructor"), ("mmgen.checkpoints.reading", "read"), ("", ""),
+    ("numpy", "load"), ("functools", "partial"), ("copyreg", "_reconstructor"), ("mmgen.formats.reading", "read"), ("", ""),
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from tiny_model import NAMES, make_model
 from typer.testing import CliRunner
 
 import mmgen
-from mmgen import sample_drawing, sample_file
+from mmgen.sampling import file as sample_file, missing as sample_drawing
 from mmgen.cli.sample import sample
 from mmgen.errors import ConfigError, MmgenError, ModelError
 
@@ -293,7 +293,7 @@ def test_random_classes_are_as_frequent_as_in_the_data(tmp_path):
 
 def test_processes_share_the_work(model, tmp_path):
     """Two members of a team, one after the other: the second must not redo what the first was to do."""
-    loaded, chosen = mmgen.load(model), mmgen.sampling.plan(mmgen.load(model).config, mmgen.sampling.SampleSettings())
+    loaded, chosen = mmgen.load(model), mmgen.sampling.drawing.plan(mmgen.load(model).config, mmgen.sampling.drawing.SampleSettings())
     shares = []
     for index in (0, 1):
         team = sample_drawing.Team(index, 2)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from mmgen.diffusion import diffuse
+from mmgen.diffusion.process import diffuse
 from mmgen.errors import ConfigError
-from mmgen.flow_map import FlowMapSettings
-from mmgen.models import Model, ModelConfig, SamplingSettings, to_uint8
+from mmgen.models.flow_map import FlowMapSettings
+from mmgen.models.model import Model, ModelConfig, SamplingSettings, to_uint8
 from mmgen.networks import UNetSettings
-from mmgen.random import keys, normal
-from mmgen.samplers import SAMPLERS, restart, time_grid
-from mmgen.sampling import SampleSettings, draw, draw_labels, plan
+from mmgen.system.random import keys, normal
+from mmgen.sampling.flow_map_samplers import SAMPLERS, restart, time_grid
+from mmgen.sampling.drawing import SampleSettings, draw, draw_labels, plan
 
 CIFAR = FlowMapSettings(t_min=0.006, t_max=0.994)
 LATENT = FlowMapSettings(t_min=0.0, t_max=0.994)

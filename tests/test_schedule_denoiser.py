@@ -10,9 +10,9 @@ from test_denoiser import MEAN, STD, TINY, Ideal, denoiser, gaussian
 from tiny_model import make_denoiser
 
 import mmgen
-from mmgen.denoiser import Denoiser, DenoiserSettings, network_time, preconditioning, sigma_at, sigma_range
+from mmgen.models.denoiser import Denoiser, DenoiserSettings, network_time, preconditioning, sigma_at, sigma_range
 from mmgen.errors import ConfigError, ModelError
-from mmgen.models import ModelConfig, SamplingSettings, load_model
+from mmgen.models.model import ModelConfig, SamplingSettings, load_model
 from mmgen.networks import (
     ADMSettings,
     DiffusersUNetSettings,
@@ -23,8 +23,8 @@ from mmgen.networks import (
     build_network,
     widen_input,
 )
-from mmgen.random import keys, normal
-from mmgen.schedules import ScheduleSettings, make_schedule
+from mmgen.system.random import keys, normal
+from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 
 SCHEDULES = {
     "fm": ScheduleSettings("fm"), "fm-3": ScheduleSettings("fm", 3.0), "vp_cosine": ScheduleSettings(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmgen.errors import ConfigError
-from mmgen.schedules import COSINE, FLOW, SCHEDULES, ScheduleSettings, make_schedule
+from mmgen.diffusion.schedules import COSINE, FLOW, SCHEDULES, ScheduleSettings, make_schedule
 
 TIMES = torch.tensor([1e-4, 0.006, 0.05, 0.3, 0.5, 0.7, 0.9, 0.99, 0.994, 0.996], dtype=torch.float64)
 both = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)

@@ -16,16 +16,16 @@ from typer.testing import CliRunner
 
 from mmgen.cli import app
 from mmgen.cli.sample import sample
-from mmgen.denoiser import Denoiser, DenoiserSettings
-from mmgen.diffusion import posterior
-from mmgen.diffusion_samplers import PURE_NOISE, sigma_grid, start
+from mmgen.models.denoiser import Denoiser, DenoiserSettings
+from mmgen.diffusion.process import posterior
+from mmgen.sampling.denoiser_samplers import PURE_NOISE, sigma_grid, start
 from mmgen.errors import ConfigError
-from mmgen.models import ModelConfig, SamplingSettings
+from mmgen.models.model import ModelConfig, SamplingSettings
 from mmgen.networks import UNetSettings
-from mmgen.random import keys, normal
-from mmgen.sample_record import difference
-from mmgen.sampling import SampleSettings, _draw_batch, draw, plan
-from mmgen.schedules import ScheduleSettings, make_schedule
+from mmgen.system.random import keys, normal
+from mmgen.sampling.record import difference
+from mmgen.sampling.drawing import SampleSettings, _draw_batch, draw, plan
+from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 
 SHAPE = (3, 4, 4)
 PROCESSES = {
@@ -172,7 +172,7 @@ def test_a_student_knows_its_steps():
 
 
 def test_impossible_plans_are_refused():
-    from mmgen.flow_map import FlowMapSettings
+    from mmgen.models.flow_map import FlowMapSettings
 
     flow_map = ModelConfig(TINY, FlowMapSettings(t_min=0.006, t_max=0.994), 4, 3, sampling=SamplingSettings(student_steps=2))
     refused = [

@@ -10,19 +10,19 @@ import torch
 from test_convert import write
 from tiny_model import make_denoiser, make_model
 
-from mmgen import distill_config
-from mmgen.checkpoints.family import ConvertOptions
-from mmgen.checkpoints.reading import read
-from mmgen.checkpoints.recognise import convert
-from mmgen.config import OptimizerSettings, nest
-from mmgen.denoiser import Denoiser, DenoiserSettings
+from mmgen.config import distill as distill_config
+from mmgen.formats.family import ConvertOptions
+from mmgen.formats.reading import read
+from mmgen.formats.recognise import convert
+from mmgen.config.sections import OptimizerSettings, nest
+from mmgen.models.denoiser import Denoiser, DenoiserSettings
 from mmgen.errors import ConfigError, ModelError
-from mmgen.files import sha256_of
-from mmgen.models import SamplingSettings, load_model
-from mmgen.schedules import ScheduleSettings, make_schedule
-from mmgen.teachers import adam_second_moments, default_schedule, load_teacher, range_note
+from mmgen.system.files import sha256_of
+from mmgen.models.model import SamplingSettings, load_model
+from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
+from mmgen.methods.distill.teachers import adam_second_moments, default_schedule, load_teacher, range_note
 from mmgen.training.checkpoint import Progress, save_checkpoint
-from mmgen.training.distill import find_teacher, student_model_config
+from mmgen.methods.distill.method import find_teacher, student_model_config
 from mmgen.training.ema import EMA
 from mmgen.training.optim import build_optimizer
 

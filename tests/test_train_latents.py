@@ -14,22 +14,22 @@ from tiny_vae import write_images, write_vae
 from toy_task import Quiet
 
 import mmgen
-from mmgen import config as configs
-from mmgen import imm_config
-from mmgen import vae as vae_module
-from mmgen.config import preset_names, read_preset
+from mmgen.config import sections as configs
+from mmgen.config import imm as imm_config
+from mmgen.encoders import vae as vae_module
+from mmgen.config.sections import preset_names, read_preset
 from mmgen.data.encoding import EncodingSettings, encode_source
 from mmgen.data.latents import load_latents
 from mmgen.data.resolve import resolve
 from mmgen.errors import ConfigError, DataError
-from mmgen.imm_config import ImmConfig
-from mmgen.models import read_config
-from mmgen.random import keys, normal
+from mmgen.config.imm import ImmConfig
+from mmgen.models.model import read_config
+from mmgen.system.random import keys, normal
 from mmgen.training.batches import data_indices, fetch
-from mmgen.training.imm import ImmObjective, imm_model_config, imm_task
+from mmgen.methods.imm import ImmObjective, imm_model_config, imm_task
 from mmgen.training.inputs import LATENT
 from mmgen.training.start import load_data, train_imm
-from mmgen.vae import load_vae
+from mmgen.encoders.vae import load_vae
 
 TINY = {
     "network": {"kind": "dit", "hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 2},

@@ -8,17 +8,17 @@ import torch
 from torch.nn import functional as F
 from toy_task import Quiet
 
-from mmgen import config as configs
+from mmgen.config import sections as configs
 from mmgen import data
-from mmgen.denoiser import Denoiser
+from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError
 from mmgen.losses.denoising import draw_sigma, weight
-from mmgen.models import build_model, load
-from mmgen.random import keys, normal, uniform
-from mmgen.teacher_config import TeacherConfig, resolve
-from mmgen.training import teacher
+from mmgen.models.model import build_model, load
+from mmgen.system.random import keys, normal, uniform
+from mmgen.config.teacher import TeacherConfig, resolve
+from mmgen.methods import teacher
 from mmgen.training.batches import fetch
-from mmgen.training.teacher import teacher_model_config, teacher_task
+from mmgen.methods.teacher import teacher_model_config, teacher_task
 
 TINY = {
     "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4],

@@ -15,9 +15,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from toy_task import Quiet
 
-from mmgen import config as configs
+from mmgen.config import sections as configs
 from mmgen.errors import ConfigError, TrainingError
-from mmgen.imm_config import ImmConfig, resolve
+from mmgen.config.imm import ImmConfig, resolve
 from mmgen.training import loop
 from mmgen.training.batches import data_indices, split_batch
 from mmgen.training.ema import EMA, ema_decays

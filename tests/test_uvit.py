@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmgen.errors import ConfigError
-from mmgen.keyed_dropout import keyed_dropout
+from mmgen.networks.keyed_dropout import keyed_dropout
 from mmgen.networks import UViTSettings, build_network, widen_input
 from mmgen.networks.uvit import ConvBlock, TransformerBlock, UViT
-from mmgen.random import keys
-from mmgen.settings import from_dict
+from mmgen.system.random import keys
+from mmgen.system.schema import from_dict
 
 TINY = UViTSettings(
     model_channels=8, channel_mult=(1, 2, 4), num_blocks=(1, 2), depth=2, channels_per_head=8, emb_channels=24, dropout=0.2,

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_vae import write_vae
 
-from mmgen import vae as module
+from mmgen.encoders import vae as module
 from mmgen.errors import ConfigError, ModelError
-from mmgen.latents import LatentSettings
-from mmgen.random import keys
-from mmgen.vae import IMM_MEAN, IMM_STD, decoder, denormalise, draw_latents, load_vae, normalise
+from mmgen.models.latents import LatentSettings
+from mmgen.system.random import keys
+from mmgen.encoders.vae import IMM_MEAN, IMM_STD, decoder, denormalise, draw_latents, load_vae, normalise
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 IMM = LatentSettings(vae="x", vae_sha256="0" * 64, mean=IMM_MEAN, std=IMM_STD)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from mmgen.denoiser import Denoiser, DenoiserSettings
-from mmgen.flow_map import FlowMapSettings
-from mmgen.models import Model, ModelConfig, save_model
+from mmgen.models.denoiser import Denoiser, DenoiserSettings
+from mmgen.models.flow_map import FlowMapSettings
+from mmgen.models.model import Model, ModelConfig, save_model
 from mmgen.networks import UNetSettings
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

@@ -7,12 +7,12 @@ from tiny_model import make_denoiser
 from toy_task import Quiet
 
 from mmgen import data
-from mmgen.config import nest
-from mmgen.denoiser import DenoiserSettings
-from mmgen.distill_config import DistillConfig, resolve
-from mmgen.schedules import ScheduleSettings
+from mmgen.config.sections import nest
+from mmgen.models.denoiser import DenoiserSettings
+from mmgen.config.distill import DistillConfig, resolve
+from mmgen.diffusion.schedules import ScheduleSettings
 from mmgen.training.batches import fetch
-from mmgen.training.distill import distill, distill_task, find_teacher, student_model_config
+from mmgen.methods.distill.method import distill, distill_task, find_teacher, student_model_config
 
 COSINE = ScheduleSettings("vp_cosine")
 V = DenoiserSettings(precondition="schedule", prediction="v", schedule=COSINE, time_scale=100.0)

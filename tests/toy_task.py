@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from mmgen import config as configs
-from mmgen.config import DataSettings, OptimizerSettings, RunSettings, TrainSettings
-from mmgen.denoiser import DenoiserSettings
-from mmgen.models import ModelConfig, build_model, from_uint8
+from mmgen.config import sections as configs
+from mmgen.config.sections import DataSettings, OptimizerSettings, RunSettings, TrainSettings
+from mmgen.models.denoiser import DenoiserSettings
+from mmgen.models.model import ModelConfig, build_model, from_uint8
 from mmgen.networks import UNetSettings
-from mmgen.random import keys, normal, uniform
+from mmgen.system.random import keys, normal, uniform
 from mmgen.training.start import load_shared, make_accelerator, run_training
 from mmgen.training.task import Part, Task
 

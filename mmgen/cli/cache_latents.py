@@ -68,8 +68,8 @@ def cache_latents(
 
     from ..data.encoding import EncodingSettings, encode_source
     from ..data.resolve import resolve
-    from ..team import find_team
-    from ..vae import load_vae
+    from ..system.processes import find_team
+    from ..encoders.vae import load_vae
 
     settings = EncodingSettings(resolution, dtype, xflip, normalisation, on_corrupt, batch_size)
     settings.check()

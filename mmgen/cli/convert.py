@@ -40,9 +40,9 @@ def convert(
     Nothing in IN is executed: a pickle that asks for more than tensors is refused. Every tensor is used, or listed with the
     reason why it was left out.
     """
-    from ..checkpoints.family import ConvertOptions
-    from ..checkpoints.recognise import FAMILIES
-    from ..convert import convert_file
+    from ..formats.family import ConvertOptions
+    from ..formats.recognise import FAMILIES
+    from ..formats.convert import convert_file
 
     done = convert_file(place, out, ConvertOptions(type, preset, precision), to=to, weights=weights, overwrite=overwrite)
     config = done.config
@@ -70,9 +70,9 @@ def inspect(
 
     Example: mmgen inspect edm-cifar10-32x32-cond-vp.pkl
     """
-    from ..checkpoints.family import ConvertOptions
-    from ..checkpoints.reading import read
-    from ..checkpoints.recognise import describe
+    from ..formats.family import ConvertOptions
+    from ..formats.reading import read
+    from ..formats.recognise import describe
 
     _show(describe(read(place, weights=weights), ConvertOptions(type, preset)))
 

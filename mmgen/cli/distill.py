@@ -13,7 +13,7 @@ from . import training_options as option
 from .options import home
 
 if TYPE_CHECKING:
-    from ..distill_config import DistillConfig
+    from ..config.distill import DistillConfig
 
 # The recipe that a data set has of its own; GENERAL for all others.
 DATA_PRESETS = {"digits": "digits-distill", "cifar10": "cifar10-distill", "uoft-cs/cifar10": "cifar10-distill"}
@@ -138,7 +138,7 @@ def distill(
     changes |= {key: value for key, value in own.items() if value is not None}
     seconds = training.seconds_of(max_time)
 
-    from ..distill_config import DistillConfig, resolve
+    from ..config.distill import DistillConfig, resolve
 
     if preset is None:
         preset = _preset(config, set_ or [], changes)
@@ -154,7 +154,7 @@ def distill(
             _show_cost(chosen.config)
         return
 
-    from ..training.distill import distill as run
+    from ..methods.distill.method import distill as run
 
     folder, count = chosen.folder, chosen.config.student.steps
     alternating = chosen.config.loss.method == "alternating"
@@ -166,9 +166,9 @@ def distill(
 
 def _preset(file: Path | None, assignments: list[str], changes: dict[str, Any]) -> str:
     """The recipe for the data, which the teacher's file names unless an option does; else that for the size of its images."""
-    from ..config import merge, nest, parse_assignment, read_toml
-    from ..distill_config import DistillConfig
-    from ..models import find_model, read_config
+    from ..config.sections import merge, nest, parse_assignment, read_toml
+    from ..config.distill import DistillConfig
+    from ..models.model import find_model, read_config
 
     given = merge(read_toml(file, "distill") if file else {}, nest(dict(map(parse_assignment, assignments)), DistillConfig))
     given = merge(given, nest(changes, DistillConfig))
@@ -184,8 +184,8 @@ def _preset(file: Path | None, assignments: list[str], changes: dict[str, Any]) 
 
 def _show_cost(config: DistillConfig) -> None:
     from ..training.cost import ALTERNATING, INSTANT
-    from ..training.distill import find_teacher, student_model_config
-    from ..training.instant import GROUP
+    from ..methods.distill.method import find_teacher, student_model_config
+    from ..methods.distill.instant import GROUP
 
     teacher, config = find_teacher(config)
     alternating = config.loss.method == "alternating"

@@ -216,7 +216,7 @@ def fid(
     wanted = None if metrics == "all" else tuple(dict.fromkeys(word.strip() for word in metrics.split(",")))
 
     from ..metrics.evaluate import FidSettings, evaluate
-    from ..team import find_team
+    from ..system.processes import find_team
 
     team = find_team(cpu=device == "cpu")
     settings = FidSettings(

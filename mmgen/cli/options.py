@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ..errors import ConfigError, nearest, shortened
 
 if TYPE_CHECKING:
-    from ..models import ModelConfig
+    from ..models.model import ModelConfig
 
 Place = TypeVar("Place", str, Path, None)
 DEVICES = ("auto", "cpu", "cuda")

@@ -26,7 +26,7 @@ def push(
 
     Needs a token with write access: hf auth login
     """
-    from ..push import push as upload
+    from ..report.push import push as upload
 
     done = upload(run, repository, private=private, message=message)
     typer.echo(f"{done.url}: {', '.join(done.files)}")

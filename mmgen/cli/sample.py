@@ -15,7 +15,7 @@ from .options import check_device, choose_device, class_list, numbers
 from .progress import progress_bar
 
 if TYPE_CHECKING:
-    from ..sample_folder import Written
+    from ..sampling.folder import Written
 
 FORMATS = {"png": "", "npz": ".npz", "grid": ".png"}  # and the suffix of the file, if it is one
 
@@ -141,10 +141,10 @@ def sample(
         if num < 1:
             raise ConfigError(f"--num must be at least 1, not {num}")
 
-        from .. import sample_file, sample_folder, sampling
-        from ..models import load_model, read_config
-        from ..sample_record import Origin
-        from ..team import find_team
+        from ..sampling import drawing as sampling, file as sample_file, folder as sample_folder
+        from ..models.model import load_model, read_config
+        from ..sampling.record import Origin
+        from ..system.processes import find_team
 
         origin = Origin.of(model, ema)
         config = read_config(origin.file)

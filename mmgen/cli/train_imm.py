@@ -8,7 +8,7 @@ from . import training
 from . import training_options as option
 
 if TYPE_CHECKING:
-    from ..imm_config import ImmConfig
+    from ..config.imm import ImmConfig
 
 # The recipe that a data set has of its own.
 DATA_PRESETS = {"digits": "digits-imm", "cifar10": "cifar10-imm", "uoft-cs/cifar10": "cifar10-imm"}
@@ -54,7 +54,7 @@ def train_imm(
     seconds = training.seconds_of(max_time)
     training.check_device(device)
 
-    from ..imm_config import ImmConfig, resolve
+    from ..config.imm import ImmConfig, resolve
 
     chosen = training.choose(
         "train-imm", ImmConfig, resolve, DATA_PRESETS, preset=preset, file=config, assignments=set_, changes=changes, out=out
@@ -85,6 +85,6 @@ def _warn(config: ImmConfig) -> None:
 
 def _show_cost(config: ImmConfig) -> None:
     from ..training.cost import IMM
-    from ..training.imm import imm_model_config
+    from ..methods.imm import imm_model_config
 
     training.show_cost(config, lambda shape: imm_model_config(config, shape), IMM, config.loss.group_size)

@@ -8,7 +8,7 @@ from . import training
 from . import training_options as option
 
 if TYPE_CHECKING:
-    from ..teacher_config import TeacherConfig
+    from ..config.teacher import TeacherConfig
 
 # The recipe that a data set has of its own.
 DATA_PRESETS = {"digits": "digits-teacher", "cifar10": "cifar10-teacher", "uoft-cs/cifar10": "cifar10-teacher"}
@@ -55,7 +55,7 @@ def train_teacher(
     seconds = training.seconds_of(max_time)
     training.check_device(device)
 
-    from ..teacher_config import TeacherConfig, resolve
+    from ..config.teacher import TeacherConfig, resolve
 
     chosen = training.choose(
         "train-teacher", TeacherConfig, resolve, DATA_PRESETS, preset=preset, file=config, assignments=set_, changes=changes,
@@ -68,7 +68,7 @@ def train_teacher(
             _show_cost(chosen.config)
         return
 
-    from ..training.teacher import train_teacher as train
+    from ..methods.teacher import train_teacher as train
 
     folder = chosen.folder
     training.run(
@@ -79,6 +79,6 @@ def train_teacher(
 
 def _show_cost(config: TeacherConfig) -> None:
     from ..training.cost import DENOISING
-    from ..training.teacher import teacher_model_config
+    from ..methods.teacher import teacher_model_config
 
     training.show_cost(config, lambda shape: teacher_model_config(config, shape), DENOISING)

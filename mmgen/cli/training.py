@@ -19,7 +19,7 @@ from .training_report import TrainingReport
 
 if TYPE_CHECKING:
     from ..data import DataShape
-    from ..models import ModelConfig
+    from ..models.model import ModelConfig
     from ..training.cost import Work
     from ..training.task import Outcome
 
@@ -65,7 +65,7 @@ def choose(
         preset, file, assignments, out: --preset, --config, --set, --out.
         changes: what other options set, by dotted key.
     """
-    from ..config import merge, nest, parse_assignment, preset_names, read_preset, read_toml
+    from ..config.sections import merge, nest, parse_assignment, preset_names, read_preset, read_toml
 
     over = read_toml(file, command) if file else {}
     over = merge(over, nest(dict(parse_assignment(text) for text in assignments or []), config_class))
@@ -92,7 +92,7 @@ def default_name(preset: str, config: Any, base: Any) -> str:
 
 def differences(config: Any, base: Any) -> dict[str, Any]:
     """The settings of `config` that are not those of `base`, by dotted key."""
-    from ..settings import flatten
+    from ..system.schema import flatten
 
     old = dict(flatten(base.to_dict()))
     return {key: value for key, value in flatten(config.to_dict()) if key not in old or old[key] != value}

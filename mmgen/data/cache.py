@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ConfigError, DataError, MmgenError, nearest
-from ..files import TEMPORARY, at_home, read_json, replacing_folder
-from ..tensor_files import save_array
+from ..system.files import TEMPORARY, at_home, read_json, replacing_folder
+from ..system.tensor_files import save_array
 from .dataset import Dataset
 from .decoding import Plan, decode_all, settle
 from .image_source import ImageSource

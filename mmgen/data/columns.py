@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import DataError, nearest
-from ..files import parse_json
+from ..system.files import parse_json
 
 if TYPE_CHECKING:
     import pyarrow

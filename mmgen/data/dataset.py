@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..latents import LatentSettings
+    from ..models.latents import LatentSettings
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import DataError
-from ..process import cores
+from ..system.process import cores
 from .decode import is_grey, open_image, to_pixels
 from .image_source import CorruptImage, ImageSource
 

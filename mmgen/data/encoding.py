@@ -23,11 +23,11 @@ import torch
 
 from .. import __version__
 from ..errors import ConfigError, DataError, MmgenError, cannot_write, nearest
-from ..files import TEMPORARY, read_json, remove_leftovers, replacing, write_json
-from ..latents import LatentSettings
-from ..team import Team
-from ..tensor_files import save_array
-from ..vae import IMM_MEAN, IMM_STD, IMM_TARGET_STD, Vae
+from ..system.files import TEMPORARY, read_json, remove_leftovers, replacing, write_json
+from ..models.latents import LatentSettings
+from ..system.processes import Team
+from ..system.tensor_files import save_array
+from ..encoders.vae import IMM_MEAN, IMM_STD, IMM_TARGET_STD, Vae
 from .cache import check_options
 from .decoding import Chunk, Plan, decode_chunks, settle
 from .image_source import ImageSource

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, shortened
-from ..files import parse_json, read_json
+from ..system.files import parse_json, read_json
 from .image_source import MISSING, MOST_CLASSES, CorruptImage, ImageSource, checked_labels, fingerprint, summary
 from .splits import ALIASES, canonical, no_split
 from .walk import Found, Listing

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from ..files import read_json
-from ..latents import LatentSettings
-from ..settings import from_dict
+from ..system.files import read_json
+from ..models.latents import LatentSettings
+from ..system.schema import from_dict
 from .dataset import Labelled
 
 FORMAT = 1

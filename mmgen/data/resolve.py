@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DataError, nearest, shortened
-from ..files import at_home, exists
+from ..system.files import at_home, exists
 from . import hub
 from .image_source import ImageSource, fingerprint
 from .latents import is_latents, source_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import at_home, resolved
+from ..system.files import at_home, resolved
 from . import folders, tables
 from .image_source import ImageSource
 from .splits import canonical, no_split, split_of

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError
-from ..files import read_json
+from ..system.files import read_json
 from .columns import Column, choose_image, choose_label, columns_of
 from .image_source import MISSING, CorruptImage, ImageSource, checked_labels, fingerprint, summary
 from .splits import canonical, no_split, parts_missing, select_split

@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..denoiser import DenoiserSettings, preconditioning, sigma_range
-from ..schedules import Schedule, ScheduleSettings, make_schedule
+from ..models.denoiser import DenoiserSettings, preconditioning, sigma_range
+from ..diffusion.schedules import Schedule, ScheduleSettings, make_schedule
 
 LEVELS = 8  # parts of the noise levels that the loss is logged for
 

@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..diffusion import per_image
-from ..flow_map import FlowMapSettings, coefficients
-from ..random import uniform
+from ..diffusion.process import per_image
+from ..models.flow_map import FlowMapSettings, coefficients
+from ..system.random import uniform
 from .mmd import group_mmd
 
 

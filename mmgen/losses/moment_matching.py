@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..diffusion import per_image, posterior, unconditional
-from ..random import normal, uniform
-from ..schedules import Schedule
+from ..diffusion.process import per_image, posterior, unconditional
+from ..system.random import normal, uniform
+from ..diffusion.schedules import Schedule
 
 Tensors = Mapping[str, Tensor]  # by name of the teacher's parameter
 Function = Callable[[Tensors], Tensor]  # parameters -> g_theta(z_s) [N, ...], z_s and all else fixed

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import at_home, parse_json
+from ..system.files import at_home, parse_json
 from .image_sets import ImageSet
 
 TABLES = ("metadata.jsonl", "metadata.csv")  # as `datasets` reads them in a folder of images

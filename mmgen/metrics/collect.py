@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError
-from ..random import keys, uniform
-from ..team import Team
+from ..system.random import keys, uniform
+from ..system.processes import Team
 from .features import Extractor
 from .frechet import GaussianStatistics, StatisticsError
 from .image_sets import ImageSet

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, ModelError, nearest
-from ..team import Team
+from ..system.processes import Team
 from .captions import read_captions
 from .features import Extractor, build_extractor
 from .image_sets import ImageSet
@@ -190,9 +190,9 @@ def _check_options(samples: Sequence[str], models: Sequence[bool], settings: Fid
 
 
 def _drawn(word: str, settings: FidSettings) -> list[Subject]:
-    from ..models import load_model, read_config
-    from ..sample_record import Origin
-    from ..sampling import SampleSettings, plan
+    from ..models.model import load_model, read_config
+    from ..sampling.record import Origin
+    from ..sampling.drawing import SampleSettings, plan
 
     given = {key: value for key, value in settings.drawing.items() if value is not None}
     origin = Origin.of(word, given.pop("ema", None))

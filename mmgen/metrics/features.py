@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError, nearest
-from ..files import sha256_of
+from ..system.files import sha256_of
 from .exported_program import ExportedProgram
 from .frechet import pixel_features
 from .inception import build_inception, load_torchscript, refusing
-from .network_file import EXPORTED, TORCHSCRIPT, content
+from ..formats.network_file import EXPORTED, TORCHSCRIPT, content
 from .published_file import Progress
 
 WORDS = ("inception", "pixels", "dinov2")

@@ -20,14 +20,14 @@ from ..data.decode import open_image
 from ..data.image_source import CorruptImage, ImageSource
 from ..data.resolve import resolve
 from ..errors import DataError, MmgenError
-from ..files import at_home, read_json, write_json
-from ..sample_folder import RECORD
-from ..sample_record import read_record
+from ..system.files import at_home, read_json, write_json
+from ..sampling.folder import RECORD
+from ..sampling.record import read_record
 from .npz_images import NpzImages
 
 if TYPE_CHECKING:
-    from ..models import AnyModel
-    from ..sampling import Plan
+    from ..models.model import AnyModel
+    from ..sampling.drawing import Plan
 
 _GREY = ("1", "L", "LA", "La")
 _TYPES = {"model": str, "model_sha256": str, "sampler": str, "grid": str, "data": str | None, "data_options": dict,
@@ -131,7 +131,7 @@ def drawn_images(
     beside: Path | None = None,
 ) -> ImageSet:  # fmt: skip
     """Images number `first` to `first + num - 1` of a model, drawn when they are asked for and kept nowhere."""
-    from ..sampling import draw
+    from ..sampling.drawing import draw
 
     def read(start: int, stop: int, colour: bool) -> np.ndarray:
         return _coloured(draw(model, chosen, range(first + start, first + stop))[0].numpy(), colour)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, MmgenError, ModelError, nearest
-from .network_file import STATE_DICT, TORCHSCRIPT, check_torchscript, content
+from ..formats.network_file import STATE_DICT, TORCHSCRIPT, check_torchscript, content
 from .published_file import Located, Progress, Published, locate
 
 SCRIPT = "inception-2015-12-05.pt"

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import ConfigError, ModelError
-from ..files import sha256_of
+from ..system.files import sha256_of
 
 DINOV2 = "facebook/dinov2-large"
 _WEIGHTS = "model.safetensors"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..data.cache import cache_root
 from ..errors import MmgenError, ModelError
-from ..files import at_home, replacing, sha256_of
+from ..system.files import at_home, replacing, sha256_of
 
 Progress = Callable[[int, int], None]
 

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoints.safe_arrays import load_arrays, mistaken_download
+from ..formats.safe_arrays import load_arrays, mistaken_download
 from ..errors import DataError, shortened
-from ..files import parse_json
+from ..system.files import parse_json
 from .frechet import GaussianStatistics, StatisticsError
 
 TAKES = (

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..data.cache import cache_root
 from ..errors import DataError, MmgenError
-from ..files import replacing
-from ..team import Team
-from ..tensor_files import save_tensors
+from ..system.files import replacing
+from ..system.processes import Team
+from ..system.tensor_files import save_tensors
 from .collect import Collected, Progress, Wanted, collect
 from .features import Extractor
 from .frechet import Gaussian, GaussianStatistics

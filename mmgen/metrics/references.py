@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..errors import ConfigError, DataError, nearest
-from ..files import replacing
+from ..system.files import replacing
 from .frechet import Gaussian, GaussianStatistics
 from .reference_files import FORMAT, STATEMENT, TAKES, Found, find, is_statistics
 

@@ -14,7 +14,7 @@ import torch
 from .. import __version__
 from ..data.cache import cache_root
 from ..errors import DataError
-from ..files import read_json, write_json
+from ..system.files import read_json, write_json
 
 if TYPE_CHECKING:
     from .evaluate import Report, Row

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import ConfigError
-from ..team import Team
+from ..system.processes import Team
 from .collect import Captioned, Collected, Progress, Wanted, collect
 from .features import Extractor
 from .frechet import GaussianStatistics, frechet_distance

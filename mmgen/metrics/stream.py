@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DataError, MmgenError
-from ..process import cores
+from ..system.process import cores
 from .features import Extractor
 from .image_sets import ImageSet
 

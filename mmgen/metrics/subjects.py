@@ -9,11 +9,11 @@ from typing import Any
 
 from .. import data
 from ..errors import ConfigError, DataError
-from ..files import at_home
-from ..models import MODEL_FILE, AnyModel
-from ..sample_folder import RECORD
-from ..sample_record import Origin, make_record
-from ..sampling import SampleSettings, plan
+from ..system.files import at_home
+from ..models.model import MODEL_FILE, AnyModel
+from ..sampling.folder import RECORD
+from ..sampling.record import Origin, make_record
+from ..sampling.drawing import SampleSettings, plan
 from .image_sets import ImageSet, dataset_images, drawn_images, image_set
 from .references import TAKES, is_statistics
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from ..keyed_dropout import checkpointed
+from .keyed_dropout import checkpointed
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from ..keyed_dropout import checkpointed
+from .keyed_dropout import checkpointed
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 
 EPSILON = 1e-6  # of every layer norm

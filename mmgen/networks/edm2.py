@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from ..keyed_dropout import checkpointed
+from .keyed_dropout import checkpointed
 from .dropout import Dropout
 
 EPSILON = 1e-4  # added to every magnitude that is divided by

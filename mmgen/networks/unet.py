@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..keyed_dropout import checkpointed
+from .keyed_dropout import checkpointed
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 from .winograd import Conv2d

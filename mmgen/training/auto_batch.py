@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from ..errors import TrainingError
-from ..files import write_json
-from ..models import ModelConfig
-from ..team import Team
+from ..system.files import write_json
+from ..models.model import ModelConfig
+from ..system.processes import Team
 from .batches import Batch
 from .cost import PassCost, pass_cost
 from .task import Part

@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..errors import MmgenError, ModelError, TrainingError, cannot_write, shortened
-from ..files import replacing_folder
-from ..models import check_state
-from ..team import Team
-from ..tensor_files import save_tensors
+from ..system.files import replacing_folder
+from ..models.model import check_state
+from ..system.processes import Team
+from ..system.tensor_files import save_tensors
 from .checkpoint_sums import damage, read_state, write_state
 from .ema import EMA
 from .sharding import as_spread, gathered, put

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, TrainingError
-from ..files import read_json, sha256_of
+from ..system.files import read_json, sha256_of
 
 STATE = "state.json"
 FORMAT = 2  # 1 had no sums

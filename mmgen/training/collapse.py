@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics.image_sets import ImageSet
-from ..team import Team
+from ..system.processes import Team
 
 LEAST = 0.1  # of the data's variance
 _OF_DATA = 2000  # images that tell it

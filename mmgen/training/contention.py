@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..process import cores
+from ..system.process import cores
 
 WAITED = 0.2  # this share of the time that threads wanted to run is worth a note
 ENOUGH_SECONDS = 5.0  # of wanted time, before anything is said

@@ -10,8 +10,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import TrainSettings
-from ..models import ModelConfig, build_model
+from ..config.sections import TrainSettings
+from ..models.model import ModelConfig, build_model
 from ..networks import blocks, checkpoint_blocks
 from .batches import Parts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..config import TrainSettings
+from ..config.sections import TrainSettings
 from .sharding import own, put
 
 

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..charts import Panel, line_chart
+from ..report.charts import Panel, line_chart
 from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import MmgenError
-from ..images import labelled_rows
-from ..models import AnyModel, ModelConfig
-from ..sampling import SampleSettings, draw
-from ..vae import decoder, normalise
+from ..report.images import labelled_rows
+from ..models.model import AnyModel, ModelConfig
+from ..sampling.drawing import SampleSettings, draw
+from ..encoders.vae import decoder, normalise
 from .collapse import spread_of
 
 SHOWN = 30  # images per number of steps in a picture

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..config import RunSettings
+from ..config.sections import RunSettings
 from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import MmgenError
@@ -17,9 +17,9 @@ from ..metrics.features import Extractor, build_extractor
 from ..metrics.image_sets import dataset_images, drawn_images
 from ..metrics.reference_sets import ReferenceSet, collect_reference
 from ..metrics.score import ScoreSettings, figure_name, score
-from ..models import AnyModel
-from ..sampling import SampleSettings, plan
-from ..team import Team
+from ..models.model import AnyModel
+from ..sampling.drawing import SampleSettings, plan
+from ..system.processes import Team
 from .collapse import Spread, spread_of_data, watched
 
 LARGEST_PIXELS = 4096  # C H W up to which FD-pixels is measured: its covariance has the square of that

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..augment import AugmentSettings, augment
-from ..config import DataSettings
-from ..latents import LatentSettings
-from ..models import from_uint8
-from ..random import keys, uniform
-from ..vae import draw_latents
+from .augment import AugmentSettings, augment
+from ..config.sections import DataSettings
+from ..models.latents import LatentSettings
+from ..models.model import from_uint8
+from ..system.random import keys, uniform
+from ..encoders.vae import draw_latents
 from .batches import Batch
 
 # Purposes of random numbers. Each is drawn with the seed and the number of the image in the whole training. 103 and 104 are

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import OptimizerSettings, RunSettings, TrainSettings
+from ..config.sections import OptimizerSettings, RunSettings, TrainSettings
 from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import TrainingError
-from ..images import save_png
+from ..report.images import save_png
 from ..metrics.frechet import halves_distance
-from ..models import MODEL_FILE, AnyModel, ModelConfig, build_model, save_model
+from ..models.model import MODEL_FILE, AnyModel, ModelConfig, build_model, save_model
 from ..networks import checkpoint_blocks
-from ..process import keep_large_blocks
-from ..team import team_of
+from ..system.process import keep_large_blocks
+from ..system.processes import team_of
 from . import collapse, evaluation
 from .auto_batch import describe, find_size
 from .batches import Batch, Parts, fetch, part_sizes, share_batch

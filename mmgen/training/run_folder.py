@@ -22,9 +22,9 @@ from typing import Any
 from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import TrainingError, cannot_write, shortened
-from ..files import TEMPORARY, parse_json, read_json, remove_leftovers, replacing, write_json
-from ..lock import LOCK_FILE
-from ..settings import flatten
+from ..system.files import TEMPORARY, parse_json, read_json, remove_leftovers, replacing, write_json
+from ..system.lock import LOCK_FILE
+from ..system.schema import flatten
 
 _MISSING = object()
 _MOST_LOG = 1 << 28  # bytes of log.jsonl: a million lines

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from .. import data
-from ..config import DataSettings, RunSettings, TrainSettings
+from ..config.sections import DataSettings, RunSettings, TrainSettings
 from ..data import Dataset, DataShape
 from ..data.latents import LatentDataset, load_latents
 from ..data.resolve import find_latents
 from ..errors import ConfigError, DataError
-from ..imm_config import ImmConfig
-from ..lock import only_run_in
-from .imm import imm_model_config, imm_task
+from ..config.imm import ImmConfig
+from ..system.lock import only_run_in
+from ..methods.imm import imm_model_config, imm_task
 from .loop import Trainer
 from .run_folder import RunFolder
 from .sharding import asks_for_shards

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image
 from torch import nn
 
-from ..models import AnyModel, ModelConfig
+from ..models.model import AnyModel, ModelConfig
 from .batches import Batch
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ time of each counts. NOTES.md has figures, and what was tried.
 
 from __future__ import annotations
 
-from mmgen.process import tune
+from mmgen.system.process import tune
 
 tune()  # as the command does, before torch is loaded
 
@@ -24,7 +24,7 @@ from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
 
-from mmgen.files import replacing  # noqa: E402
+from mmgen.system.files import replacing  # noqa: E402
 
 from .measuring import show  # noqa: E402
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from mmgen.imm_config import ImmConfig
+from mmgen.config.imm import ImmConfig
 from mmgen.training.cost import IMM, estimate
 from mmgen.training.loop import Trainer
 

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from mmgen import config as configs
-from mmgen import data, teacher_config
-from mmgen.distill_config import DistillConfig, resolve
-from mmgen.models import build_model, save_model
-from mmgen.training.distill import distill_task, find_teacher, student_model_config
+from mmgen.config import sections as configs
+from mmgen import data
+from mmgen.config import teacher as teacher_config
+from mmgen.config.distill import DistillConfig, resolve
+from mmgen.models.model import build_model, save_model
+from mmgen.methods.distill.method import distill_task, find_teacher, student_model_config
 from mmgen.training.loop import Trainer
-from mmgen.training.teacher import teacher_model_config
+from mmgen.methods.teacher import teacher_model_config
 
 from . import plain_matching as plain_
 from .measuring import Case, Row, Run, Size, compared, temporary_folder

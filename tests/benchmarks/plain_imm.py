@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mmgen.imm_config import ImmConfig
+from mmgen.config.imm import ImmConfig
 
 Network = Callable[..., Tensor]  # (x, t, s, label, augment) -> [N, C, R, R]
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from accelerate.state import AcceleratorState
 
-from mmgen import config as configs
+from mmgen.config import sections as configs
 from mmgen import data
 from mmgen.data import Dataset
 from mmgen.data.latents import LatentDataset, Rows
-from mmgen.imm_config import ImmConfig, resolve
-from mmgen.latents import LatentSettings
-from mmgen.training.imm import imm_model_config, imm_task
+from mmgen.config.imm import ImmConfig, resolve
+from mmgen.models.latents import LatentSettings
+from mmgen.methods.imm import imm_model_config, imm_task
 from mmgen.training.loop import Trainer
 from mmgen.training.run_folder import RunFolder
 from mmgen.training.start import make_accelerator

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from mmgen import data
-from mmgen.models import Model, save_model
-from mmgen.sample_folder import write_png
-from mmgen.sample_record import Origin
-from mmgen.sampling import SampleSettings, draw
-from mmgen.team import Team
-from mmgen.training.imm import imm_model_config
+from mmgen.models.model import Model, save_model
+from mmgen.sampling.folder import write_png
+from mmgen.sampling.record import Origin
+from mmgen.sampling.drawing import SampleSettings, draw
+from mmgen.system.processes import Team
+from mmgen.methods.imm import imm_model_config
 
 from .measuring import Case, Row, Run, Size, compared, seconds, temporary_folder
 from .plain_imm import jump

@@ -1,0 +1,163 @@
+"""The settings of `mmgen distill`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .sections import DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, require, require_positive
+from ..models.denoiser import DenoiserSettings
+from ..errors import ConfigError
+from ..losses.moment_matching import MomentSettings
+from ..models.model import ModelConfig
+from ..networks import NetworkSettings
+from ..diffusion.schedules import ScheduleSettings
+from ..system.schema import from_dict
+from ..methods.distill.teachers import default_schedule
+
+# Adam as the paper has it (arXiv:2406.04103): no momentum, since the student's loss changes its direction with the auxiliary
+_ADAM = OptimizerSettings(
+    name="adam", lr=2e-6, beta1=0.0, beta2=0.99, eps=1e-12, warmup_images=1000 * 2048, decay="linear", grad_clip=1.0
+)
+
+_READING = ("split", "image_column", "label_column", "on_corrupt", "xflip")  # how a data set is read
+_UNSAID = DataSettings()
+
+
+@dataclass(frozen=True)
+class TeacherChoice:
+    name: str = ""  # file, run folder or hub repository, as on the command line
+    sha256: str = ""  # of its file, filled in: a run goes on with the same teacher only
+    guidance: float = 1.0  # w of its classifier-free guidance, which the student learns to do without; 1: none
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    steps: int = 8  # k, of its sampler
+    schedule: ScheduleSettings | None = None  # unset: the teacher's own process
+    shift: float = 1.0  # of that schedule: more than 1 has more of its steps at high noise (2606.30414 shifts for 2 steps)
+    noise_channels: int = 0  # normal noise beside the image, as the student's own randomness (2603.20155; for 1 and 2 steps)
+    dropout: float = 0.0  # of the student, also when sampling: likewise (2606.30414 has 0.1)
+    stochasticity: float | None = None  # when sampling, 1 DDPM's, 0 DDIM's; unset: that of its training, loss.stochasticity
+
+
+@dataclass(frozen=True)
+class DistillRunSettings(RunSettings):
+    eval_steps: tuple[int, ...] = ()  # numbers of steps shown and measured; none: the student's
+    teacher_steps: int = 256  # evaluations of the teacher at its best, for the table and picture at the end; 0: leave that out
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """All settings of `mmgen distill`, a section each."""
+
+    teacher: TeacherChoice = TeacherChoice()
+    student: StudentSettings = StudentSettings()
+    loss: MomentSettings = MomentSettings()
+    data: DataSettings = DataSettings(name="", label_dropout=0.0)  # name unset: the data set that the teacher's file names
+    optimizer: OptimizerSettings = _ADAM
+    train: TrainSettings = TrainSettings(batch_size=2048, max_images=200_000 * 2048, ema_betas=())
+    run: DistillRunSettings = DistillRunSettings()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def resolve(*tables: dict[str, Any]) -> DistillConfig:
+    """One config from tables of rising precedence; what depends on other settings is filled in, what cannot be is refused."""
+    config = build(DistillConfig, *tables)
+    run = dataclasses.replace(config.run, eval_steps=config.run.eval_steps or (config.student.steps,))
+    config = dataclasses.replace(config, run=run)
+    check(config)
+    return config
+
+
+def check(config: DistillConfig) -> None:
+    """Raises ConfigError for values that are impossible, alone or together."""
+    student, loss, train = config.student, config.loss, config.train
+    require_positive({
+        "student.steps": student.steps, "student.shift": student.shift, "loss.sigma_data": loss.sigma_data,
+        "loss.min_snr_gamma": loss.min_snr_gamma, "loss.stochasticity": loss.stochasticity,
+    })  # fmt: skip
+    check_shared(config)
+    require(math.isfinite(config.teacher.guidance), f"teacher.guidance must be a number, not {config.teacher.guidance}")
+    require(
+        config.data.augment == 0,
+        "data.augment is for teachers: a student learns to draw images as they are, leave it out",
+    )
+    require(loss.stochasticity <= 1, f"loss.stochasticity must be at most 1, not {loss.stochasticity}")
+    require(
+        loss.posterior == "conditional" or loss.stochasticity == 1,
+        "loss.posterior unconditional has no stochasticity: leave loss.stochasticity at 1",
+    )
+    require(student.noise_channels >= 0, f"student.noise_channels cannot be negative, and is {student.noise_channels}")
+    require(0 <= student.dropout < 1, f"student.dropout must be at least 0 and less than 1, not {student.dropout}")
+    own = 1.0 if student.stochasticity is None else student.stochasticity
+    require(0 <= own <= 1, f"student.stochasticity must be from 0 to 1, not {own}")
+    instant = loss.method == "instant"
+    for name, value, default in (("preconditioner", loss.preconditioner, "identity"), ("jvp", loss.jvp, "auto")):
+        require(instant or value == default, f"loss.{name} is of the instant method: set loss.method=instant, or leave it out")
+    require(
+        not instant or train.batch_size % 2 == 0,
+        f"train.batch_size {train.batch_size} must be even: the instant method takes two minibatches of half as many images",
+    )
+    require(
+        not instant or config.run.batch_per_device == "auto" or config.run.batch_per_device > 1,
+        "run.batch_per_device must be at least 2: the instant method has an image of each minibatch in a pass",
+    )
+    require(config.run.teacher_steps >= 0, f"run.teacher_steps cannot be negative, and is {config.run.teacher_steps}")
+
+
+def settled(config: DistillConfig, teacher: ModelConfig, sha256: str, has_null_class: bool) -> DistillConfig:
+    """The config with what follows from the teacher: its data set, its shape, whether there are classes.
+
+    Raises ConfigError where the two contradict each other, or the teacher names no data set and the config neither.
+    """
+    data, guidance = config.data, config.teacher.guidance
+    if not data.name:
+        data = _as_the_teacher(data, teacher)
+    name = data.name or teacher.data
+    require(bool(name), "the teacher's file does not name the data set that it was trained on: give one with --data")
+    for key, wanted, own in (
+        ("resolution", data.resolution, teacher.resolution), ("channels", data.channels, teacher.channels),
+    ):  # fmt: skip
+        require(wanted in (None, own), f"data.{key} is {wanted}, but the teacher's is {own}: leave it out")
+    if guidance != 1:
+        require(teacher.num_classes > 0, f"teacher.guidance {guidance:g} needs a class-conditional teacher, and this one is not")
+        require(has_null_class, f"teacher.guidance {guidance:g} needs a teacher that knows images without a class too")
+    if data.label_dropout > 0:
+        require(
+            teacher.num_classes == 0 or has_null_class, "data.label_dropout needs a teacher that knows images without a class"
+        )
+    if config.student.dropout > 0 and not hasattr(teacher.network, "dropout"):
+        raise ConfigError(f"student.dropout: a network of kind {teacher.network.kind!r} has none; take student.noise_channels")
+    data = dataclasses.replace(
+        data, name=name, resolution=teacher.resolution, channels=teacher.channels, conditional=teacher.num_classes > 0,
+        num_classes=teacher.num_classes or None,
+    )  # fmt: skip
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, sha256=sha256), data=data)
+
+
+def _as_the_teacher(data: DataSettings, teacher: ModelConfig) -> DataSettings:
+    """Which images of its data set the teacher was trained on, where nothing else is said: split, columns, mirror images."""
+    own = from_dict(DataSettings, {k: v for k, v in teacher.training.get("config", {}).get("data", {}).items() if k in _READING})
+    unsaid = [key for key in _READING if getattr(data, key) == getattr(_UNSAID, key)]
+    return dataclasses.replace(data, **{key: getattr(own, key) for key in unsaid})
+
+
+def student_schedule(student: StudentSettings, teacher: DenoiserSettings) -> ScheduleSettings:
+    """The schedule that a student is trained and sampled on."""
+    schedule = student.schedule or default_schedule(teacher)
+    return dataclasses.replace(schedule, shift=schedule.shift * student.shift)
+
+
+def student_network(student: StudentSettings, network: NetworkSettings) -> NetworkSettings:
+    """The teacher's network with the student's dropout, where it has any."""
+    return dataclasses.replace(network, dropout=student.dropout) if hasattr(network, "dropout") else network
+
+
+def student_denoiser(student: StudentSettings, denoiser: DenoiserSettings) -> DenoiserSettings:
+    """The teacher's coordinates, x_hat not clipped, and the student's own randomness."""
+    return dataclasses.replace(denoiser, clip=False, noise_channels=student.noise_channels, noise_dropout=student.dropout > 0)

@@ -1,0 +1,1 @@
+"""Formulas of the diffusion process: schedules, transitions, coefficients. No networks."""

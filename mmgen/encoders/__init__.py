@@ -1,0 +1,1 @@
+"""Pretrained networks around the generator: autoencoders and text encoders."""

@@ -1,0 +1,119 @@
+"""Other people's checkpoints into mmgen's file, and back: reading, naming, proving that nothing was lost, writing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from .family import Converted, ConvertOptions
+from .reading import Found, read
+from .recognise import FAMILIES, convert, family_module, family_of
+from ..errors import ConfigError, ModelError, nearest
+from ..system.files import remove_leftovers, replacing
+from ..report.model_card import model_card
+from ..models.model import ModelConfig, build_model, check_state, read_config, save_model
+from ..report.push import CONVERTED
+from ..system.tensor_files import save_torch
+
+TARGETS = ("mmgen", "diffusers", "pt")
+PRECISIONS = ("fp32", "fp16")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `convert_file` did."""
+
+    out: Path
+    card: Path | None  # the model card, of mmgen's own file
+    family: str
+    config: ModelConfig
+    used: int  # tensors of the original that are in the file
+    left_out: dict[str, str]  # the others -> the reason
+
+
+def convert_file(
+    place: str | os.PathLike,
+    out: str | os.PathLike,
+    options: ConvertOptions = ConvertOptions(),
+    *,
+    to: str = "mmgen",
+    weights: str = "ema",
+    overwrite: bool = False,
+) -> Written:
+    """Converts a file, folder or hub repository of any family, or a model of mmgen's own, and writes it atomically.
+
+    `to`: "mmgen" for one .safetensors with everything in its header, and a model card beside it; "diffusers" for a folder that
+    diffusers loads; "pt" for a plain state dict under the original names, bit for bit.
+
+    Raises ConfigError for an impossible option, ModelError for a file that cannot be read or understood, MmgenError where `out`
+    cannot be written.
+    """
+    out = Path(out)
+    if to not in TARGETS:
+        raise ConfigError(f"unknown target {to!r}: {nearest(to, TARGETS)}")
+    if options.precision not in (None, *PRECISIONS):
+        raise ConfigError(f"unknown precision {options.precision!r}: {nearest(options.precision, PRECISIONS)}")
+    suffix = {"mmgen": ".safetensors", "pt": ".pt", "diffusers": ""}[to]
+    if (out.suffix if to != "diffusers" else "") != suffix:
+        raise ConfigError(f"{out} must end in {suffix} for --to {to}")
+    if out.exists() and not overwrite:
+        raise ConfigError(f"{out} exists: choose another name, or replace it with --overwrite")
+    found = read(place, weights=weights)
+    converted = _own(found, to) if family_of(found) == "mmgen" else _checked(found, convert(found, options), weights)
+    for written in (out, out.with_suffix(".md")):
+        remove_leftovers(written.parent, written.name)
+    if to == "mmgen":
+        card = out.with_suffix(".md")
+        with replacing(card) as temporary:  # first: once the model is there, all is, and the command need not be given again
+            temporary.write_text(model_card(converted.config, converted.config.training[CONVERTED]))
+        save_model(out, converted.config, converted.state)
+        return _written(out, card, converted, found)
+    if to == "pt":
+        state = family_module(converted.family).original_state(converted.config, converted.state)
+        with replacing(out) as temporary:
+            save_torch(state, temporary)
+        return _written(out, None, converted, found)
+    from .diffusers import write_diffusers
+
+    write_diffusers(converted.config, converted.state, out)
+    return _written(out, None, converted, found)
+
+
+def _checked(found: Found, converted: Converted, weights: str) -> Converted:
+    """With its provenance. Raises ModelError unless the tensors are exactly those of the network that the config describes."""
+    with torch.device("meta"):
+        network = build_model(converted.config).network
+    check_state(network.state_dict(), converted.state, str(found.path))
+    provenance = {
+        "file": found.path.name,
+        "sha256": found.sha256,
+        "container": found.container,
+        "family": converted.family,
+        "mmgen_version": __version__,
+        "weights": weights,
+        "left_out": found.left_out | converted.left_out,
+    }
+    config = replace(converted.config, training={**converted.config.training, CONVERTED: provenance})
+    return replace(converted, config=config, left_out=provenance["left_out"])
+
+
+def _own(found: Found, to: str) -> Converted:
+    """A model of mmgen's own, to be written in another form."""
+    if to == "mmgen":
+        raise ConfigError(
+            f"{found.path} is a model of mmgen's already: give --to diffusers or --to pt, or sample from it as it is"
+        )
+    config = read_config(found.path)
+    family = config.training.get(CONVERTED, {}).get("family", "imm" if config.flow is not None else None)
+    if family not in FAMILIES or family == "mmgen":
+        raise ModelError(f"{found.path} does not say of which family it is: convert the original again")
+    return Converted(config, found.tensors, {}, family)
+
+
+def _written(out: Path, card: Path | None, converted: Converted, found: Found) -> Written:
+    used = len(found.tensors.keys() - converted.left_out.keys())
+    return Written(out, card, converted.family, converted.config, used, converted.left_out)

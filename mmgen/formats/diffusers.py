@@ -1,0 +1,169 @@
+"""Folders of diffusers: UNet2DModel and DiTTransformer2DModel, read and written.
+
+A pipeline's folder has the network in unet/ or transformer/ and the scheduler in scheduler/; a model's folder has both files
+in one place. What is written is a pipeline's folder:
+
+model_index.json                                  which classes: DDPMPipeline, ConsistencyModelPipeline or DiTPipeline
+unet/ or transformer/   config.json, diffusion_pytorch_model.safetensors
+scheduler/              scheduler_config.json
+
+A DiTPipeline needs an autoencoder besides: DiTPipeline.from_pretrained(FOLDER, vae=AutoencoderKL.from_pretrained(...)).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, ModelError
+from ..system.files import replacing_folder
+from ..models.model import ModelConfig
+from ..networks.diffusers_unet import DiffusersUNet, DiffusersUNetSettings
+from ..networks.dit import DiTSettings
+from ..system.tensor_files import save_tensors
+from . import diffusers_dit
+from .diffusers_scheduler import read_scheduler, write_scheduler
+from .family import Converted, ConvertOptions
+from .mapping import cast, place
+from .reading import Found
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+_VERSION = "0.31.0"  # of diffusers, the oldest that mmgen is used with
+_PREFIX = "unet."
+_OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of attention before diffusers 0.17
+_OLD_KEY = re.compile(r".*\battentions\.\d+\.(query|key|value|proj_attn)\.\w+")
+_NEW_KEY = re.compile(r"(.*\battentions\.\d+\.)(to_q|to_k|to_v|to_out\.0)(\.\w+)")
+
+
+def matches(found: Found) -> bool:
+    """A folder of diffusers, or the weights out of one, which are then refused for want of a config."""
+    keys = found.tensors.keys()
+    unet = "time_embedding.linear_1.weight" in keys and any(key.startswith("down_blocks.") for key in keys)
+    dit = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight" in keys
+    return "_class_name" in found.arguments.get("config", {}) or unet or dit
+
+
+def convert(found: Found, options: ConvertOptions) -> Converted:
+    """A UNet2DModel or a DiT with its scheduler as a denoiser. Raises ModelError for other classes and for missing parts."""
+    config = found.arguments.get("config") or {}
+    kind = config.get("_class_name")
+    if kind is None:
+        raise ModelError(
+            f"{found.path} holds weights of diffusers without config.json: give the folder with config.json and "
+            "scheduler_config.json, not the file"
+        )
+    if diffusers_dit.is_dit(config):
+        return diffusers_dit.convert(found, options)
+    if kind != "UNet2DModel":
+        raise ModelError(
+            f"{found.path} is a {kind} of diffusers; mmgen reads UNet2DModel and DiTTransformer2DModel, which need no text"
+        )
+    if options.type is not None:
+        raise ConfigError(f"{found.path} is a UNet2DModel, which --type says nothing about: leave it out")
+    return _convert_unet(found, config, options)
+
+
+def _convert_unet(found: Found, config: dict[str, Any], options: ConvertOptions) -> Converted:
+    name = str(found.path)
+    channels, outputs = config.get("in_channels", 3), config.get("out_channels", 3)
+    if outputs not in (channels, 2 * channels):
+        raise ModelError(f"{name} has {channels} channels in and {outputs} out: only as many or twice as many are supported")
+    if config.get("class_embed_type") is not None:
+        raise ModelError(f"{name} has class_embed_type = {config['class_embed_type']!r}: only classes by number are supported")
+    old = any(_OLD_KEY.fullmatch(key) for key in found.tensors)
+    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    settings = DiffusersUNetSettings(config=json.dumps(plain, sort_keys=True), old_attention_names=old)
+    classes = config.get("num_class_embeds") or 0
+    denoiser = read_scheduler(found.arguments.get("scheduler"), name)
+    result = ModelConfig(settings, None, _resolution(config, name), channels, classes, denoiser=denoiser)
+    layers = config.get("layers_per_block", 2)
+    if not isinstance(layers, int) or layers > len(found.tensors):  # nor would building them ever end
+        raise ModelError(f"{name} has layers_per_block = {layers!r} in config.json, and not so many tensors")
+    with torch.device("meta"):  # what diffusers has to say of the architecture, or that it is not installed
+        DiffusersUNet(settings, result.resolution, channels, classes)
+    state = place(found, result, lambda key: _original_name(result, key))
+    return Converted(result, cast(state, options.precision), {}, "diffusers-unet2d")
+
+
+def _original_name(config: ModelConfig, key: str) -> str:
+    key = key.removeprefix(_PREFIX)
+    match = _NEW_KEY.fullmatch(key) if config.network.old_attention_names else None
+    return match[1] + _OLD_NAMES[match[2]] + match[3] if match else key
+
+
+def _resolution(config: dict[str, Any], name: str) -> int:
+    size = config.get("sample_size")
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1 or not isinstance(side := sides.pop(), int):
+        raise ModelError(f"{name} has sample_size = {size!r} in config.json: set it to the side of its square images")
+    return side
+
+
+def original_state(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under diffusers' names (the old ones if they were found so), the very same ones."""
+    if isinstance(config.network, DiTSettings):
+        return diffusers_dit.original_state(config, state)
+    return {_original_name(config, key): value for key, value in state.items()}
+
+
+def write_diffusers(config: ModelConfig, state: dict[str, Tensor], folder: str | os.PathLike) -> None:
+    """Writes a pipeline's folder, atomically. UNet2DModel.from_pretrained(FOLDER, subfolder="unet") and likewise
+    DiTTransformer2DModel with subfolder="transformer" give what the model gives here.
+
+    Raises ConfigError, before anything is written, where diffusers has no class for the network or the times.
+    """
+    if isinstance(config.network, DiffusersUNetSettings):
+        part = "unet"
+        network = {"_class_name": "UNet2DModel", **json.loads(config.network.config)}
+        tensors = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+        learned = network.get("out_channels", 3) == 2 * config.channels
+        scheduler = write_scheduler(config.denoiser, "DDPMScheduler", learned)
+        pipelines = {"DDPMScheduler": "DDPMPipeline", "CMStochasticIterativeScheduler": "ConsistencyModelPipeline"}
+        pipeline = pipelines.get(scheduler["_class_name"])
+    elif isinstance(config.network, DiTSettings):
+        part, pipeline = "transformer", "DiTPipeline"
+        network, scheduler = diffusers_dit.for_writing(config, state)
+        tensors = diffusers_dit.original_state(config, state)
+    else:
+        raise ConfigError(
+            f"this model cannot be written for diffusers: {_why_not(config.network.kind)}; use --to pt for its original names"
+        )
+    parts = {part: network, "scheduler": scheduler}
+    index = {"_class_name": pipeline, "_diffusers_version": _VERSION}
+    index |= {name: ["diffusers", content["_class_name"]] for name, content in parts.items()}
+    if pipeline == "DiTPipeline":
+        index["vae"] = ["diffusers", "AutoencoderKL"]
+        index |= {"id2label": {str(i): name for i, name in enumerate(config.class_names)}} if config.class_names else {}
+    with replacing_folder(folder) as temporary:
+        if pipeline:
+            _write_json(temporary / "model_index.json", index)
+        _write_json(temporary / part / "config.json", {**network, "_diffusers_version": _VERSION})
+        _write_json(temporary / "scheduler" / "scheduler_config.json", {**scheduler, "_diffusers_version": _VERSION})
+        _write_tensors(temporary / part / WEIGHTS, tensors)
+
+
+def _why_not(kind: str) -> str:
+    reasons = {
+        "unet": "in EDM's U-Net and IMM's, residual sums are scaled by sqrt(1/2) and the blocks themselves change the "
+        "resolution, which no block of diffusers' UNet2DModel does alike",
+        "adm": "ADM's U-Net has its labels and its attention heads arranged otherwise than diffusers' UNet2DModel",
+        "edm2": "EDM2's U-Net preserves magnitudes, with normalised weights, and diffusers has no class for it",
+    }
+    return reasons.get(kind, f"diffusers has no class for the network {kind!r}")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    # Copies of one tensor are stored as often as diffusers has them
+    separate = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    save_tensors(separate, path, metadata={"format": "pt"})

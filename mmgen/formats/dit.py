@@ -1,0 +1,177 @@
+"""DiT, SiT and REPA files: `.pt` of the diffusion transformers of arXiv:2212.09748, 2401.08740 and 2410.06940.
+
+All three are one network under the same key names; what differs is what its output means.
+
+DiT     discrete times, linear betas, the noise (and a variance, not used)
+SiT     z = t x + (1 - t) e, time 1 is data, the output x - e (and a second half, not used)
+REPA    z = (1 - t) x + t e, time 1 is noise, the output e - x; trained beside projectors, which its files hold too
+
+The latents of the published models are those of Stable Diffusion's autoencoder times 0.18215: what a file with four channels
+is taken to be.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ..models.denoiser import DenoiserSettings
+from ..errors import ConfigError, ModelError, nearest
+from ..models.latents import LatentSettings
+from ..models.model import ModelConfig
+from ..networks.dit import DiTSettings
+from .family import Converted, ConvertOptions
+from .mapping import cast, place
+from .reading import Found
+
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # hidden size -> attention heads of S, B, L, XL (arXiv:2212.09748, table 1)
+TYPES = ("dit", "sit", "repa")
+SCALING = 0.18215  # of Stable Diffusion's latents
+_PROJECTORS = "a projector of REPA's, used in training only"
+
+
+def original_names(depth: int, labels: bool = True) -> dict[str, str]:
+    """Our key -> the original one, of a network of so many blocks."""
+    modules = {
+        "patch_embed": "x_embedder.proj",
+        "time_mlp.linear0": "t_embedder.mlp.0",
+        "time_mlp.linear1": "t_embedder.mlp.2",
+        "out": "final_layer.linear",
+        "out_modulation": "final_layer.adaLN_modulation.1",
+    }
+    parts = {"qkv": "attn.qkv", "proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2", "modulation": "adaLN_modulation.1"}
+    modules |= {f"blocks.{i}.{ours}": f"blocks.{i}.{theirs}" for i in range(depth) for ours, theirs in parts.items()}
+    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in modules.items() for kind in ("weight", "bias")}
+    names["position"] = "pos_embed"
+    if labels:
+        names["label_embed.weight"] = "y_embedder.embedding_table.weight"
+    return names
+
+
+def matches(found: Found) -> bool:
+    """A transformer with one time: IMM's has a second (`s_embedder`)."""
+    keys = found.tensors.keys()
+    needed = {
+        "x_embedder.proj.weight",
+        "blocks.0.adaLN_modulation.1.weight",
+        "t_embedder.mlp.0.weight",
+        "final_layer.linear.weight",
+    }
+    return needed <= keys and not any(key.startswith(("s_embedder.", "r_embedder.")) for key in keys)
+
+
+def convert(found: Found, options: ConvertOptions) -> Converted:
+    """A DiT, SiT or REPA file as a denoiser.
+
+    Raises ConfigError where neither the file nor the options say which of them it is, and ModelError for tensors of another
+    network, shapes that contradict each other, and paths or outputs that are not the published ones.
+    """
+    family = _family(found, options)
+    arguments = found.arguments.get("args", {})
+    vae = str(arguments.get("vae", "ema"))
+    if vae not in ("ema", "mse"):
+        raise ModelError(f"{found.path} names the autoencoder {vae!r}; known are ema and mse, of stabilityai/sd-vae-ft-...")
+    left_out = {key: _PROJECTORS for key in found.tensors if key.startswith("projectors.")}
+    settings, resolution, channels, classes = _architecture(found, arguments, family)
+    config = ModelConfig(
+        settings, None, resolution, channels, classes, denoiser=DenoiserSettings("discrete" if family == "dit" else "flow"),
+        latents=published_latents(resolution, vae) if channels == 4 else None,
+    )  # fmt: skip
+    state = place(found, config, original_names(settings.depth, labels=classes > 0).__getitem__, left_out=left_out)
+    return Converted(config, cast(state, options.precision), left_out, family)
+
+
+def original_state(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under their original names, the very same ones."""
+    names = original_names(config.network.depth, labels=config.num_classes > 0)
+    return {theirs: state[ours] for ours, theirs in names.items()}
+
+
+def published_latents(resolution: int, vae: str = "ema") -> LatentSettings:
+    """The autoencoder and scaling that DiT, SiT and REPA were published with. No file says it: it is their convention.
+
+    resolution: of the latents; vae: "ema" or "mse", which differ in the decoder only.
+    """
+    return LatentSettings(
+        vae=f"stabilityai/sd-vae-ft-{vae}", vae_sha256="", mean=(0.0,) * 4, std=(1 / SCALING,) * 4, target_std=1.0,
+        resolution=8 * resolution,
+    )  # fmt: skip
+
+
+def _family(found: Found, options: ConvertOptions) -> str:
+    """dit, sit or repa, from --type and from what the file says; they must not contradict each other."""
+    if options.type is not None and options.type not in TYPES:
+        raise ConfigError(f"unknown type {options.type!r}: {nearest(options.type, TYPES)}")
+    arguments = found.arguments.get("args", {})
+    model = str(arguments.get("model", ""))
+    if any(key.startswith("projectors.") for key in found.tensors) or "proj_coeff" in arguments:
+        said = "repa"
+    elif "path_type" in arguments or model.startswith("SiT"):
+        said = "sit"
+    else:
+        said = "dit" if model.startswith("DiT") else None
+    if said is None and options.type is None:
+        raise ConfigError(
+            f"{found.path} can be DiT's or SiT's, whose tensors have the same names and shapes: say which with --type dit or "
+            "--type sit"
+        )
+    if said and options.type and {said, options.type} not in ({said}, {"sit", "repa"}):
+        raise ConfigError(f"{found.path} says itself that it is of type {said}, not {options.type}: leave out --type")
+    family = said or options.type
+    if family != "dit":
+        _check_path(found, arguments)
+    return family
+
+
+def _check_path(found: Found, arguments: dict[str, Any]) -> None:
+    path, prediction = str(arguments.get("path_type", "linear")), str(arguments.get("prediction", "velocity"))
+    if path.lower() != "linear":
+        raise ModelError(f"{found.path} was trained on the path {path}: only Linear is supported")
+    if prediction not in ("velocity", "v"):
+        raise ModelError(f"{found.path} was trained to predict the {prediction}: only the velocity is supported")
+
+
+def _architecture(found: Found, arguments: dict[str, Any], family: str) -> tuple[DiTSettings, int, int, int]:
+    """(settings, resolution, channels, classes) from the shapes."""
+    tensors = found.tensors
+    for key in ("pos_embed", "blocks.0.mlp.fc1.weight"):
+        if key not in tensors:
+            raise ModelError(f"{found.path} looks like a diffusion transformer, but lacks {key}")
+    patches, position = tensors["x_embedder.proj.weight"], tensors["pos_embed"]
+    if patches.ndim != 4 or position.ndim != 3 or math.isqrt(position.shape[1]) ** 2 != position.shape[1]:
+        raise ModelError(
+            f"{found.path}: x_embedder.proj.weight and pos_embed have the shapes {list(patches.shape)} and "
+            f"{list(position.shape)}, which are not those of square images"
+        )
+    hidden, channels, patch, _ = patches.shape
+    outputs = tensors["final_layer.linear.weight"].shape[0] / (patch * patch)
+    if outputs not in (channels, 2 * channels):
+        raise ModelError(
+            f"{found.path} has {channels} channels in and {outputs:g} out: only as many or twice as many are supported"
+        )
+    heads = arguments.get("num_heads", HEADS.get(hidden))
+    if not isinstance(heads, int) or heads < 1 or hidden % heads:
+        sizes = ", ".join(map(str, HEADS))
+        raise ModelError(
+            f"{found.path} does not say how many attention heads its {hidden} channels have, and no published size has so many "
+            f"(those are {sizes}): put num_heads into the file's args"
+        )
+    table = tensors.get("y_embedder.embedding_table.weight")
+    classes = 0 if table is None else table.shape[0] - 1
+    if table is not None and arguments.get("num_classes", classes) != classes:
+        raise ModelError(
+            f"{found.path} was trained with {arguments['num_classes']} classes and has {table.shape[0]} class embeddings: "
+            "one more is expected, for no class"
+        )
+    settings = DiTSettings(
+        hidden_size=hidden,
+        depth=len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
+        num_heads=heads,
+        patch_size=patch,
+        mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
+        learn_sigma=outputs == 2 * channels,
+        reversed_flow=family == "repa",
+    )
+    return settings, math.isqrt(position.shape[1]) * patch, channels, classes

@@ -1,0 +1,30 @@
+"""What a family of checkpoints is asked for, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..models.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the user says about a file, where the file does not say it itself."""
+
+    type: str | None = None  # "sit" or "dit", where keys cannot tell
+    preset: str | None = None  # names what an ADM file does not hold
+    precision: str | None = None  # None: as in the file; "fp32", "fp16"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model under our names. Every tensor of the original is in `state` or in `left_out`."""
+
+    config: ModelConfig
+    state: dict[str, Tensor]  # under our key names, dtype as in the file
+    left_out: dict[str, str]  # original tensor name -> the reason
+    family: str  # "edm", "edm2", "adm", "consistency", "dit", "sit", "imm", "diffusers-unet2d" ...

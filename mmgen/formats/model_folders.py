@@ -1,0 +1,170 @@
+"""Where the weights are: folders of diffusers in both layouts, in one file or in shards, and repositories of the hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import ModelError, shortened
+from ..system.files import at_home, exists, read_json
+from ..models.model import MODEL_FILE
+
+COMPONENTS = ("unet", "transformer")
+_STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")
+_ENDINGS = ("safetensors", "safetensors.index.json", "bin", "bin.index.json", "fp16.safetensors", "fp16.bin")
+_SINGLE = (".pkl", ".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of diffusers, or one with a model of mmgen."""
+
+    files: list[Path]  # the shards of the weights; one file mostly
+    arguments: dict[str, Any] = field(default_factory=dict)  # "config", "scheduler", "model_index"
+    left_out: dict[str, str] = field(default_factory=dict)
+    weight_map: dict[str, str] | None = None  # of shards: key -> file name
+
+
+def weights_file(names: Collection[str]) -> str | None:
+    """The file of weights among the names in a folder, safetensors before bin; an index where they are in shards."""
+    for ending in _ENDINGS:
+        for stem in _STEMS:
+            if f"{stem}.{ending}" in names:
+                return f"{stem}.{ending}"
+    return None
+
+
+def model_folder(folder: Path) -> Folder:
+    """What a folder holds. Raises ModelError, with one sentence, where it holds no model."""
+    pipeline = _json(folder / "model_index.json")
+    place, left_out = folder, {}
+    if pipeline is not None:
+        inner = [folder / name for name in COMPONENTS if (folder / name / "config.json").is_file()]
+        if not inner and not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} is a pipeline without a unet or transformer folder, which are what mmgen reads")
+        place = inner[0] if inner else folder
+        for name, kind in pipeline.items():
+            if isinstance(kind, list) and name not in (place.name, "scheduler") and (folder / name).is_dir():
+                left_out[name] = "decodes latents: give it as --vae" if name == "vae" else "another part of the pipeline"
+    config = _json(place / "config.json")
+    name = weights_file({path.name for path in place.iterdir()})
+    if name is None:
+        raise ModelError(f"{place} is a folder without weights: it has no diffusion_pytorch_model.safetensors or .bin")
+    arguments = {} if config is None else {"config": config}
+    for scheduler in (place, folder / "scheduler", *([place.parent / "scheduler"] if _has_pipeline(place.parent) else [])):
+        if (found := _json(scheduler / "scheduler_config.json")) is not None and config is not None:
+            arguments["scheduler"] = found
+    if pipeline is not None:
+        arguments["model_index"] = pipeline
+    if not name.endswith(".json"):
+        return Folder([place / name], arguments, left_out)
+    weight_map = _weight_map(place / name)
+    return Folder([place / shard for shard in sorted(set(weight_map.values()))], arguments, left_out, weight_map)
+
+
+def _has_pipeline(folder: Path) -> bool:
+    return (folder / "model_index.json").is_file()
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    found = (_json(path) or {}).get("weight_map")
+    if not isinstance(found, dict) or not found or any(type(name) is not str for name in found.values()):
+        raise ModelError(f"{path} lists no weights: fetch it again")
+    for name in set(found.values()):
+        if PurePosixPath(name).name != name or "\\" in name or name in (".", ".."):
+            raise ModelError(f"{path} names a file outside its folder, {ascii(name[:100])}: not opened")
+        if not (path.parent / name).is_file():
+            raise ModelError(f"{path.parent} lacks {name}, a part of the weights: fetch it again")
+    return found
+
+
+def _json(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: fetch it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds no settings: fetch it again")
+    return content
+
+
+def locate(place: str | os.PathLike) -> Path:
+    """The file or folder that a word means: a path, hf://user/name, user/name, or hf://user/name/file for one file of it.
+
+    A run folder of mmgen's means the model in it. Of a repository, only the settings and one set of weights are fetched. Raises
+    ModelError saying where it looked.
+    """
+    path = at_home(place)
+    if exists(path):
+        return path / MODEL_FILE if (path / MODEL_FILE).is_file() and (path / "log.jsonl").is_file() else path
+    word = str(place)
+    repository, _, file = word.removeprefix("hf://").partition("/")
+    name, _, file = file.partition("/")
+    local = word.startswith(("/", ".", "~")) or not name or (not word.startswith("hf://") and (file or name.endswith(_SINGLE)))
+    if local:
+        raise ModelError(
+            f"there is no file or folder {place if len(word) < 1000 else shortened(word)}: give one, or a hub repository as hf://user/name"
+        )
+    return _fetch(f"{repository}/{name}", file)
+
+
+def _fetch(repository: str, file: str) -> Path:
+    from huggingface_hub import HfApi, errors, hf_hub_download, snapshot_download
+
+    try:
+        if file:
+            return Path(hf_hub_download(repository, file))
+        try:
+            wanted = _wanted(HfApi().list_repo_files(repository), repository)
+            escaped = [re.sub(r"([*?[])", r"[\1]", name) for name in wanted]
+            folder = Path(snapshot_download(repository, allow_patterns=escaped))
+        except (ModelError, errors.HfHubHTTPError, errors.HFValidationError):
+            raise
+        except Exception:  # the hub cannot be reached, which httpx and requests say in their own ways: what is in the cache?
+            folder = Path(snapshot_download(repository, local_files_only=True))
+            names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+            wanted = _wanted(names, repository)
+        return folder / wanted[0] if len(wanted) == 1 else folder
+    except ModelError:
+        raise
+    except Exception as error:  # huggingface_hub's own, and those of requests or httpx, by version
+        looked = f"there is no file or folder {repository}, and the hub repository {repository}"
+        raise ModelError(f"{looked} {_reason(file, error)}") from error
+
+
+def _reason(file: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "is not in the local cache and the hub cannot be reached"
+    if isinstance(error, errors.GatedRepoError):
+        return "asks for a token: accept its terms on its page, then run `hf auth login`"
+    if isinstance(error, errors.EntryNotFoundError):
+        return f"holds no {file}"
+    return f"cannot be read ({type(error).__name__}): check the name, or run `hf auth login` for a private one"
+
+
+def _wanted(names: list[str], repository: str) -> list[str]:
+    """The files of a repository to fetch: the settings and one set of weights; or the only checkpoint there."""
+    for prefix in (*(f"{component}/" for component in COMPONENTS), ""):
+        here = [name.removeprefix(prefix) for name in names if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
+        weights = weights_file(here)
+        if weights is None or (prefix and "config.json" not in here):
+            continue
+        ending = weights.removesuffix(".index.json")
+        shards = [n for n in here if n.endswith(Path(ending).suffix) and "-of-" in n] if weights != ending else []
+        settings = ("model_index.json", "config.json", "scheduler_config.json", "scheduler/scheduler_config.json")
+        return [prefix + weights, *(prefix + n for n in shards), *{n for n in names if n in (*settings, prefix + "config.json")}]
+    single = [name for name in names if name.endswith(_SINGLE)]
+    if len(single) == 1:
+        return single
+    if not single:
+        raise ModelError(f"the hub repository {repository} holds no weights that mmgen reads")
+    choice = ", ".join(f"hf://{repository}/{name}" for name in single[:6])
+    raise ModelError(f"the hub repository {repository} holds several files of weights: choose one of {choice}")

@@ -1,0 +1,118 @@
+"""The end of a distillation: teacher and student side by side, as a table of figures and as a picture from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ...data import Dataset
+from ...data.latents import LatentDataset
+from ...models.denoiser import Denoiser
+from ...sampling.denoiser_samplers import most_steps, samplers_of
+from ...report.images import labelled_rows
+from ...models.model import SamplingSettings
+from ...sampling.drawing import SampleSettings, draw, plan
+from ...diffusion.schedules import ScheduleSettings
+from ...training.evaluation import SHOWN, real_images
+
+if TYPE_CHECKING:
+    from ...training.figures import Scorer
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A model with a way to sample it: a row of the table."""
+
+    who: str  # "teacher" or "student"
+    model: Denoiser  # whose config has that way as its default
+    steps: int
+
+    @property
+    def sampler(self) -> str:
+        return self.model.config.sampling.sampler
+
+    @property
+    def caption(self) -> str:
+        return f"{self.who}, {self.steps} step{'s' * (self.steps > 1)}, {self.sampler}"
+
+
+@dataclass(frozen=True)
+class Row:
+    who: str
+    sampler: str
+    steps: int
+    evaluations: int  # of the network, per image
+    value: float  # of the figure
+
+
+def many_step_ways(teacher: Denoiser, schedule: ScheduleSettings, steps: int, guidance: float) -> list[Drawn]:
+    """How a teacher is sampled at its best, in about `steps` evaluations: by the ancestral sampler, and by the better of the
+    deterministic ones that suit it, which is heun where EDM trained it, in half as many steps, and else ddim.
+
+    Ancestral steps are evenly spaced in `schedule`, as the student's; the others on the teacher's own grid. A teacher of
+    timesteps has no more steps than those.
+    """
+    steps = int(min(steps, most_steps(teacher.settings)))
+    usual = next(iter(samplers_of(teacher.settings)))
+    deterministic = ("heun", max(steps // 2, 1)) if usual == "heun" else ("ddim", steps)
+    return [_ancestral(teacher, schedule, steps, guidance), _own(teacher, *deterministic, guidance)]
+
+
+def few_step_ways(teacher: Denoiser, schedule: ScheduleSettings, steps: int, guidance: float) -> list[Drawn]:
+    """How it is sampled in k steps: as the student is, and by ddim."""
+    ways = [_ancestral(teacher, schedule, steps, guidance)]
+    return ways + ([_own(teacher, "ddim", steps, guidance)] if steps <= most_steps(teacher.settings) else [])
+
+
+def _ancestral(teacher: Denoiser, schedule: ScheduleSettings, steps: int, guidance: float) -> Drawn:
+    return _drawn(teacher, SamplingSettings("ancestral", "schedule", guidance, steps, schedule=schedule), steps)
+
+
+def _own(teacher: Denoiser, sampler: str, steps: int, guidance: float) -> Drawn:
+    return _drawn(teacher, SamplingSettings(sampler, "default", guidance, steps), steps)
+
+
+def _drawn(teacher: Denoiser, sampling: SamplingSettings, steps: int) -> Drawn:
+    view = Denoiser(replace(teacher.config, sampling=sampling), teacher.network)
+    return Drawn("teacher", view.eval(), steps)
+
+
+def measured(ways: Sequence[Drawn], scorer: Scorer, seed: int, note: Callable[[str], None]) -> list[Row]:
+    """The figure of each, of the same numbers of images. To be called in all processes."""
+    rows = []
+    for way in ways:
+        note(f"measuring the {way.caption}")
+        value = scorer.measure(way.model, [way.steps], seed)[way.steps]
+        nfe = plan(way.model.config, SampleSettings(steps=way.steps)).nfe
+        rows.append(Row(way.who, way.sampler, way.steps, nfe, value))
+    return rows
+
+
+def best(rows: Sequence[Row]) -> int:
+    """Which has the least figure."""
+    return min(range(len(rows)), key=lambda i: rows[i].value)
+
+
+def as_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """As results.json keeps them."""
+    return [asdict(row) for row in rows]
+
+
+def side_by_side(ways: Sequence[Drawn], dataset: Dataset | LatentDataset, seed: int, shown: dict[str, Tensor]) -> Image.Image:
+    """Images of each, from the same noise and of the same classes, above real ones.
+
+    shown: caption -> images of the teacher, kept from one call to the next: in many steps they take their time.
+    """
+    rows = []
+    for way in ways:
+        if way.who == "student" or way.caption not in shown:
+            classes = "balanced" if way.model.config.num_classes else "random"
+            shown[way.caption] = draw(way.model, SampleSettings(way.steps, seed=seed, classes=classes), range(SHOWN))[0]
+        rows.append((way.caption, shown[way.caption]))
+    chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), min(SHOWN, len(dataset)), replace=False))
+    return labelled_rows([*rows, real_images(ways[0].model, dataset, chosen)], columns=15, padding=4)

@@ -1,0 +1,252 @@
+"""`mmgen distill`: a few-step student of a diffusion teacher by moment matching (arXiv:2406.04103), from settings to a run."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ...data import Dataset
+from ...data.latents import LatentDataset
+from ...models.denoiser import Denoiser
+from ...config.distill import DistillConfig, settled, student_denoiser, student_network, student_schedule
+from ...errors import ConfigError
+from ...models.model import AnyModel, ModelConfig, SamplingSettings
+from ...networks import checkpoint_blocks, widen_input
+from ...report.push import CONVERTED
+from ...sampling.drawing import check_defaults
+from .teachers import Teacher, adam_second_moments, load_teacher, range_note
+from . import comparison as report
+from .alternating import alternating_parts, turn
+from ...training.inputs import Inputs
+from .instant import GROUP, MOMENT_BATCHES, MOMENT_PASS, choose_derivative, data_second_moments, instant_parts
+from .matching import Matching
+from ...training.sharding import is_sharded
+from ...training.start import DataProgress, load_shared, make_accelerator, run_training
+from ...training.task import Outcome, Reporter, Task
+
+if TYPE_CHECKING:
+    from ...training.figures import Scorer
+
+DISTILLED = "distilled"  # entry of ModelConfig.training that says what a student is a student of
+
+
+def distill(
+    config: DistillConfig,
+    out: Path,
+    reporter: Reporter,
+    *,
+    device: str = "auto",
+    max_seconds: float = math.inf,
+    data_progress: DataProgress = contextlib.nullcontext,
+) -> Outcome:
+    """Distils, or resumes, a student in the folder `out`. Arguments and errors are those of `start.run_training`."""
+    accelerator = make_accelerator(config.train, config.run, out, device)
+    with accelerator.main_process_first():
+        teacher, config = find_teacher(config, accelerator.device)
+    # The classes are compared below, where the message can say what they are compared with
+    anything = replace(config.data, num_classes=None)
+    dataset = load_shared(accelerator, anything, reporter, data_progress)
+    check_data(teacher, dataset, reporter.note)
+    model_config = student_model_config(config, teacher, dataset)
+    reporter.note(description(config, teacher))
+    return run_training(
+        "distill", config, dataset,
+        lambda accelerator: distill_task(config, teacher, model_config, dataset, reporter, accelerator),
+        accelerator=accelerator, out=out, reporter=reporter, max_seconds=max_seconds,
+    )  # fmt: skip
+
+
+def find_teacher(config: DistillConfig, device: Any = "cpu") -> tuple[Teacher, DistillConfig]:
+    """The teacher on the device, and the config with what follows from it. Raises ConfigError and ModelError."""
+    if not config.teacher.name:
+        raise ConfigError("a student needs a teacher: name a file, a run folder or a hub repository with --teacher")
+    teacher = load_teacher(config.teacher.name, device)
+    return teacher, settled(config, teacher.model.config, teacher.sha256, teacher.has_null_class)
+
+
+def check_data(teacher: Teacher, dataset: Dataset | LatentDataset, note: Callable[[str], None]) -> None:
+    """Raises ConfigError where the data are not of the teacher's kind: pixels or latents of its autoencoder, its classes."""
+    own, latents = teacher.model.config, getattr(dataset, "latents", None)
+    if (own.latents is None) != (latents is None):
+        kinds = ("latents", "images") if latents is None else ("images", "latents")
+        raise ConfigError(f"the teacher {teacher.name} was trained on {kinds[0]}, and {dataset.word} holds {kinds[1]}")
+    if latents is not None:
+        digests = {own.latents.vae_sha256, latents.vae_sha256}
+        if own.latents.kind != latents.kind or ("" not in digests and len(digests) > 1):
+            raise ConfigError(
+                f"the teacher {teacher.name} knows latents of {own.latents.vae}, and {dataset.word} holds those of {latents.vae}"
+            )
+        if "" in digests:
+            note(f"the teacher does not say which autoencoder its latents are of: {dataset.word} holds those of {latents.vae}")
+    if own.num_classes not in (0, dataset.num_classes):
+        raise ConfigError(
+            f"the teacher {teacher.name} knows {own.num_classes} classes, and {dataset.word} has "
+            f"{dataset.num_classes or 'none'}: a student is distilled on data with the teacher's classes"
+        )
+    if own.num_classes and own.class_names and dataset.class_names and own.class_names != dataset.class_names:
+        note(
+            f"the classes of {dataset.word} have other names than the teacher's: they are taken to be the same, number by number"
+        )
+
+
+def student_model_config(config: DistillConfig, teacher: Teacher, dataset: Dataset | LatentDataset | None = None) -> ModelConfig:
+    """What the student's file says of itself. config: settled."""
+    own, student, loss = teacher.model.config, config.student, config.loss
+    names, counts = own.class_names, own.class_counts
+    if dataset is not None and own.num_classes:
+        names, counts = names or dataset.class_names, counts or dataset.class_counts
+    origin = {
+        "teacher": teacher.name, "sha256": teacher.sha256, "method": loss.method, "steps": student.steps,
+        "guidance": config.teacher.guidance,
+    }  # fmt: skip
+    if CONVERTED in own.training:
+        origin[CONVERTED] = own.training[CONVERTED]
+    model_config = replace(
+        own,
+        network=student_network(student, own.network),
+        denoiser=student_denoiser(student, own.denoiser),
+        class_names=names,
+        class_counts=counts,
+        data=config.data.name,
+        sampling=SamplingSettings(
+            sampler="ancestral",
+            grid="schedule",
+            steps=student.steps,
+            schedule=student_schedule(student, own.denoiser),
+            stochasticity=loss.stochasticity if student.stochasticity is None else student.stochasticity,
+            student_steps=student.steps,
+        ),
+        training={DISTILLED: origin},
+    )
+    check_defaults(model_config)
+    return model_config
+
+
+def copy_of(teacher: Denoiser, config: ModelConfig) -> Denoiser:
+    """A denoiser of this config that begins as the teacher: with the same weights, those of further input channels being zero."""
+    model = Denoiser(config).to(teacher.device)
+    model.network.load_state_dict(widen_input(teacher.network.state_dict(), model.network))
+    return model.eval()  # torch's own dropout stays off; a student's, which has keys, does not look at the mode
+
+
+def distill_task(
+    config: DistillConfig,
+    teacher: Teacher,
+    model_config: ModelConfig,
+    dataset: Dataset | LatentDataset,
+    reporter: Reporter,
+    accelerator: Any,
+) -> Task:
+    """The student, and of the alternating method the auxiliary, both copies of the teacher. config: settled."""
+    own = teacher.model.config
+    plain = replace(own, denoiser=replace(own.denoiser, clip=False))  # what is clipped is no mean
+    network = teacher.model.network
+    if config.loss.method == "instant" and config.run.gradient_checkpointing:  # its gradient is taken as well
+        checkpoint_blocks(network)
+    if config.loss.method == "alternating" and is_sharded(accelerator):  # the loop shards it; the comparison needs a whole one
+        network = copy.deepcopy(network)
+        teacher.model.to("cpu")
+    frozen = Denoiser(plain, network).eval()
+    student = copy_of(teacher.model, model_config)
+    schedule = model_config.sampling.schedule
+    matching = Matching(
+        student, frozen, schedule, config.loss, Inputs(config.data, config.train.seed, own.latents),
+        steps=config.student.steps, guidance=config.teacher.guidance, seed=config.train.seed,
+    )  # fmt: skip
+    comparison = Comparison(teacher, config, schedule, dataset, reporter, accelerator.device)
+    shown = {"model_config": model_config, "picture": comparison.picture, "finish": comparison.finish}
+    if config.loss.method == "alternating":
+        auxiliary = copy_of(
+            teacher.model, replace(plain, network=student_network(replace(config.student, dropout=0.0), own.network))
+        )
+        edges = ", ".join(f"{edge:.3g}" for edge in matching.edges.exp().tolist())
+        reporter.note(
+            f"moment_gap should fall (by_noise: sigma {edges}); student_loss has no lower bound and is no measure of it"
+        )
+        return Task(alternating_parts(matching, auxiliary), turn=turn, frozen=(network,), **shown)
+    derivative, note = choose_derivative(matching)
+    if note is not None:
+        reporter.note(note)
+    moments = second_moments(config, teacher, matching, dataset, reporter, accelerator)
+    return Task(instant_parts(matching, derivative, moments, accelerator), group_size=GROUP, **shown)
+
+
+def second_moments(
+    config: DistillConfig, teacher: Teacher, matching: Matching, dataset: Dataset | LatentDataset, reporter: Reporter,
+    accelerator: Any,
+) -> dict | None:  # fmt: skip
+    """Those of Adam that the preconditioner takes; None for the identity."""
+    if config.loss.preconditioner == "identity":
+        return None
+    moments = adam_second_moments(teacher)
+    if moments is not None:
+        reporter.note(f"preconditioner: Adam's second moments, from the checkpoint of {teacher.name}")
+        return moments
+    half = config.train.batch_size // 2
+    reporter.note(
+        f"preconditioner: the teacher's training left no second moments, so they are collected from {MOMENT_BATCHES} batches of "
+        f"{half} images"
+    )
+    # `auto` is found with what is collected here
+    at_most = MOMENT_PASS if config.run.batch_per_device == "auto" else config.run.batch_per_device
+    return data_second_moments(matching, dataset, accelerator, half, at_most)
+
+
+def description(config: DistillConfig, teacher: Teacher) -> str:
+    """What is about to be done, and what of it the teacher was not trained for."""
+    steps, schedule = config.student.steps, student_schedule(config.student, teacher.model.settings)
+    shifted = "" if schedule.shift == 1 else f", shifted by {schedule.shift:g}"
+    text = f"teacher: {teacher.name} (sha256 {teacher.sha256[:12]}); student: {steps} step{'s' * (steps > 1)} on {schedule.name}"
+    text += shifted
+    if config.teacher.guidance != 1:
+        text += f", guidance {config.teacher.guidance:g} learned"
+    outside = range_note(teacher.model.settings, schedule)
+    return text if outside is None else f"{text}; warning: {outside}"
+
+
+class Comparison:
+    """Teacher and student side by side: the table in results.json and the pictures."""
+
+    def __init__(self, teacher, config, schedule, dataset, reporter, device) -> None:
+        self.network, self.device = teacher.model.network, device
+        teacher_steps = config.run.teacher_steps
+        steps, guidance = config.student.steps, config.teacher.guidance
+        self.dataset, self.note, self.seed, self.steps = dataset, reporter.note, config.train.seed, steps
+        self.few = report.few_step_ways(teacher.model, schedule, steps, guidance)
+        self.many = report.many_step_ways(teacher.model, schedule, teacher_steps, guidance) if teacher_steps else []
+        self.best = 0  # of `many`
+        self.shown: dict[str, Any] = {}  # the teacher's images, which are always the same ones
+
+    @contextlib.contextmanager
+    def _teacher_at_hand(self) -> Iterator[None]:
+        """The teacher on the device: beside networks that are sharded it rests on the CPU."""
+        rests = next(self.network.parameters()).device
+        self.network.to(self.device)
+        try:
+            yield
+        finally:
+            self.network.to(rests)
+
+    def finish(self, model: AnyModel, folder: Path, scorer: Scorer | None) -> dict[str, Any] | None:
+        """The figures: the teacher in many steps, the teacher in k, the student in k."""
+        if scorer is None or not self.many:
+            return None
+        with self._teacher_at_hand():
+            many = report.measured(self.many, scorer, self.seed, self.note)
+            self.best = report.best(many)
+            rest = report.measured([*self.few, report.Drawn("student", model, self.steps)], scorer, self.seed, self.note)
+        return {"comparison": {"figure": scorer.name, "best": self.best, "rows": report.as_table([*many, *rest])}}
+
+    def picture(self, model: AnyModel, seed: int) -> Image.Image:
+        """The best many-step teacher, the teacher in k steps as the student, and the student, from the same noise."""
+        many = self.many[self.best : self.best + 1]
+        ways = [*many, self.few[0], report.Drawn("student", model, self.steps)]
+        with self._teacher_at_hand():
+            return report.side_by_side(ways, self.dataset, seed, self.shown)

@@ -1,0 +1,170 @@
+"""Teachers of distillation: any denoiser that mmgen reads, and what of it a distillation needs to know."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...formats.family import ConvertOptions
+from ...formats.reading import read
+from ...formats.recognise import convert, family_of
+from ...models.denoiser import Denoiser, DenoiserSettings, sigma_range
+from ...errors import ConfigError, ModelError
+from ...models.model import ModelConfig, check_state, read_config
+from ...diffusion.schedules import ScheduleSettings, make_schedule
+
+NEGLIGIBLE = 1e-3  # of a schedule's times: a part of it outside the trained range that is no longer is not worth a word
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen denoiser, and where it is from."""
+
+    model: Denoiser  # in evaluation mode: neither dropout nor label dropout; its parameters take no gradient
+    name: str  # as it was given
+    sha256: str  # of its weights
+    run: Path | None = None  # the run folder that it lies in, where it is one of `mmgen train-teacher`
+
+    @property
+    def has_null_class(self) -> bool:
+        """Whether it can denoise an image without a class, beside those with one: guidance needs that."""
+        return self.model.config.num_classes > 0 and getattr(self.model.network, "has_null_class", True)
+
+
+def load_teacher(
+    place: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    *,
+    weights: str = "ema",
+    options: ConvertOptions = ConvertOptions(),
+) -> Teacher:
+    """A teacher from a model file or run folder of mmgen's, any file or folder that `mmgen convert` reads, or a hub repository.
+
+    `weights` and `options` are those of `convert_file`, for the files of other projects; of a file with averaged weights these
+    are taken. Raises ModelError, with one sentence, for what cannot be read, or gives no conditional means (a flow map, a
+    consistency model, a student), and ConfigError for an option that is missing, unknown or contradicts the file.
+    """
+    found = read(place, weights=weights)
+    if family_of(found) == "mmgen":
+        if options != ConvertOptions() or weights != "ema":
+            raise ConfigError(f"{place} is a model of mmgen's, which says itself what it is: leave out weights, type and preset")
+        config, state = read_config(found.path if found.path.is_file() else found.path / "model.safetensors"), found.tensors
+    else:
+        try:
+            converted = convert(found, options)
+        except ConfigError as error:
+            if options != ConvertOptions():
+                raise
+            raise ConfigError(f"{error}: say so to `mmgen convert`, and give what that writes as the teacher") from error
+        config, state = converted.config, converted.state
+    _check(config, place)
+    with torch.device("meta"):
+        expected = Denoiser(config).network.state_dict()
+    check_state(expected, state, str(found.path))
+    model = Denoiser(config)
+    model.network.load_state_dict(state)
+    folder = found.path if found.path.is_dir() else found.path.parent
+    run = folder if (folder / "checkpoints").is_dir() and (folder / "log.jsonl").is_file() else None
+    return Teacher(model.to(device).eval().requires_grad_(False), str(place), found.sha256, run)
+
+
+def _check(config: ModelConfig, place: str | os.PathLike) -> None:
+    """Raises ModelError for a model that does not give the mean of the images behind a noisy one."""
+    steps = config.sampling.student_steps
+    if config.denoiser is None:
+        raise ModelError(
+            f"{place} is a flow map of IMM, a few-step generator already: a teacher must be a denoiser, by `mmgen train-teacher`"
+        )
+    if config.denoiser.precondition == "cm":
+        raise ModelError(f"{place} is a consistency model, which gives no means of noisy images: a teacher must be a denoiser")
+    if steps is not None:
+        raise ModelError(
+            f"{place} is a student of {steps} step{'s' * (steps > 1)}, which gives no means of noisy images: a teacher must be a "
+            "denoiser, such as its own teacher"
+        )
+
+
+# ---------------------------------------------------------------------- coordinates
+
+
+def default_schedule(settings: DenoiserSettings) -> ScheduleSettings:
+    """The schedule of a student: the process that its teacher was trained on, so that every time of it is known to both.
+
+    EDM's grid, from the ends of the trained range, for what was trained on y = x + sigma e; DDPM's linear schedule in continuous
+    time, or the cosine one, for timesteps; straight lines for flows. VP's process is that of `ddpm_linear` (Karras et al.,
+    arXiv:2206.00364, table 1).
+    """
+    kind = settings.precondition
+    if kind == "schedule":
+        return settings.schedule
+    if kind == "flow":
+        return ScheduleSettings("fm")
+    if kind == "vp" or (kind == "discrete" and settings.betas != "cosine"):
+        return ScheduleSettings("ddpm_linear")
+    if kind in ("discrete", "iddpm"):
+        return ScheduleSettings("vp_cosine")
+    low, high = sigma_range(settings)
+    return ScheduleSettings("edm", sigma_min=low, sigma_max=high)
+
+
+def range_note(settings: DenoiserSettings, schedule: ScheduleSettings) -> str | None:
+    """One sentence on the part of a student's schedule that its teacher was not trained at; None where there is none.
+
+    `Denoiser.x_hat` takes the nearest sigma inside. Parts of less than a thousandth of the times are passed over.
+    """
+    low, high = sigma_range(settings)
+    made = make_schedule(schedule)
+    first, last = made.eta_inverse(torch.tensor([low, high], dtype=torch.float64)).tolist()
+    outside = [f"below sigma {low:.4g}, at t < {first:.4f}"] if first > NEGLIGIBLE else []
+    outside += [f"above sigma {high:.4g}, at t > {last:.4f}"] if last < 1 - NEGLIGIBLE else []
+    if not outside:
+        return None
+    return (
+        f"the schedule {schedule.name} goes further than the teacher was trained: {' and '.join(outside)}, both networks are "
+        "asked at the nearest sigma that it knows"
+    )
+
+
+# ---------------------------------------------------------------------- Adam's second moments
+
+
+def adam_second_moments(teacher: Teacher) -> dict[str, Tensor] | None:
+    """Adam's second moments of the teacher's training, name of the parameter -> tensor, from its newest checkpoint.
+
+    None where the teacher is not in a run folder, or the run has none. They are of the weights that were trained, of which the
+    teacher's are an average. What the optimiser never moved has an infinite one, so that a preconditioner leaves it alone.
+    Raises ModelError where they cannot be read, or are not of this network.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from ...training.checkpoint import list_checkpoints
+    from ...training.checkpoint_sums import damage
+
+    found = list_checkpoints(teacher.run / "checkpoints") if teacher.run is not None else []
+    if not found:
+        return None
+    newest = next((path for path in reversed(found) if damage(path, {"optimizer.safetensors"}) is None), None)
+    if newest is None:
+        raise ModelError(f"every checkpoint in {found[-1].parent} is damaged: give loss.preconditioner=identity")
+    file = newest / "optimizer.safetensors"
+    try:
+        saved = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    moments = {int(key.split(".")[0]): value for key, value in saved.items() if key.endswith(".exp_avg_sq")}
+    if not moments:
+        return None
+    parameters = list(teacher.model.network.named_parameters())
+    differing = next((i for i, value in moments.items() if i >= len(parameters) or value.shape != parameters[i][1].shape), None)
+    if differing is not None:
+        name = parameters[differing][0] if differing < len(parameters) else f"parameter {differing}"
+        raise ModelError(f"{file} is not of the network in {teacher.run}: {name} differs in shape")
+    return {
+        name: moments[i].to(parameter) if i in moments else torch.full_like(parameter, torch.inf)
+        for i, (name, parameter) in enumerate(parameters)
+    }

@@ -1,0 +1,115 @@
+"""One pass of IMM training over a part of the batch (arXiv:2503.07565, algorithm 1)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..training.augment import AUGMENT_DIM
+from ..config.sections import check_network
+from ..data import DataShape
+from ..diffusion.process import diffuse, per_image
+from ..errors import ConfigError
+from ..models.flow_map import input_scale, network_times
+from ..config.imm import ImmConfig
+from ..models.latents import LatentSettings
+from ..losses.imm import draw_times, earlier_time, imm_loss, jump_difference
+from ..models.model import Model, ModelConfig, check_weights
+from ..system.random import keys, normal, torch_seed
+from ..sampling.drawing import check_defaults
+from ..training.batches import Batch
+from ..training.inputs import Inputs
+from ..training.task import Part, Task
+
+_NOISE, _TIME = 103, 104  # purposes of random numbers, drawn with the seed and the number of the image: see `inputs`
+
+
+def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
+    """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
+    check_network(config.network, shape.resolution, shape.channels)
+    conditional, latents = config.data.conditional, shape.latents
+    if latents is not None:  # the noise has the standard deviation sigma_data, and so have the latents
+        latents = replace(latents, target_std=config.flow.sigma_data)
+    if conditional and shape.num_classes == 0:
+        raise ConfigError("data.conditional needs class labels, and the data have none: train --unconditional")
+    model_config = ModelConfig(
+        network=config.network,
+        flow=config.flow,
+        resolution=shape.resolution,
+        channels=shape.channels,
+        num_classes=shape.num_classes if conditional else 0,
+        augment_dim=AUGMENT_DIM if config.data.augment > 0 else 0,
+        class_names=shape.class_names if conditional else None,
+        class_counts=shape.class_counts if conditional else None,
+        data=config.data.name,
+        latents=latents,
+        sampling=config.sampling if conditional else replace(config.sampling, guidance=1.0),
+    )
+    check_defaults(model_config)
+    return model_config
+
+
+def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
+    """A freshly initialised network with IMM's objective."""
+    check_weights(model_config)
+    network = Model(model_config).network
+    objective = ImmObjective(network, config, model_config.latents)
+    advice = "loss.group_size of 4 or more, "
+    return Task({"model": Part(network, objective)}, model_config, group_size=config.loss.group_size, advice=advice)
+
+
+class ImmObjective(nn.Module):
+    """`objective(batch)` is the mean loss over a part of the batch, a scalar float64 tensor, and no other numbers: {}.
+
+    It is a module so that DistributedDataParallel and autocast wrap the whole pass. Under autocast only the student's pass is
+    in half precision: the target and the loss are float32, times and coefficients float64.
+    """
+
+    def __init__(self, network: nn.Module, config: ImmConfig, latents: LatentSettings | None = None) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        self.inputs = Inputs(config.data, config.train.seed, latents)
+        self.has_dropout = getattr(config.network, "dropout", 0) > 0
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, flow, seed = self.config.loss, self.config.flow, self.config.train.seed
+        full_precision = torch.autocast(batch.images.device.type, enabled=False)
+        with full_precision:
+            x, augment_label = self.inputs.images(batch)
+            label, target_label = self._labels(batch)
+            noise = flow.sigma_data * normal(keys(seed, batch.index, _NOISE), x.shape[1:])
+            s, t = draw_times(loss, flow, keys(seed, batch.index[:: loss.group_size], _TIME))  # one draw a group
+            r = earlier_time(loss, flow, s, t)
+            each_s, each_r, each_t = (time.repeat_interleave(loss.group_size) for time in (s, r, t))
+
+        out_t = self._output(batch, x, noise, each_s, each_t, label, augment_label)
+        with full_precision:
+            with torch.no_grad():  # the target: the current weights without gradient, no EMA
+                out_r = self._output(batch, x, noise, each_s, each_r, target_label, augment_label)
+            difference, y_r = jump_difference(flow, each_s, each_r, each_t, x, noise, out_t, out_r)
+            return imm_loss(loss, flow, s, r, t, difference, y_r).mean(), {}
+
+    def _labels(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
+        """Labels for the student and for the target; a hidden label is the null class, num_classes."""
+        label = self.inputs.labels(batch, self.network.num_classes)
+        return label, batch.labels if label is not None and self.config.loss.target_labels == "undropped" else label
+
+    def _output(
+        self,
+        batch: Batch,
+        x: Tensor,
+        noise: Tensor,
+        s: Tensor,
+        t: Tensor,
+        label: Tensor | None,
+        augment_label: Tensor | None,
+    ) -> Tensor:
+        """The network's raw output for x diffused to time t, to jump to s; float32 like x."""
+        flow = self.config.flow
+        if self.has_dropout:  # the same seed before both passes: the same dropout masks, on CPU and on GPU
+            torch.manual_seed(torch_seed(self.config.train.seed, batch.first))
+        scaled = per_image(input_scale(flow, t), x) * diffuse(flow.get_schedule(), x, noise, t)
+        time, second = network_times(flow, s, t)
+        return self.network(scaled, time, second, label, augment_label).float()

@@ -1,0 +1,133 @@
+"""Training of a denoiser, diffusion or flow matching: the teacher that `mmgen distill` makes few-step students of."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..training.augment import AUGMENT_DIM
+from ..config.sections import check_network
+from ..data import DataShape
+from ..models.denoiser import Denoiser, preconditioning
+from ..diffusion.process import per_image
+from ..errors import ConfigError
+from ..models.latents import LatentSettings
+from ..losses.denoising import LEVELS, draw_sigma, weight
+from ..models.model import ModelConfig, check_weights
+from ..system.random import keys, normal, torch_seed, uniform
+from ..sampling.drawing import check_defaults
+from ..config.teacher import TeacherConfig
+from ..training.batches import Batch
+from ..training.inputs import Inputs
+from ..training.start import DataProgress, load_shared, make_accelerator, run_training
+from ..training.task import Outcome, Part, Reporter, Task
+
+_NOISE, _TIME = 120, 121  # purposes of random numbers, drawn with the seed and the number of the image
+
+
+def teacher_model_config(config: TeacherConfig, shape: DataShape) -> ModelConfig:
+    """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
+    check_network(config.network, shape.resolution, shape.channels)
+    conditional, latents = config.data.conditional, shape.latents
+    if latents is not None:  # EDM's coefficients are for data of this standard deviation, those of a process for 1
+        edm = config.denoiser.precondition == "edm"
+        latents = replace(latents, target_std=config.denoiser.sigma_data if edm else 1.0)
+    if conditional and shape.num_classes == 0:
+        raise ConfigError("data.conditional needs class labels, and the data have none: train --unconditional")
+    model_config = ModelConfig(
+        network=config.network,
+        flow=None,
+        resolution=shape.resolution,
+        channels=shape.channels,
+        num_classes=shape.num_classes if conditional else 0,
+        augment_dim=AUGMENT_DIM if config.data.augment > 0 else 0,
+        class_names=shape.class_names if conditional else None,
+        class_counts=shape.class_counts if conditional else None,
+        data=config.data.name,
+        denoiser=config.denoiser,
+        latents=latents,
+        sampling=config.sampling if conditional else replace(config.sampling, guidance=1.0),
+    )
+    check_defaults(model_config)
+    return model_config
+
+
+def teacher_task(config: TeacherConfig, model_config: ModelConfig) -> Task:
+    """A freshly initialised network with the loss of a denoiser."""
+    check_weights(model_config)
+    network = Denoiser(model_config).network
+    return Task({"model": Part(network, DenoisingObjective(network, config, model_config.latents))}, model_config)
+
+
+class DenoisingObjective(nn.Module):
+    """`objective(batch)` is (loss, numbers): the mean over a part of the batch, a scalar float64 tensor, and for the log
+
+        loss_by_noise  float64 [2, 8]: sums and counts of the loss by noise level, the eighths of the draws from the least
+                       noise to the most (`losses.denoising.level_edges` has their bounds)
+
+    It is a module so that DistributedDataParallel and autocast wrap the whole pass: under autocast the network alone is in
+    half precision.
+    """
+
+    def __init__(self, network: nn.Module, config: TeacherConfig, latents: LatentSettings | None = None) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+        self.inputs = Inputs(config.data, config.train.seed, latents)
+        self.has_dropout = getattr(config.network, "dropout", 0) > 0
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """With x_hat = c_skip y + c_out F and y = x + sigma e, the error of x_hat is c_out (F - target) with
+
+            target = (1 - c_skip) / c_out x - c_skip sigma / c_out e,
+
+        whose coefficients are float64: where x_hat is a small difference of large numbers, nothing is lost by it.
+        """
+        loss, denoiser, seed = self.config.loss, self.config.denoiser, self.config.train.seed
+        full_precision = torch.autocast(batch.images.device.type, enabled=False)
+        with full_precision:
+            x, augment_label = self.inputs.images(batch)
+            label = self.inputs.labels(batch, self.network.num_classes)
+            noise = normal(keys(seed, batch.index, _NOISE), x.shape[1:])
+            draw = uniform(keys(seed, batch.index, _TIME))
+            sigma = draw_sigma(loss, denoiser, draw)
+            c_skip, c_out, c_in, c_noise = preconditioning(denoiser, sigma)
+            scaled = per_image(c_in, x) * x + per_image(c_in * sigma, x) * noise
+            target = per_image((1 - c_skip) / c_out, x) * x - per_image(c_skip * sigma / c_out, x) * noise
+            of_output = weight(loss, denoiser, sigma) * c_out**2
+        if self.has_dropout:  # a resumed run has the masks of an uninterrupted one
+            torch.manual_seed(torch_seed(seed, batch.first))
+        output = self.network(scaled, c_noise, None, label, augment_label)
+        with full_precision:
+            each = of_output * (output.float() - target).square().flatten(1).mean(1)
+            numbers = {"loss_by_noise": by_level(each.detach(), (LEVELS * draw).long())}
+            return each.mean(), numbers
+
+
+def by_level(value: Tensor, level: Tensor) -> Tensor:
+    """Sums and counts of float64 values [N] by level, int64 [N]: float64 [2, 8]."""
+    both = torch.stack([value, torch.ones_like(value)])
+    return both.new_zeros(2, LEVELS).index_add_(1, level, both)
+
+
+def train_teacher(
+    config: TeacherConfig,
+    out: Path,
+    reporter: Reporter,
+    *,
+    device: str = "auto",
+    max_seconds: float = math.inf,
+    data_progress: DataProgress = contextlib.nullcontext,
+) -> Outcome:
+    """Trains, or resumes, a teacher in the folder `out`. Arguments and errors are those of `start.run_training`."""
+    accelerator = make_accelerator(config.train, config.run, out, device)
+    dataset = load_shared(accelerator, config.data, reporter, data_progress)
+    model_config = teacher_model_config(config, dataset.shape)
+    return run_training(
+        "train-teacher", config, dataset, lambda accelerator: teacher_task(config, model_config),
+        accelerator=accelerator, out=out, reporter=reporter, max_seconds=max_seconds,
+    )  # fmt: skip

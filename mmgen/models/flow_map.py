@@ -1,0 +1,100 @@
+"""IMM's flow map f_{s,t}: from a sample at time t to one at time s <= t, in a single evaluation of the network.
+
+    f_{s,t}(x_t) = c_skip(s, t) x_t + c_out(s, t) G(c_in(t) x_t, c_noise(t), c_noise(s))
+
+Zhou et al., "Inductive Moment Matching", arXiv:2503.07565, section 5 and appendix C.5. The noise has standard deviation
+sigma_data, so that everything the network sees has one scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.process import ddim_coefficients, per_image
+from ..errors import ConfigError
+from .guidance import guided
+from ..diffusion.schedules import SCHEDULES, Schedule
+
+
+@dataclass(frozen=True)
+class FlowMapSettings:
+    """What turns a network into a flow map. Part of every model file."""
+
+    schedule: Literal["fm", "vp_cosine"] = "fm"  # OT-FM or cosine
+    parametrization: Literal["identity", "simple_edm", "euler_fm"] = "simple_edm"  # euler_fm: with schedule fm only
+    second_time: Literal["s", "t-s"] = "s"  # what the network is given beside t
+    sigma_data: float = 0.5  # standard deviation of the data, and of the noise
+    time_scale: float = 1000.0  # c in c_noise(t) = c t
+    t_min: float | None = None  # smallest time, epsilon; unset: the paper's for the mapping r(s, t)
+    t_max: float | None = None  # largest time, T; unset: the paper's for the mapping and the schedule
+
+    def get_schedule(self) -> Schedule:
+        return SCHEDULES[self.schedule]
+
+
+def check_settings(flow: FlowMapSettings) -> None:
+    """Raises ConfigError for settings that make no flow map. Times that are unset make one only once they are filled in."""
+    if flow.sigma_data <= 0 or flow.time_scale <= 0:
+        raise ConfigError(f"flow.sigma_data {flow.sigma_data:g} and flow.time_scale {flow.time_scale:g} must be more than 0")
+    if flow.t_min is None or flow.t_max is None or not 0 <= flow.t_min < flow.t_max <= 1:
+        raise ConfigError(f"0 <= flow.t_min < flow.t_max <= 1 must hold, not {flow.t_min}, {flow.t_max}")
+
+
+def coefficients(flow: FlowMapSettings, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out) of f_{s,t}, float64 [N], for s <= t (IMM, table 5 and appendix C.5).
+
+    At s = t every parametrisation is the identity map: c_skip 1, c_out 0 (`identity` only for s > 0).
+    """
+    schedule = flow.get_schedule()
+    if flow.parametrization == "euler_fm":
+        return torch.ones_like(t), -(t - s) * flow.sigma_data
+    if flow.parametrization == "identity":
+        return ddim_coefficients(schedule, s, t)
+    alpha_s, sigma_s, alpha_t, sigma_t = schedule.alpha(s), schedule.sigma(s), schedule.alpha(t), schedule.sigma(t)
+    power = alpha_t**2 + sigma_t**2
+    c_skip = (alpha_s * alpha_t + sigma_s * sigma_t) / power
+    c_out = -flow.sigma_data * (alpha_s * sigma_t - sigma_s * alpha_t) / power.sqrt()
+    return c_skip, c_out
+
+
+def input_scale(flow: FlowMapSettings, t: Tensor) -> Tensor:
+    """c_in(t) = 1 / (sigma_data sqrt(alpha_t^2 + sigma_t^2)), float64 [N]: gives the network inputs of unit variance."""
+    schedule = flow.get_schedule()
+    return 1 / (flow.sigma_data * (schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2).sqrt())
+
+
+def network_times(flow: FlowMapSettings, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The two times as the network gets them, c_noise(t) and c_noise(s) or c_noise(t - s), float64 [N]."""
+    second = s if flow.second_time == "s" else t - s
+    return flow.time_scale * t, flow.time_scale * second
+
+
+def guided_output(
+    network: nn.Module, flow: FlowMapSettings, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None, guidance: float
+) -> Tensor:
+    """The network's raw output with guidance: see `guidance.guided`.
+
+    x [N, C, H, W] float; s, t float64 [N]; label int64 [N] (the network's num_classes is the null class) or None. Returns
+    float32 [N, C, H, W].
+    """
+    scaled = (per_image(input_scale(flow, t), x) * x).float()
+    return guided(network, scaled, *network_times(flow, s, t), label, guidance)
+
+
+def flow_map(
+    network: nn.Module,
+    flow: FlowMapSettings,
+    x: Tensor,
+    s: Tensor,
+    t: Tensor,
+    label: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Tensor:
+    """f_{s,t}(x) in x's dtype; the network itself computes in its own precision. Shapes as in `guided_output`."""
+    c_skip, c_out = coefficients(flow, s, t)
+    output = guided_output(network, flow, x, s, t, label, guidance)
+    return per_image(c_skip, x) * x + per_image(c_out, x) * output.to(x.dtype)

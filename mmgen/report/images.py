@@ -1,0 +1,136 @@
+"""Images to pictures that a person looks at: PNG files, grids of tiles, captioned rows."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..system.files import replacing
+
+READABLE = 64  # pixels: smaller tiles are enlarged to at least about this
+
+
+def save_png(path: str | os.PathLike, image: Tensor | np.ndarray | Image.Image) -> None:
+    """Writes a PNG file, atomically: an image uint8 [C, H, W] with C = 1 (grey) or 3 (RGB), or a picture from below.
+
+    Raises ValueError for an array of another type or shape, MmgenError where the file cannot be written.
+    """
+    content = png_bytes(image)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def png_bytes(image: Tensor | np.ndarray | Image.Image) -> bytes:
+    """What a PNG file of an image of `save_png` holds. Raises ValueError for an array of another type or shape."""
+    if not isinstance(image, Image.Image):
+        array = _array(image)
+        if array.ndim != 3:
+            raise ValueError(f"an image is [C, H, W], not of shape {list(array.shape)}")
+        _check(array[None])
+        image = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0) if len(array) == 3 else array[0]))
+    content = io.BytesIO()
+    image.save(content, format="PNG")
+    return content.getvalue()
+
+
+def is_whole_png(path: str | os.PathLike) -> bool:
+    """Whether a file is a PNG file to its end, by the checksums in it."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for damaged files
+        return False
+    return True
+
+
+def grid(
+    images: Tensor | np.ndarray,
+    columns: int,
+    *,
+    scale: int | None = None,
+    padding: int = 2,
+) -> Image.Image:
+    """Images uint8 [N, C, H, W], C = 1 or 3, as rows of `columns` tiles on white: an RGB picture.
+
+    Args:
+        images: shown from left to right, then down.
+        columns: tiles a row; fewer images than that make a narrower picture.
+        scale: enlarges by repeating pixels; None enlarges small images to at least READABLE pixels.
+        padding: white pixels between the tiles and around the picture.
+
+    Raises ValueError for no images, another type or shape, or a number of columns or a scale below 1.
+    """
+    array = _array(images)
+    _check(array)
+    scale = _scale(array) if scale is None else scale
+    if columns < 1 or scale < 1 or padding < 0:
+        raise ValueError(f"cannot lay out {columns} columns at scale {scale} with padding {padding}")
+    count, channels, height, width = array.shape
+    columns = min(columns, count)
+    lines = math.ceil(count / columns)
+
+    tiles = np.broadcast_to(array, (count, 3, height, width)).transpose(0, 2, 3, 1)
+    tiles = tiles.repeat(scale, axis=1).repeat(scale, axis=2)
+    after = ((0, lines * columns - count), (0, padding), (0, padding), (0, 0))
+    tiles = np.pad(tiles, after, constant_values=255)
+    tall, wide = tiles.shape[1:3]
+    tiles = tiles.reshape(lines, columns, tall, wide, 3).transpose(0, 2, 1, 3, 4)
+    canvas = tiles.reshape(lines * tall, columns * wide, 3)
+    before = ((padding, 0), (padding, 0), (0, 0))
+    return Image.fromarray(np.ascontiguousarray(np.pad(canvas, before, constant_values=255)))
+
+
+def labelled_rows(
+    rows: Sequence[tuple[str, Tensor | np.ndarray]],
+    *,
+    columns: int = 10,
+    scale: int | None = None,
+    padding: int = 2,
+) -> Image.Image:
+    """Rows of images with a caption at the left of each: samples of 1, 2, 4, 8 steps above real images, say.
+
+    Args:
+        rows: captions with images uint8 [N, C, H, W]; a row of more than `columns` images goes on in the next line.
+        columns, scale, padding: as for `grid`.
+
+    Raises ValueError for no rows, and what `grid` raises.
+    """
+    if not rows:
+        raise ValueError("a picture needs at least one row")
+    pictures = [grid(images, columns, scale=scale, padding=padding) for _, images in rows]
+    tile = max(_array(images).shape[2] * (scale or _scale(_array(images))) for _, images in rows)
+    size = min(max(tile // 4, 14), 28)  # the captions grow with the tiles, within what is readable and not loud
+    font = ImageFont.load_default(size)
+    margin, gap = size, max(size // 2, 3 * padding)
+
+    boxes = [font.getbbox(caption) for caption, _ in rows]
+    left = margin + max(math.ceil(box[2]) for box in boxes) + margin // 2
+    width = left + max(picture.width for picture in pictures) + margin
+    height = 2 * margin + sum(picture.height for picture in pictures) + gap * (len(rows) - 1)
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    top = margin
+    for (caption, _), picture in zip(rows, pictures, strict=True):
+        canvas.paste(picture, (left, top))
+        draw.text((left - margin // 2, top + picture.height / 2), caption, fill="#333333", font=font, anchor="rm")
+        top += picture.height + gap
+    return canvas
+
+
+def _scale(array: np.ndarray) -> int:
+    return max(1, math.ceil(READABLE / max(array.shape[2:])))
+
+
+def _array(images: Tensor | np.ndarray) -> np.ndarray:
+    return images.detach().cpu().numpy() if isinstance(images, Tensor) else np.asarray(images)
+
+
+def _check(array: np.ndarray) -> None:
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1] not in (1, 3) or 0 in array.shape:
+        raise ValueError(f"images must be uint8 [N, C, H, W] with C = 1 or 3, not {array.dtype} {list(array.shape)}")

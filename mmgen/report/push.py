@@ -1,0 +1,86 @@
+"""A model to the hub, so that `mmgen sample hf://user/name` reads it: the weights, a model card, and pictures of the run."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError, MmgenError, ModelError
+from .model_card import model_card
+from ..models.model import MODEL_FILE, find_model, read_config
+
+PICTURES = ("samples.png", "curves.png")
+CARD = "README.md"
+CONVERTED = "converted"  # entry of ModelConfig.training in which `mmgen convert` keeps where a model comes from
+_REPOSITORY = re.compile(r"(?!.*(\.\.|--))[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Pushed:
+    url: str
+    files: tuple[str, ...]  # names in the repository
+    kept_card: bool = False  # the repository has a card already, and the run none of its own
+
+
+def push(place: str | os.PathLike, repository: str, *, private: bool = False, message: str | None = None) -> Pushed:
+    """Uploads a run folder's model, or a model file, as one commit. The repository user/name is made if it is not there, with
+    `private` a private one; one that is public already is then refused.
+
+    The card is the README.md beside the model, if there is one; else one is written, unless the repository has one that
+    somebody may have edited. Nothing else of the folder is uploaded.
+
+    Raises ConfigError for an impossible name or a missing token, ModelError for what is no model of mmgen's, and MmgenError
+    where the hub cannot be reached or refuses.
+    """
+    repository = repository.removeprefix("hf://")
+    if not _REPOSITORY.fullmatch(repository):
+        raise ConfigError(f"{repository!r} is no name of a hub repository: give user/name")
+    if not Path(place).exists():
+        raise ModelError(f"there is no run folder or model file {place}")
+    file = find_model(place)
+    config = read_config(file)
+
+    from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise MmgenError("HF_HUB_OFFLINE is set, so that the hub may not be asked: unset it, and push again")
+    token = get_token()
+    if not token:
+        raise ConfigError("pushing to the hub needs a token: run `hf auth login`, or set HF_TOKEN")
+    contents: dict[str, Path | bytes] = {MODEL_FILE: file}
+    contents |= {name: file.parent / name for name in PICTURES if (file.parent / name).is_file()}
+    api = HfApi(token=token)
+    try:
+        url = str(api.create_repo(repository, private=private or None, exist_ok=True))
+        if private and not api.model_info(repository).private:
+            raise ConfigError(f"{repository} is there already, and public: leave out --private, or choose another name")
+        kept_card = False
+        if (file.parent / CARD).is_file():
+            contents[CARD] = file.parent / CARD
+        elif api.file_exists(repository, CARD):
+            kept_card = True
+        else:
+            provenance = {**config.training.get(CONVERTED, {}), "repository": repository}
+            contents[CARD] = model_card(config, provenance).encode()
+        operations = [CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+                      for name, content in contents.items()]  # fmt: skip
+        api.create_commit(repository, operations, commit_message=message or f"{file.name} by mmgen push")
+    except MmgenError:
+        raise
+    except Exception as error:  # huggingface_hub's own, and those of requests or httpx, by version
+        raise MmgenError(f"cannot push to {repository}: {_reason(error)}") from error
+    return Pushed(url, tuple(contents), kept_card)
+
+
+def _reason(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the hub does not accept the token: run `hf auth login` anew"
+    if status == 403:
+        return "the token may not write there: make one with write access, and check the name before the slash"
+    detail = (str(error).strip() or type(error).__name__).split("\n")[0]
+    if status is not None:
+        return f"the hub refuses ({detail})"
+    return f"the hub cannot be reached ({detail}): try again when it can"

@@ -1,0 +1,1 @@
+"""Drawing images from a model: the plan, the samplers, the files that are written."""

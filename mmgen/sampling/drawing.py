@@ -1,0 +1,281 @@
+"""Drawing images from a model: which noise, which classes, which times. Image i depends on (seed, i) alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import denoiser_samplers as diffusion
+from ..models.denoiser import Denoiser
+from .denoiser_samplers import Churn
+from ..errors import ConfigError, nearest
+from ..models.model import AnyModel, ModelConfig, SamplingSettings, drawn_shape, kind_of, to_uint8
+from ..system.random import keys, normal, uniform
+from .flow_map_samplers import GRIDS, SAMPLERS, time_grid
+
+_LABEL, _NOISE = 1, 2  # purposes of random numbers; the noise of step i has _NOISE + i
+_OWN = 10_000  # what a student draws itself in evaluation c has _OWN + c
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How to sample. None: the model's own default."""
+
+    steps: int | None = None  # of the sampler; `Plan.nfe` are the network evaluations that they cost
+    seed: int = 0  # image i has the random numbers of (seed, i)
+    classes: Literal["random", "balanced"] | Sequence[int] = "random"  # random: as often as in the training data
+    guidance: float | None = None  # w of classifier-free guidance; 1: none
+    sampler: str | None = None  # of a flow map pushforward or restart, of a denoiser ddim, ancestral or heun
+    grid: str | None = None  # default, uniform, edm, eta or schedule: see `samplers.time_grid`, `diffusion_samplers.sigma_grid`
+    etas: tuple[float, ...] = ()  # intermediate eta values of the grid `eta`
+    churn: float | None = None  # S_churn of heun, and what else it has: see `diffusion_samplers.Churn`
+    s_tmin: float | None = None
+    s_tmax: float | None = None
+    s_noise: float | None = None
+    stochasticity: float | None = None  # of ancestral: 1 is DDPM, 0 is DDIM: see `diffusion.posterior`
+    batch_size: int = 256  # images at a time; has no influence on the images
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings with the model's defaults filled in, checked against the model."""
+
+    steps: int
+    seed: int
+    classes: str | list[int]
+    guidance: float
+    sampler: str
+    grid: str
+    times: list[float]  # of a denoiser: sigmas
+    nfe: int  # network evaluations per image
+    churn: Churn | None  # None: nothing is churned
+    batch_size: int
+    stochasticity: float = 1.0
+    notes: tuple[str, ...] = ()  # what a person should know, a sentence each
+
+
+def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
+    """Raises ConfigError where the settings do not suit the model."""
+    guidance = config.sampling.guidance if settings.guidance is None else settings.guidance
+    grid = config.sampling.grid if settings.grid is None else settings.grid
+    if settings.etas and settings.grid is None:
+        grid = "eta"
+    if settings.etas and grid != "eta":
+        raise ConfigError(f"eta values need the grid 'eta', not {grid!r}")
+    check_defaults(config)
+    sampler = choose_sampler(config, config.sampling.sampler if settings.sampler is None else settings.sampler)
+    grids = GRIDS if config.sampling.schedule is None else (*GRIDS, "schedule")
+    if grid not in grids:
+        raise ConfigError(f"unknown grid {grid!r}: {nearest(grid, grids)}")
+    if not math.isfinite(guidance):
+        raise ConfigError(f"guidance must be a finite number, not {guidance}")
+    if settings.batch_size < 1:
+        raise ConfigError(f"the batch size must be at least 1, not {settings.batch_size}")
+    classes = settings.classes if isinstance(settings.classes, str) else list(settings.classes)
+    if config.num_classes == 0:
+        if guidance != 1 and settings.guidance is not None:
+            raise ConfigError(f"guidance {guidance:g} needs a class-conditional model, and this one is unconditional")
+        if classes != "random":
+            raise ConfigError("classes cannot be chosen: this model is unconditional")
+        guidance = 1.0
+    elif isinstance(classes, str):
+        if classes not in ("random", "balanced"):
+            raise ConfigError(f"classes = {classes!r} is not possible: random, balanced or a list of class numbers")
+    elif not classes or not all(0 <= c < config.num_classes for c in classes):
+        raise ConfigError(f"classes must be numbers from 0 to {config.num_classes - 1}, not {classes}")
+    if guidance != 1 and not getattr(config.network, "null_class", config.network.kind != "diffusers_unet2d"):
+        raise ConfigError(f"guidance {guidance:g} needs a network that also knows images without a class, and this one does not")
+    steps = settings.steps
+    if steps is None:
+        steps = len(settings.etas) + 1 if grid == "eta" else _default_steps(config, sampler)
+    if config.denoiser is None:
+        times, calls = time_grid(config.flow, steps, grid, settings.etas), steps
+    else:
+        times = diffusion.sigma_grid(config.denoiser, steps, grid, settings.etas, sampler, config.sampling.schedule)
+        calls = diffusion.evaluations(sampler, steps)
+    return Plan(
+        steps=steps,
+        seed=settings.seed,
+        classes=classes,
+        guidance=guidance,
+        sampler=sampler,
+        grid=grid,
+        times=times,
+        nfe=calls * (1 if guidance in (0, 1) else 2),
+        churn=_churn(config.sampling, settings, sampler),
+        batch_size=settings.batch_size,
+        stochasticity=_stochasticity(config, settings, sampler),
+        notes=_notes(config, steps, sampler, grid),
+    )
+
+
+def samplers_of(config: ModelConfig) -> dict[str, Callable]:
+    """The samplers that suit a model; the first is its default. A student's is the one that it was distilled for."""
+    if config.sampling.student_steps is not None and config.denoiser is not None:
+        return {"ancestral": diffusion.ancestral, **diffusion.SAMPLERS}
+    return SAMPLERS if kind_of(config) == "imm" else diffusion.samplers_of(config.denoiser)
+
+
+def choose_sampler(config: ModelConfig, word: str) -> str:
+    """The sampler that a word means for a model. Raises ConfigError for one that is not for it."""
+    valid = samplers_of(config)
+    if word == "default":
+        return next(iter(valid))
+    if word in valid:
+        return word
+    if word in SAMPLERS or word in diffusion.SAMPLERS:
+        kind = "a flow map" if config.denoiser is None else "a diffusion model"
+        if config.denoiser is not None and config.denoiser.precondition == "cm":
+            kind = "a consistency model"
+        raise ConfigError(f"the sampler {word!r} is not for {kind}, which this model is: take {' or '.join(valid)}")
+    raise ConfigError(f"unknown sampler {word!r}: {nearest(word, valid)}")
+
+
+def check_defaults(config: ModelConfig) -> None:
+    """Raises ConfigError where a model's own defaults do not suit it, or would be ignored."""
+    defaults = config.sampling
+    sampler = choose_sampler(config, defaults.sampler)
+    student = defaults.schedule is not None, defaults.student_steps is not None
+    if config.denoiser is None and any(student):
+        raise ConfigError("sampling.schedule and sampling.student_steps are for students, and a flow map is none")
+    if student == (False, True) or (defaults.student_steps is not None and defaults.student_steps < 1):
+        raise ConfigError("sampling.student_steps must be at least 1, and needs sampling.schedule")
+    if defaults.grid == "schedule" and defaults.schedule is None:
+        raise ConfigError("sampling.grid 'schedule' needs sampling.schedule")
+    if defaults.stochasticity != 1 and sampler != "ancestral":
+        raise ConfigError(f"sampling.stochasticity is for the sampler ancestral, and this model's is {sampler}")
+    churned = (defaults.churn, defaults.s_tmin, defaults.s_tmax, defaults.s_noise) != (0.0, 0.0, None, 1.0)
+    if churned and sampler != "heun":
+        raise ConfigError(f"sampling.churn is for the sampler heun, and this model's is {sampler}")
+
+
+def _default_steps(config: ModelConfig, sampler: str) -> int:
+    own = choose_sampler(config, config.sampling.sampler)
+    if config.sampling.steps is not None and sampler == own:
+        return config.sampling.steps
+    if config.sampling.student_steps is not None:
+        return config.sampling.student_steps
+    return 1 if config.denoiser is None else min(diffusion.STEPS[sampler], diffusion.most_steps(config.denoiser))
+
+
+def _stochasticity(config: ModelConfig, settings: SampleSettings, sampler: str) -> float:
+    """1 of samplers that have none. Raises ConfigError where it has no effect, or no sense."""
+    if sampler != "ancestral":
+        if settings.stochasticity is not None:
+            raise ConfigError(f"stochasticity: only the sampler ancestral has it, and this one is {sampler}")
+        return 1.0
+    chosen = config.sampling.stochasticity if settings.stochasticity is None else settings.stochasticity
+    if not 0 <= chosen <= 1:
+        raise ConfigError(f"stochasticity must be a number from 0 (ddim) to 1, not {chosen}")
+    return chosen
+
+
+def _notes(config: ModelConfig, steps: int, sampler: str, grid: str) -> tuple[str, ...]:
+    """Where a student is sampled otherwise than it was distilled for."""
+    own = config.sampling.student_steps
+    if own is None:
+        return ()
+    notes = []
+    if steps != own:
+        notes.append(f"this student was distilled for {own} step{'s' * (own > 1)}, and its images of {steps} may be worse")
+    if sampler != "ancestral":
+        notes.append(f"this student was distilled for the sampler ancestral, and its images by {sampler} may be worse")
+    elif grid not in ("default", "schedule"):
+        notes.append(f"this student was distilled for the grid schedule, and its images on the grid {grid} may be worse")
+    return tuple(notes)
+
+
+def _churn(defaults: SamplingSettings, settings: SampleSettings, sampler: str) -> Churn | None:
+    """What heun churns, None if nothing. Raises ConfigError for settings without effect or sense."""
+    names = ("churn", "s_tmin", "s_tmax", "s_noise")
+    given = {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+    if sampler != "heun":
+        if given:
+            raise ConfigError(f"{', '.join(given)}: only the sampler heun churns, and this one is {sampler}")
+        return None
+    chosen = {name: given.get(name, getattr(defaults, name)) for name in names}
+    for name, value in chosen.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"{name} must be a number that is not negative, not {value}")
+    if chosen["churn"] == 0:
+        useless = [name for name in given if name != "churn"]
+        if useless:
+            raise ConfigError(f"{', '.join(useless)}: nothing is churned; give churn too")
+        return None
+    return Churn(chosen["churn"], chosen["s_tmin"], chosen["s_tmax"], chosen["s_noise"])
+
+
+def draw(model: AnyModel, settings: SampleSettings | Plan, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Images number `indices`: uint8 [N, C, H, W] and their labels int64 [N] (None if unconditional), on the CPU.
+
+    Image i is the same whatever other images are drawn with it, up to rounding in the network's last bits.
+    """
+    chosen = plan(model.config, settings) if isinstance(settings, SampleSettings) else settings
+    images, labels = [], []
+    for start in range(0, len(indices), chosen.batch_size):
+        batch = torch.as_tensor(list(indices[start : start + chosen.batch_size]), device=model.device)
+        label = draw_labels(model.config, chosen, batch)
+        drawn = _draw_batch(model, chosen, batch, label)
+        if model.config.latents is not None:
+            from ..encoders.vae import decoder
+
+            images.append(decoder(model.config.latents, model.device)(drawn).cpu())
+        else:
+            images.append(to_uint8(drawn).cpu())
+        labels.append(None if label is None else label.cpu())
+    if not images:
+        empty = None if model.config.num_classes == 0 else torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, *drawn_shape(model.config), dtype=torch.uint8), empty
+    return torch.cat(images), None if labels[0] is None else torch.cat(labels)
+
+
+def draw_labels(config: ModelConfig, chosen: Plan, index: Tensor) -> Tensor | None:
+    """int64 [N] for images number `index` [N]; None for an unconditional model."""
+    if config.num_classes == 0:
+        return None
+    if chosen.classes == "balanced":
+        return index % config.num_classes
+    if chosen.classes == "random":
+        counts = torch.tensor(config.class_counts or [1] * config.num_classes, dtype=torch.float64, device=index.device)
+        position = uniform(keys(chosen.seed, index, _LABEL)) * counts.sum()
+        return torch.searchsorted(counts.cumsum(0), position, right=True).clamp(max=config.num_classes - 1)
+    return torch.tensor(chosen.classes, device=index.device)[index % len(chosen.classes)]
+
+
+@torch.no_grad()
+def _draw_batch(model: AnyModel, chosen: Plan, index: Tensor, label: Tensor | None) -> Tensor:
+    """Images or latents number `index`, float64 [N, C, H, W]."""
+
+    def noise(step: int) -> Tensor:
+        return normal(keys(chosen.seed, index, _NOISE + step), model.image_shape, torch.float64)
+
+    config, sampler = model.config, samplers_of(model.config)[chosen.sampler]
+    if chosen.churn is not None:
+        sampler = partial(sampler, churn=chosen.churn)
+    if chosen.sampler == "ancestral":
+        sampler = partial(sampler, stochasticity=chosen.stochasticity)
+    if config.denoiser is None:
+        return sampler(model, config.flow.sigma_data * noise(0), chosen.times, label, chosen.guidance, noise)
+    schedule = config.sampling.schedule
+    x = diffusion.start(config.denoiser, chosen.times[0], noise(0), schedule)
+    ours = schedule is not None or config.denoiser.schedule is not None or model.is_random
+    denoiser = _Bound(model, chosen.seed, index) if ours else model
+    return sampler(denoiser, x, chosen.times, label, chosen.guidance, noise)
+
+
+class _Bound:
+    """A denoiser as samplers see it, at any sigma and with its own randomness, which belongs to the images number `index`."""
+
+    def __init__(self, model: Denoiser, seed: int, index: Tensor) -> None:
+        self.model, self.settings, self.seed, self.index, self.calls = model, model.settings, seed, index, 0
+
+    def denoise(self, y: Tensor, sigma: Tensor, label: Tensor | None, guidance: float) -> Tensor:
+        noise = keys(self.seed, self.index, _OWN + self.calls) if self.model.is_random else None
+        self.calls += 1
+        return self.model.denoise_within(y, torch.ones_like(sigma), sigma, label, guidance, noise)

@@ -1,0 +1,221 @@
+"""Samples as a folder of PNG files, with the record of how they were made and, with classes, EDM's dataset.json."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, MmgenError, cannot_write
+from ..system.files import remove_leftovers, replacing, staging, write_json
+from ..report.images import is_whole_png, png_bytes
+from ..models.model import AnyModel, ModelConfig, drawn_shape
+from ..system.process import cores
+from .missing import Progress, draw_missing
+from .record import Origin, make_record, may_continue, read_record
+from .drawing import Plan, SampleSettings, draw_labels, plan
+from ..system.processes import Team, find_team
+
+RECORD = "samples.json"
+LABELS = "dataset.json"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_MOST_WRITERS = 16  # threads
+_OURS = re.compile(r"\d{6,}\.png")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a call of `write_png`, `write_npz` or `write_grid` left behind."""
+
+    place: Path
+    num: int  # images there now
+    drawn: int  # of which drawn by this call, in all processes; the others were there
+    record: dict[str, Any]
+
+
+def write_png(
+    model: AnyModel,
+    folder: str | os.PathLike,
+    num: int,
+    settings: SampleSettings,
+    origin: Origin,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    team: Team | None = None,
+) -> Written:
+    """Writes images 0 to num - 1 as `000000.png` ... (more digits if num needs them), those that are not there yet.
+
+    `samples.json` says how they were made, and is written first, with "complete": false until the last image is there.
+    A class-conditional model's labels are in `dataset.json`, which `--data` reads. Files appear whole or not at all; should a
+    power cut damage some, they are drawn anew.
+
+    The folder may hold an interrupted or a smaller run of the same settings, which is continued, and anything but
+    pictures. `overwrite` replaces a run of other settings (one of the same would come out the same: it is continued).
+
+    Raises ConfigError for a folder with samples of other settings, or with pictures that no record explains, which
+    `overwrite` does not touch either; MmgenError where a file cannot be written.
+    """
+    folder, team = Path(folder), team or find_team(model.device.type == "cpu")
+    check_pictures(model.config)
+    check_num(num)
+    chosen = plan(model.config, settings)
+    digits = max(6, len(str(num - 1)))
+    record = make_record(model, origin, chosen, num, digits=digits)
+    if team.is_main:
+        with disk_errors(folder):
+            _prepare(folder, record, overwrite)
+    team.wait()  # nobody may look before the main process has cleared up ...
+    missing = _missing(folder, num, digits)
+    team.wait()  # ... nor write before all have looked
+    if missing:
+        with staging(folder) as temporary, _in_background(temporary) as write:
+            for indices, images in draw_missing(model, chosen, missing, num, team, progress):
+                write((folder / _name(i, digits), image) for i, image in zip(indices, images, strict=True))
+        if hasattr(os, "sync"):
+            os.sync()  # all at once, instead of each by itself: "complete" means that they are on the disk
+    team.wait()
+    if team.is_main:
+        labels = all_labels(model.config, chosen, num)
+        if labels is not None:
+            listed = [[_name(i, digits), label] for i, label in enumerate(labels)]
+            with replacing(folder / LABELS) as temporary:
+                temporary.write_text(json.dumps({"labels": listed}))
+        finish(folder / RECORD, record, bool(missing))
+    return Written(folder, num, len(missing), record)
+
+
+@contextlib.contextmanager
+def _in_background(temporary: Path) -> Iterator[Callable[[Iterable[tuple[Path, Tensor]]], None]]:
+    """write(files): starts to write a batch of PNG files, once the batch before is written; at the end all are.
+
+    So that the next batch is drawn meanwhile. Raises what `_write` raises, and then leaves out what was not begun; whatever
+    else ends the block, what was drawn is written.
+    """
+    pool, begun = ThreadPoolExecutor(min(cores(), _MOST_WRITERS), "png"), []
+
+    def finish() -> None:
+        try:
+            while begun:
+                begun.pop(0).result()
+        except MmgenError:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+    def write(files: Iterable[tuple[Path, Tensor]]) -> None:
+        finish()
+        begun.extend(pool.submit(_write, path, image, temporary) for path, image in files)
+
+    try:
+        yield write
+        finish()
+    finally:
+        pool.shutdown()
+
+
+def _write(path: Path, image: Tensor, temporary: Path) -> None:
+    """Writes a PNG file by way of a folder for unfinished ones. Raises MmgenError where that fails."""
+    try:
+        unfinished = temporary / path.name
+        unfinished.write_bytes(png_bytes(image))
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def disk_errors(place: Path) -> Iterator[None]:
+    """What the system says against looking at or clearing a place becomes a MmgenError of one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(place, error) from error
+
+
+def check_num(num: int) -> None:
+    """Raises ConfigError where `num` is no number of images."""
+    if num < 1:
+        raise ConfigError(f"the number of images must be at least 1, not {num}")
+
+
+def check_pictures(config: ModelConfig) -> None:
+    """Raises ConfigError where a model's images cannot be PNG files."""
+    channels = drawn_shape(config)[0]
+    if channels not in (1, 3):
+        raise ConfigError(f"this model's images have {channels} channels, and PNG files 1 or 3: use the format npz")
+
+
+def all_labels(config: ModelConfig, chosen: Plan, num: int) -> list[int] | None:
+    """The labels of images 0 to num - 1, None for an unconditional model."""
+    labels = draw_labels(config, chosen, torch.arange(num))
+    return None if labels is None else labels.tolist()
+
+
+def finish(path: Path, record: dict[str, Any], changed: bool) -> None:
+    """Marks a run as complete; the record of one that was complete before is left as it is."""
+    record["complete"] = True
+    old = read_record(path)
+    if changed or old is None or not old.get("complete") or old["num"] != record["num"]:
+        write_json(path, record)
+
+
+def _prepare(folder: Path, record: dict[str, Any], overwrite: bool) -> None:
+    """Makes the folder ready for the images of `record`, or raises ConfigError."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file, and PNG samples need a folder: choose another --out")
+    old = read_record(folder / RECORD)
+    if old is None:
+        check_foreign(folder)
+    elif not may_continue(folder, old, record, overwrite):
+        write_json(folder / RECORD, {**old, "complete": False})  # whatever interrupts the deletion, nobody is misled
+        for path in folder.iterdir():
+            if _OURS.fullmatch(path.name) or path.name == LABELS:
+                path.unlink()
+        old = None
+    if folder.is_dir():
+        remove_leftovers(folder)
+        if old is not None and not old.get("complete"):
+            _remove_damaged(folder)
+    if old is None or not old.get("complete") or _missing(folder, record["num"], record["digits"]):
+        write_json(folder / RECORD, record)
+
+
+def _remove_damaged(folder: Path) -> None:
+    """Images are not flushed to the disk one by one: after a power cut, some may be empty or cut short."""
+    paths = [path for path in folder.iterdir() if _OURS.fullmatch(path.name)]
+    with ThreadPoolExecutor() as pool:
+        for path, whole in zip(paths, pool.map(is_whole_png, paths), strict=True):
+            if not whole:
+                path.unlink()
+
+
+def check_foreign(folder: Path) -> None:
+    """Raises ConfigError where a folder without a record holds pictures, or runs of samples in folders of its own.
+
+    Whoever scores the folder would take them for samples.
+    """
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in PICTURES or path.name == LABELS:
+            raise ConfigError(f"{folder} holds {path.name}, which is not of samples: choose another --out")
+        if (path / RECORD).is_file():
+            raise ConfigError(f"{folder} holds samples in folders, such as {path.name}: choose another --out")
+
+
+def _missing(folder: Path, num: int, digits: int) -> list[int]:
+    there = {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+    return [i for i in range(num) if _name(i, digits) not in there]
+
+
+def _name(i: int, digits: int) -> str:
+    return f"{i:0{digits}d}.png"

@@ -1,0 +1,147 @@
+"""The record beside samples: how they were made, whether all are there, and whether others may join them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..errors import ConfigError
+from ..system.files import read_json, sha256_of
+from ..models.model import AnyModel, ModelConfig, drawn_shape, find_model, kind_of
+from .drawing import Plan
+
+FORMAT = 1
+
+# What an image depends on, in the order in which a difference is reported. Everything else (batch size, device, path of
+# the model, number of images) has no influence on image i.
+DECIDING = {
+    "model_sha256": "the model",
+    "steps": "steps",
+    "sampler": "sampler",
+    "grid": "grid",
+    "times": "times",
+    "churn": "churn",
+    "s_tmin": "s_tmin",
+    "s_tmax": "s_tmax",
+    "s_noise": "s_noise",
+    "stochasticity": "stochasticity",
+    "guidance": "guidance",
+    "classes": "classes",
+    "seed": "seed",
+    "digits": "the number of digits in file names",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which file a model was loaded from."""
+
+    model: str  # the MODEL argument as given
+    file: Path
+    sha256: str
+    ema: str | None = None  # which average was asked for
+
+    @classmethod
+    def of(cls, place: str | os.PathLike, ema: str | None = None) -> Origin:
+        """Finds the file that a MODEL argument means, as `models.load` does, and hashes it. Raises ModelError."""
+        file = find_model(place, ema)
+        return cls(str(place), file, sha256_of(file), ema)
+
+
+def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more: Any) -> dict[str, Any]:
+    """The record of `num` images, as JSON has it; `complete` is false until all are written."""
+    config, churn = model.config, chosen.churn
+    return {
+        "format": FORMAT,
+        "complete": False,
+        "num": num,
+        "model": origin.model,
+        "model_file": str(origin.file.absolute()),
+        "model_sha256": origin.sha256,
+        "ema": origin.ema,
+        "kind": kind_of(config),
+        "data": config.data,  # what the model was trained on
+        "data_options": data_options(config),
+        "image": list(drawn_shape(config)),
+        "vae": None if config.latents is None else {"name": config.latents.vae, "sha256": config.latents.vae_sha256},
+        "num_classes": config.num_classes,
+        "steps": chosen.steps,
+        "nfe": chosen.nfe,  # network evaluations per image
+        "sampler": chosen.sampler,
+        "grid": chosen.grid,
+        "times": chosen.times,  # of a denoiser: sigmas
+        "churn": None if churn is None else churn.amount,
+        "s_tmin": None if churn is None else churn.s_tmin,
+        "s_tmax": None if churn is None else churn.s_tmax,
+        "s_noise": None if churn is None else churn.s_noise,
+        "stochasticity": None if chosen.stochasticity == 1 else chosen.stochasticity,
+        "notes": list(chosen.notes),
+        "guidance": chosen.guidance,
+        "classes": chosen.classes if config.num_classes else None,
+        "seed": chosen.seed,
+        "mmgen": __version__,
+        "torch": torch.__version__,
+        "device": str(model.device),
+        **more,
+    }
+
+
+def data_options(config: ModelConfig) -> dict[str, Any]:
+    """How the training data were read, as arguments of `data.load`, so that a scorer sees the same images."""
+    settings = config.training.get("config", {}).get("data", {})
+    kept = {key: settings[key] for key in ("split", "image_column", "label_column", "on_corrupt") if settings.get(key)}
+    channels, resolution, _ = drawn_shape(config)
+    return {**kept, "resolution": resolution, "channels": channels}
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record in a file, or None where there is no such file. Raises ConfigError where it is damaged."""
+    try:
+        record = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): delete it with its samples, or choose another --out") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT or type(record.get("num")) is not int or record["num"] < 1:
+        raise ConfigError(f"{path} is no record of samples that this mmgen understands: choose another --out")
+    return record
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """The first setting in which two records' images differ, in words; None if image i is the same under both."""
+    for key, name in DECIDING.items():
+        if old.get(key) == new.get(key):
+            continue
+        if key == "grid" and old.get("times") == new.get("times"):  # another name for the same times
+            continue
+        if key == "model_sha256":
+            before = f"{old.get('model')} ({str(old.get(key))[:8]})"
+            return f"the model is {new['model']} (SHA-256 {new[key][:8]}), not {before}"
+        return f"{name} would be {_short(new.get(key))}, not {_short(old.get(key))}"
+    return None
+
+
+def may_continue(place: Path, old: dict[str, Any] | None, new: dict[str, Any], overwrite: bool) -> bool:
+    """True if images of `new` may join those of `old`, False if those have to go first and `overwrite` allows it.
+
+    Otherwise raises ConfigError naming the first setting that differs.
+    """
+    if old is None:
+        return True
+    what = difference(old, new)
+    if what is None and old["num"] > new["num"]:
+        what = f"--num is {new['num']}, but it holds {old['num']}"
+    if what is None or overwrite:
+        return what is None
+    raise ConfigError(f"{place} holds samples of other settings: {what}; choose another --out, or replace them with --overwrite")
+
+
+def _short(value: Any) -> str:
+    plain = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
+    text = ",".join(f"{v:g}" for v in value) if plain else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,210 @@
+"""Writing that never half-finishes, beside the final name and then renamed; JSON from anywhere; a file's hash."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, ModelError, cannot_write
+from .lock import Held, is_held, try_lock
+
+_UMASK = threading.Lock()
+TEMPORARY = ".tmp-"  # names that start so are unfinished: never read, and of a killed process, safe to delete
+MOST_JSON = 1 << 26  # bytes of a JSON file: once read, it takes up to twenty times as many
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, to be written to; renames it to `path` if the block succeeds.
+
+    The content is flushed to disk before the rename, so that a power cut leaves the old file or the new, never a part.
+    Raises MmgenError with one sentence where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        os.chmod(name, 0o666 & ~_umask())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    temporary = Path(name)
+    try:
+        with _in_use(temporary):
+            yield temporary
+            with open(temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staging(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary folder within `folder`, for many small files that are renamed out of it as soon as each is whole.
+
+    A quarter of the cost of `replacing` each. Nothing is flushed: a process that is killed leaves whole files, and whoever reads
+    them after a power cut must look whether they are. Raises MmgenError with one sentence where the folder cannot be written.
+    """
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        with _in_use(temporary):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike, keep: Callable[[], bool] = lambda: False) -> Iterator[Path]:
+    """Like `replacing`, for a new folder: yields a temporary folder, renamed to `path` if the block succeeds.
+
+    A folder that already stands at `path` is replaced, unless `keep()`, asked once the new one is complete, says that the
+    old one is as good. Then `path` is never missing, not even for a moment, for those who read it meanwhile.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+        os.chmod(temporary, 0o777 & ~_umask())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        with _in_use(temporary):
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb") as written:
+                        os.fsync(written.fileno())
+            while not _renamed_folder(temporary, path) and not keep():
+                old = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
+                with contextlib.suppress(FileNotFoundError):  # another process moved it away first
+                    os.replace(path, old / path.name)
+                shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _renamed_folder(source: Path, path: Path) -> bool:
+    """Renames a folder; False where one with content stands at `path`, which no system call replaces."""
+    try:
+        os.replace(source, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST) or path.is_dir():  # Windows: access denied
+            return False
+        raise
+    return True
+
+
+def at_home(place: str | os.PathLike) -> Path:
+    """A path in which ~ is the home folder; of somebody unknown it stays as it is."""
+    return Path(os.path.expanduser(place))
+
+
+def exists(place: Path) -> bool:
+    """Whether something is there. A name that no file can have is not."""
+    try:
+        return place.exists()
+    except (OSError, ValueError):  # too long, or with a zero in it
+        return False
+
+
+def resolved(place: Path) -> Path:
+    """Without links. Raises DataError where they go round."""
+    try:
+        return place.resolve()
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{place} is a link that leads nowhere") from error
+
+
+def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:
+    """What a JSON file holds. Raises OSError where it cannot be read, ValueError where it is no JSON, or none that is sane."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1) if size <= most else b""  # as much is set aside as is asked for
+    if size > most:
+        raise ValueError(f"it is larger than {most:,} bytes")
+    return parse_json(content)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads`, which raises ValueError for whatever is wrong: also for what is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Writes indented JSON, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file of weights, in hexadecimal. Raises ModelError where it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def remove_leftovers(folder: str | os.PathLike, name: str | None = None) -> None:
+    """Deletes what killed processes left in a folder; what a living one is writing to stays.
+
+    name: only what was to become this file or folder, where others write to the folder too. Then nothing is deleted on file
+    systems without locks, which do not tell whether a process lives.
+    """
+    prefix = TEMPORARY if name is None else _prefix(Path(name))
+    for entry in list(os.scandir(folder)) if os.path.isdir(folder) else ():
+        if not entry.name.startswith(prefix) or is_held(entry.path, otherwise=name is not None):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            Path(entry.path).unlink(missing_ok=True)
+
+
+def _prefix(path: Path) -> str:
+    """How the names of temporary files begin that are to become `path`; names have at most 255 bytes."""
+    return f"{TEMPORARY}{path.name[:40]}-"
+
+
+@contextlib.contextmanager
+def _in_use(path: Path) -> Iterator[None]:
+    """Locks a temporary file or folder, so that `remove_leftovers` of other processes leaves it alone."""
+    try:
+        lock = try_lock(path)
+    except Held:  # by a process that looks whether it may delete it
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _umask() -> int:
+    with _UMASK:  # it is the process's: two threads that ask at once could leave it at 0
+        current = os.umask(0)
+        os.umask(current)
+    return current
