@@ -95,3 +95,8 @@ def widen_input(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tenso
         if more > 0 and (found.shape[0], *found.shape[2:]) == (wanted.shape[0], *wanted.shape[2:]):
             widened[key] = torch.cat([found, found.new_zeros(found.shape[0], more, *found.shape[2:])], dim=1)
     return widened
+
+
+def without_augment(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's state dict without its augmentation input, `augment_embed` in every network that has one."""
+    return {key: value for key, value in state.items() if not key.startswith("augment_embed.")}

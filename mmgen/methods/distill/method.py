@@ -18,7 +18,7 @@ from ...models.denoiser import Denoiser
 from ...config.distill import DistillConfig, settled, student_denoiser, student_network, student_schedule
 from ...errors import ConfigError
 from ...models.model import AnyModel, ModelConfig, SamplingSettings
-from ...networks import checkpoint_blocks, widen_input
+from ...networks import checkpoint_blocks, widen_input, without_augment
 from ...report.push import CONVERTED
 from ...sampling.drawing import check_defaults
 from .teachers import Teacher, adam_second_moments, load_teacher, range_note
@@ -110,6 +110,7 @@ def student_model_config(config: DistillConfig, teacher: Teacher, dataset: Datas
         origin[CONVERTED] = own.training[CONVERTED]
     model_config = replace(
         own,
+        augment_dim=0,  # a student draws images as they are
         network=student_network(student, own.network),
         denoiser=student_denoiser(student, own.denoiser),
         class_names=names,
@@ -130,9 +131,15 @@ def student_model_config(config: DistillConfig, teacher: Teacher, dataset: Datas
 
 
 def copy_of(teacher: Denoiser, config: ModelConfig) -> Denoiser:
-    """A denoiser of this config that begins as the teacher: with the same weights, those of further input channels being zero."""
+    """A denoiser of this config that begins as the teacher: with the same weights, those of further input channels being zero.
+
+    The teacher's augmentation input is left out where the config has none: it has no bias and is never given, so outputs are equal.
+    """
     model = Denoiser(config).to(teacher.device)
-    model.network.load_state_dict(widen_input(teacher.network.state_dict(), model.network))
+    state = teacher.network.state_dict()
+    if not config.augment_dim:
+        state = without_augment(state)
+    model.network.load_state_dict(widen_input(state, model.network))
     return model.eval()  # torch's own dropout stays off; a student's, which has keys, does not look at the mode
 
 
@@ -164,7 +171,8 @@ def distill_task(
     shown = {"model_config": model_config, "picture": comparison.picture, "finish": comparison.finish}
     if config.loss.method == "alternating":
         auxiliary = copy_of(
-            teacher.model, replace(plain, network=student_network(replace(config.student, dropout=0.0), own.network))
+            teacher.model,
+            replace(plain, augment_dim=0, network=student_network(replace(config.student, dropout=0.0), own.network)),
         )
         edges = ", ".join(f"{edge:.3g}" for edge in matching.edges.exp().tolist())
         reporter.note(
