@@ -1,4 +1,4 @@
-"""Images to be scored: every kind of file, decoded as the FID codes do, or refused by name."""
+"""Images to be scored: every kind of file, decoded as for training, or refused by name."""
 
 from __future__ import annotations
 
@@ -118,23 +118,30 @@ def test_modes_become_rgb(tmp_path, folder, mode):
         (folder / "0.png").unlink()
     expected = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
     np.testing.assert_array_equal(image_set(str(folder)).read(0, 1, True)[0], expected)
-    grey = image_set(str(folder)).read(0, 1, False)[0]
-    assert grey.shape[0] == (1 if mode in ("L", "LA", "1") else 3)
 
 
-def test_exif_orientation_is_ignored_as_the_protocols_do(folder):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(PIXELS[0]).save(folder / "0.png", exif=exif)
-    assert image_set(str(folder)).shape(True) == (3, 6, 7)
+def test_channels_are_those_that_training_would_take(folder):
+    assert image_set(str(folder)).shape(colour=False)[0] == 3
+    Image.fromarray(PIXELS[0, :, :, 0]).save(folder / "0.png")
+    assert image_set(str(folder)).shape(colour=False)[0] == 3  # the others are in colour
+    for i in range(5):
+        Image.fromarray(np.repeat(PIXELS[i, :, :, :1], 3, axis=2)).save(folder / f"{i}.png")
+    assert image_set(str(folder)).shape(colour=False)[0] == 1
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_more_than_8_bits_are_refused_by_name(folder, dtype):
-    suffix = "png" if dtype == np.uint16 else "tif"
+def test_a_colour_image_after_many_grey_ones_is_refused_by_name(tmp_path):
+    for i in range(17):
+        Image.fromarray(PIXELS[0, :, :, 0] if i < 16 else PIXELS[0]).save(tmp_path / f"{i:02d}.png")
+    images = image_set(str(tmp_path))
+    assert images.read(16, 17, True)[0].shape[0] == 3
+    with pytest.raises(DataError, match="16.png cannot be scored: it is in colour, but the first images are grey"):
+        images.read(16, 17, False)
+
+
+def test_floats_are_refused_by_name(folder):
     (folder / "0.png").unlink()
-    Image.fromarray(np.full((6, 7), 60_000, dtype)).save(folder / f"0.{suffix}")
-    with pytest.raises(DataError, match=rf"0\.{suffix} cannot be scored: .*more than 8 bits"):
+    Image.fromarray(np.full((6, 7), 60_000, np.float32)).save(folder / "0.tif")
+    with pytest.raises(DataError, match=r"0\.tif cannot be scored: .*floating-point"):
         image_set(str(folder)).read(0, 1, True)
 
 

@@ -1,4 +1,7 @@
-"""One encoded image -> pixels, uint8 [C, R, R]."""
+"""One encoded image -> pixels, uint8 [C, H, W]: the one decoder of training, references and samples alike.
+
+Upright by EXIF; 16-bit grey to the nearest 8 bits; transparency dropped; palettes, CMYK and the rest by Pillow's convert.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +41,15 @@ def decode(raw: bytes | Image.Image, resolution: int, channels: int) -> np.ndarr
 
 
 @contextlib.contextmanager
-def open_image(raw: bytes | Image.Image, upright: bool = True, most: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """Decodes an image fully and, if `upright`, turns it as its EXIF orientation says. It is to be used within the block:
-    of large images only one thread at a time has one.
+def open_image(raw: bytes | Image.Image, most: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Decodes an image fully and turns it as its EXIF orientation says. It is to be used within the block: of large images
+    only one thread at a time has one.
 
     Raises CorruptImage where the bytes are no image, are cut short, or are more than `most` pixels.
     """
     image = _begun(raw, most)
     with _large_one if image.width * image.height > _LARGE else contextlib.nullcontext():
-        yield _decoded(raw, image, upright)
+        yield _decoded(raw, image)
 
 
 def _begun(raw: bytes | Image.Image, most: int) -> Image.Image:
@@ -61,10 +64,10 @@ def _begun(raw: bytes | Image.Image, most: int) -> Image.Image:
         raise CorruptImage(_reason(raw, error)) from error
 
 
-def _decoded(raw: bytes | Image.Image, image: Image.Image, upright: bool) -> Image.Image:
+def _decoded(raw: bytes | Image.Image, image: Image.Image) -> Image.Image:
     try:
         image.load()
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1)) if upright else None
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
         return image.transpose(turn) if turn is not None else image
     except Exception as error:
         raise CorruptImage(_reason(raw, error)) from error
@@ -84,14 +87,15 @@ def is_grey(image: Image.Image) -> bool:
     return bool((rgb[..., :1] == rgb[..., 1:]).all())
 
 
-def to_pixels(image: Image.Image, resolution: int, channels: int) -> np.ndarray:
-    """A loaded image of any mode and size -> uint8 [channels, resolution, resolution].
+def to_pixels(image: Image.Image, resolution: int | None, channels: int) -> np.ndarray:
+    """A loaded image of any mode and size -> uint8 [channels, resolution, resolution]; resolution None: its own size.
 
     Transparency is dropped, not blended, as every code base of the field does (`convert("RGB")`). Raises CorruptImage
     where the mode has no 8-bit meaning.
     """
     try:
-        image = centre_crop(_to_mode(image, "L" if channels == 1 else "RGB"), resolution)
+        image = _to_mode(image, "L" if channels == 1 else "RGB")
+        image = image if resolution is None else centre_crop(image, resolution)
     except ValueError as error:  # Pillow knows no conversion, from LAB for instance
         raise CorruptImage(f"mode {image.mode}: {error}") from error
     pixels = np.asarray(image)

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ from PIL import Image
 
 from ..data import Dataset
 from ..data.cache import cache_root
-from ..data.decode import open_image
+from ..data.decode import is_grey, open_image, to_pixels
+from ..data.decoding import PROBED
 from ..data.image_source import CorruptImage, ImageSource
 from ..data.resolve import resolve
 from ..errors import DataError, MmgenError
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ..models.model import AnyModel
     from ..sampling.drawing import Plan
 
-_GREY = ("1", "L", "LA", "La")
 _TYPES = {"model": str, "model_sha256": str, "sampler": str, "grid": str, "data": str | None, "data_options": dict,
           "steps": int, "nfe": int, "guidance": int | float, "seed": int}  # fmt: skip
 MOST_PIXELS = 1 << 24  # of one image that is scored: a batch of them is in memory in its own size
@@ -81,8 +81,8 @@ def image_set(
 ) -> ImageSet:
     """The images that a word means, each in its own size: an npz (`arr_0`), or anything that `--data` takes.
 
-    Images are decoded as the FID codes do: Pillow's `convert("RGB")`, no turning by EXIF, transparency dropped. Samples
-    that `mmgen sample` wrote bring their record with them. Raises DataError.
+    Images are decoded as for training (`data.decode`), but neither resized nor cropped. Samples that `mmgen sample` wrote
+    bring their record with them. Raises DataError.
     """
     path = at_home(word)
     if path.is_file() and path.suffix.lower() == ".npz":
@@ -101,7 +101,7 @@ def image_set(
         name=word,
         description=source.description,
         length=source.length,
-        read=partial(_read_source, source),
+        read=_reader(source),
         names=source.names,
         fingerprint=partial(_content, source),
         record=found or record,
@@ -190,25 +190,32 @@ def _record_of(word: str, path: Path, length: int) -> dict[str, Any] | None:
     return record
 
 
-def _read_source(source: ImageSource, start: int, stop: int, colour: bool) -> list[np.ndarray]:
-    return [_pixels(source, i, colour) for i in range(start, stop)]
+def _reader(source: ImageSource) -> Callable[[int, int, bool], list[np.ndarray]]:
+    """`ImageSet.read` of a source: one channel where training would take one, the first images being grey."""
+
+    @cache
+    def grey() -> bool:
+        return all(_opened(source, i, is_grey) for i in range(min(PROBED, source.length)))
+
+    def pixels(image: Image.Image, channels: int) -> np.ndarray:
+        if channels == 1 and not is_grey(image):
+            raise CorruptImage("it is in colour, but the first images are grey")
+        return to_pixels(image, None, channels)
+
+    def read(start: int, stop: int, colour: bool) -> list[np.ndarray]:
+        channels = 1 if not colour and grey() else 3
+        return [_opened(source, i, partial(pixels, channels=channels)) for i in range(start, stop)]
+
+    return read
 
 
-def _pixels(source: ImageSource, i: int, colour: bool) -> np.ndarray:
-    """Image i, uint8 [3, H, W], or [1, H, W] if it is grey and may stay so."""
+def _opened(source: ImageSource, i: int, use: Callable[[Image.Image], Any]) -> Any:
+    """use(image i), of the decoded image. Raises DataError naming an image that cannot be read."""
     try:
-        with open_image(source.read(i), upright=False, most=MOST_PIXELS) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow's conversion would clip them at 255
-                raise CorruptImage(f"its pixels have more than 8 bits (mode {image.mode}); convert it to 8 bits, as you mean it")
-            return _plane(image, colour)
-    except (CorruptImage, ValueError) as error:
+        with open_image(source.read(i), most=MOST_PIXELS) as image:
+            return use(image)
+    except CorruptImage as error:
         raise DataError(f"{source.names(i)} cannot be scored: {error}") from error
-
-
-def _plane(image: Image.Image, colour: bool) -> np.ndarray:
-    if image.mode in _GREY and not colour:
-        return np.asarray(image.convert("L"))[None]
-    return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 
 def _coloured(images: np.ndarray, colour: bool) -> np.ndarray:

@@ -25,7 +25,7 @@ from .image_sets import ImageSet, image_set
 from .references import read_reference
 
 _CHEAP = 1e9  # multiply-adds of pixel statistics below which a cache would only be litter
-FORMAT = 1  # raise it when the same images give other features
+FORMAT = 2  # raise it when the same images give other features
 
 
 @dataclass(frozen=True)
