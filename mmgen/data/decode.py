@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from .image_source import CorruptImage
+from .mending import without_metadata
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: beyond it, a small file may be made to fill the memory
 _LARGE = 1 << 24  # pixels: of images beyond, several at a time could fill the memory
@@ -45,18 +46,27 @@ def open_image(raw: bytes | Image.Image, most: int = MAX_PIXELS) -> Iterator[Ima
     """Decodes an image fully and turns it as its EXIF orientation says. It is to be used within the block: of large images
     only one thread at a time has one.
 
-    Raises CorruptImage where the bytes are no image, are cut short, or are more than `most` pixels.
+    Damaged metadata are passed over where the pixels are sound. Raises CorruptImage where the bytes are no image, are cut
+    short, or are more than `most` pixels.
     """
-    image = _begun(raw, most)
-    with _large_one if image.width * image.height > _LARGE else contextlib.nullcontext():
-        yield _decoded(raw, image)
+    with contextlib.ExitStack() as stack:
+        try:
+            image = _opened(raw, most, stack)
+        except CorruptImage:
+            mended = without_metadata(raw) if isinstance(raw, bytes) else None
+            if mended is None:
+                raise
+            image = _opened(mended, most, stack)
+        yield _upright(image)
 
 
-def _begun(raw: bytes | Image.Image, most: int) -> Image.Image:
-    """An image whose header alone has been read, and says that it is small enough to decode."""
+def _opened(raw: bytes | Image.Image, most: int, stack: contextlib.ExitStack) -> Image.Image:
     try:
         image = raw if isinstance(raw, Image.Image) else Image.open(io.BytesIO(raw), formats=_formats())
-        _check_size(*image.size, most)
+        _check_size(*image.size, most)  # the header alone has been read
+        if image.width * image.height > _LARGE:
+            stack.enter_context(_large_one)
+        image.load()
         return image
     except CorruptImage:
         raise
@@ -64,19 +74,25 @@ def _begun(raw: bytes | Image.Image, most: int) -> Image.Image:
         raise CorruptImage(_reason(raw, error)) from error
 
 
-def _decoded(raw: bytes | Image.Image, image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image) -> Image.Image:
     try:
-        image.load()
         turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-        return image.transpose(turn) if turn is not None else image
-    except Exception as error:
-        raise CorruptImage(_reason(raw, error)) from error
+    except Exception:  # damaged EXIF says nothing
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 @cache
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@cache
+def image_suffixes() -> tuple[str, ...]:
+    """The endings of file names, lower case, of all formats that are decoded: whatever this Pillow can of them."""
+    known = Image.registered_extensions()
+    return tuple(sorted(suffix for suffix, name in known.items() if name in (*_formats(), "MPO")))  # an MPO is opened as JPEG
 
 
 def is_grey(image: Image.Image) -> bool:
