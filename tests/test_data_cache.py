@@ -21,6 +21,7 @@ from mmgen.data import cache, decoding
 from mmgen.data.hub import files_needed
 from mmgen.data.image_source import ImageSource
 from mmgen.errors import ConfigError, DataError
+from mmgen.system import lock
 
 RGB = np.random.default_rng(1).integers(0, 256, (7, 6, 6, 3), dtype=np.uint8)
 
@@ -198,13 +199,7 @@ def test_images_npy_is_a_plain_file_numpy_reads(folder, tmp_path):
 @pytest.mark.parametrize("locks", [True, False])
 def test_processes_that_build_the_same_entry_do_not_break_each_other(locks, folder, monkeypatch):
     if not locks:  # a file system without them
-        import filelock
-
-        class NoLock(filelock.FileLock):
-            def acquire(self, *args, **kwargs):
-                raise NotImplementedError
-
-        monkeypatch.setattr(filelock, "FileLock", NoLock)
+        monkeypatch.setattr(lock, "fcntl", None)
     counted = []
     real = decoding.open_image
     monkeypatch.setattr(decoding, "open_image", lambda raw: counted.append(1) or real(raw))

@@ -20,7 +20,7 @@ from tiny_model import NAMES, make_model
 from typer.testing import CliRunner
 
 import mmgen
-from mmgen.sampling import file as sample_file, missing as sample_drawing
+from mmgen.sampling import file as sample_file, folder as sample_folder, missing as sample_drawing
 from mmgen.cli.sample import sample
 from mmgen.errors import ConfigError, MmgenError, ModelError
 
@@ -135,14 +135,19 @@ def test_what_a_power_cut_damaged_is_drawn_anew(model, tmp_path):
 
 
 def test_complete_means_on_the_disk(model, tmp_path, monkeypatch):
-    seen = []  # at every sync: whether the run was complete, and how many images were there
-    out = tmp_path / "out"
-    monkeypatch.setattr(
-        os, "sync", lambda: seen.append((record(out / "samples.json")["complete"], len(list(out.glob("0*.png")))))
-    )
+    """Each image, also those of a run that was interrupted, and the folder's list of them; not the disks of the whole machine."""
+    seen, out, flush = [], tmp_path / "out", sample_folder.flush_to_disk
+
+    def watched(path):
+        seen.append((Path(path).name, record(out / "samples.json")["complete"]))
+        flush(path)
+
+    monkeypatch.setattr(os, "sync", None)
+    monkeypatch.setattr(sample_folder, "flush_to_disk", watched)
     for num in (6, 6, 8):
         run(model, "--num", num, "--out", out, "--batch-size", 4)
-    assert seen == [(False, 6), (False, 8)]  # nothing was written the second time
+    images = [f"{i:06d}.png" for i in range(8)]
+    assert sorted(seen) == sorted((name, False) for name in [*images[:6], "out", *images, "out"])  # nothing the second time
 
 
 def test_more_images_continue(model, tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError, MmgenError, nearest
 from ..system.files import TEMPORARY, at_home, read_json, replacing_folder
+from ..system.lock import one_at_a_time
 from ..system.tensor_files import save_array
 from .dataset import Dataset
 from .decoding import Plan, decode_all, settle
@@ -202,24 +203,12 @@ def _locked(root: Path, key: str) -> Iterator[None]:
 
     Where the file system has no locks, goes on without: two processes then decode the same and the first one is kept.
     """
-    from filelock import FileLock  # comes with torch, datasets and huggingface_hub
-
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(root / f"{key}.lock"))
-    except OSError as error:
-        raise DataError(f"cannot write {root}: {error.strerror or error}: set MMGEN_CACHE to another folder") from error
-    try:
-        lock.acquire()
-    except PermissionError as error:
-        raise DataError(f"cannot write {root}: {error.strerror or error}: set MMGEN_CACHE to another folder") from error
-    except (NotImplementedError, OSError):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(one_at_a_time(root / f"{key}.lock"))
+        except OSError as error:
+            raise DataError(f"cannot write {root}: {error.strerror or error}: set MMGEN_CACHE to another folder") from error
         yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _remove_stale(root: Path) -> None:

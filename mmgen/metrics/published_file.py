@@ -13,6 +13,7 @@ from pathlib import Path
 from ..data.cache import cache_root
 from ..errors import MmgenError, ModelError
 from ..system.files import at_home, replacing, sha256_of
+from ..system.lock import one_at_a_time
 
 Progress = Callable[[int, int], None]
 
@@ -161,24 +162,12 @@ def _locked(path: Path) -> Iterator[None]:
 
     Where the file system has no locks, goes on without: two processes then fetch the same, and the last one is kept.
     """
-    from filelock import FileLock
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(path) + ".lock")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        lock.acquire()
-    except PermissionError as error:
-        raise _unwritable(path, error) from error
-    except (NotImplementedError, OSError):
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(one_at_a_time(path.with_name(f"{path.name}.lock")))
+        except OSError as error:
+            raise _unwritable(path, error) from error
         yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _unwritable(path: Path, error: OSError) -> MmgenError:

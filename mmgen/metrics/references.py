@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import ConfigError, DataError, nearest
 from ..system.files import replacing
+from ..system.tensor_files import save_tensors
 from .frechet import Gaussian, GaussianStatistics
 from .reference_files import FORMAT, STATEMENT, TAKES, Found, find, is_statistics
 
@@ -101,9 +102,7 @@ def write_statistics(
         if path.suffix == ".npz":
             np.savez(temporary, mu=mean.numpy(), sigma=covariance.numpy(), **{STATEMENT: np.array(text)})
         else:
-            from safetensors.torch import save
-
-            temporary.write_bytes(save({"mu": mean, "sigma": covariance}, metadata={STATEMENT: text}))
+            save_tensors({"mu": mean, "sigma": covariance}, temporary, metadata={STATEMENT: text})
 
 
 def _check_modes(path: Path, features: str, mode: str, ref_mode: str | None) -> None:

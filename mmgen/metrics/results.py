@@ -15,6 +15,7 @@ from .. import __version__
 from ..data.cache import cache_root
 from ..errors import DataError
 from ..system.files import read_json, write_json
+from ..system.lock import one_at_a_time
 
 if TYPE_CHECKING:
     from .evaluate import Report, Row
@@ -113,14 +114,10 @@ def _locked(file: Path) -> Iterator[None]:
 
     Where the cache has no locks or cannot be written, goes on without.
     """
-    from filelock import FileLock
-
     name = hashlib.sha256(str(file.absolute()).encode()).hexdigest()
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError, NotImplementedError):
-            folder = cache_root() / "locks"
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(str(folder / f"{name}.lock")))
+        with contextlib.suppress(OSError):
+            held.enter_context(one_at_a_time(cache_root() / "locks" / f"{name}.lock"))
         yield
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MmgenError, cannot_write
-from ..system.files import remove_leftovers, replacing, staging, write_json
+from ..system.files import flush_to_disk, remove_leftovers, replacing, staging, write_json
 from ..report.images import is_whole_png, png_bytes
 from ..models.model import AnyModel, ModelConfig, drawn_shape
 from ..system.process import cores
@@ -81,8 +81,9 @@ def write_png(
         with staging(folder) as temporary, _in_background(temporary) as write:
             for indices, images in draw_missing(model, chosen, missing, num, team, progress):
                 write((folder / _name(i, digits), image) for i, image in zip(indices, images, strict=True))
-        if hasattr(os, "sync"):
-            os.sync()  # all at once, instead of each by itself: "complete" means that they are on the disk
+        team.wait()
+        with disk_errors(folder):
+            _flush(folder, [_name(i, digits) for i in range(num)[team.index :: team.size]])
     team.wait()
     if team.is_main:
         labels = all_labels(model.config, chosen, num)
@@ -92,6 +93,14 @@ def write_png(
                 temporary.write_text(json.dumps({"labels": listed}))
         finish(folder / RECORD, record, bool(missing))
     return Written(folder, num, len(missing), record)
+
+
+def _flush(folder: Path, names: list[str]) -> None:
+    """Files, also those of a run that was interrupted, to the disk: "complete" means that they are there. Raises OSError."""
+    with ThreadPoolExecutor(_MOST_WRITERS) as pool:
+        for _ in pool.map(flush_to_disk, [folder / name for name in names]):
+            pass
+    flush_to_disk(folder)
 
 
 @contextlib.contextmanager

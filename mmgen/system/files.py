@@ -41,9 +41,9 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     try:
         with _in_use(temporary):
             yield temporary
-            with open(temporary, "rb") as written:
-                os.fsync(written.fileno())
+            flush_to_disk(temporary)
             os.replace(temporary, path)
+            flush_to_disk(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
@@ -85,19 +85,33 @@ def replacing_folder(path: str | os.PathLike, keep: Callable[[], bool] = lambda:
     try:
         with _in_use(temporary):
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb") as written:
-                        os.fsync(written.fileno())
+            for one in (*temporary.rglob("*"), temporary):
+                flush_to_disk(one)
             while not _renamed_folder(temporary, path) and not keep():
                 old = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent))
                 with contextlib.suppress(FileNotFoundError):  # another process moved it away first
                     os.replace(path, old / path.name)
                 shutil.rmtree(old, ignore_errors=True)
+            flush_to_disk(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def flush_to_disk(path: str | os.PathLike) -> None:
+    """Waits until a file's content, or a folder's list of names, is on the disk. Raises OSError where it cannot get there."""
+    folder, windows = os.path.isdir(path), os.name == "nt"
+    if folder and windows:  # which opens no folders
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not folder:
+            raise  # of folders, some file systems cannot
+    finally:
+        os.close(descriptor)
 
 
 def _renamed_folder(source: Path, path: Path) -> bool:

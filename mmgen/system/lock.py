@@ -1,4 +1,7 @@
-"""Locks that the system frees when their process dies, by SIGKILL too: flock, where the system and its files have it."""
+"""The one lock of this package: flock, which the system frees when its process dies, by SIGKILL too.
+
+Windows and some network file systems have none: whoever asks then goes on without.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +28,17 @@ class Held(Exception):
     """Another process, or another part of this one, has the lock."""
 
 
-def try_lock(path: str | os.PathLike) -> int | None:
+def try_lock(path: str | os.PathLike, wait: bool = False) -> int | None:
     """An open descriptor that locks an existing file or folder until it is closed, or None where there are no locks.
 
-    Raises Held where it is locked, OSError where it cannot be opened.
+    wait: for whoever has it. Without, raises Held where it is locked; OSError where it cannot be opened.
     """
     if fcntl is None:
         return None
     mode = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR  # NFS asks for writing
     descriptor = os.open(path, mode)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         os.close(descriptor)
         if error.errno in _HELD:
@@ -56,6 +59,19 @@ def is_held(path: str | os.PathLike, otherwise: bool) -> bool:
         return otherwise
     os.close(descriptor)
     return False
+
+
+@contextlib.contextmanager
+def one_at_a_time(file: Path) -> Iterator[None]:
+    """Waits for the lock of a file, made with its folder if it is not there, and holds it. Raises OSError where it cannot be made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.touch()
+    lock = try_lock(file, wait=True)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 @contextlib.contextmanager
