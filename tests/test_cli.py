@@ -100,7 +100,7 @@ def test_dry_run_trains_nothing(tmp_path):
         (["--max-time", "soon"], 2, "--max-time"),
         (["--precision", "fp8"], 2, "fp16"),
         (["--precision", "fp16", "--device", "cpu"], 2, "needs a GPU"),
-        (["--device", "tpu"], 2, "auto, cpu or cuda"),
+        (["--device", "tpu"], 2, "did you mean 'cpu'"),
         (["--config", "absent.toml"], 2, "absent.toml"),
         (["--log-with", "mlflow"], 2, "tensorboard"),
         (["--batch-size", "10"], 2, "multiple of loss.group_size"),

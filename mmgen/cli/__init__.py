@@ -9,12 +9,14 @@ import typer
 
 from .. import __version__
 from . import cache_latents, convert, distill, fid, push, sample, train_imm, train_teacher
+from .help import Command, Group
 
 app = typer.Typer(
     name="mmgen",
-    help="Few-step image generators by moment matching: train them, sample from them, measure them.",
-    epilog="Start with: mmgen train-imm   (five minutes, on real images that come with the package)",
-    no_args_is_help=True,
+    help="Few-step image generators by moment matching: train, sample, measure.",
+    epilog="Start with: mmgen train-imm   (minutes, on real images that come with mmgen)",
+    cls=Group,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     # Without a default of its own for --help, typer loads pydantic (a tenth of a second) to find out that None is none
@@ -35,12 +37,10 @@ def _mmgen(
     pass
 
 
-app.command("train-imm")(train_imm.train_imm)
-app.command("train-teacher")(train_teacher.train_teacher)
-app.command("distill")(distill.distill)
-app.command("sample")(sample.sample)
-app.command("fid")(fid.fid)
-app.command("convert")(convert.convert)
-app.command("inspect")(convert.inspect)
-app.command("cache-latents")(cache_latents.cache_latents)
-app.command("push")(push.push)
+COMMANDS = {
+    "train-imm": train_imm.train_imm, "train-teacher": train_teacher.train_teacher, "distill": distill.distill,
+    "sample": sample.sample, "fid": fid.fid, "convert": convert.convert, "inspect": convert.inspect,
+    "cache-latents": cache_latents.cache_latents, "push": push.push,
+}  # fmt: skip
+for name, function in COMMANDS.items():
+    app.command(name, cls=Command)(function)

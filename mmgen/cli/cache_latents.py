@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import check_device, choose_device
+from .options import COUNT, DEVICE, check_device, choose_device
 from .progress import progress_bar
 
 
@@ -18,51 +18,41 @@ def cache_latents(
     data: Annotated[
         str,
         typer.Option(
-            help="The images: a hub id such as ILSVRC/imagenet-1k, a folder (parquet, class folders, images, save_to_disk), an "
-            "EDM zip or a parquet file."
+            metavar="DATA",
+            help="The images: a folder, a zip or parquet file, or a hub dataset such as ILSVRC/imagenet-1k. Required.",
         ),
     ],
-    out: Annotated[
-        Path, typer.Option(help="The folder of latents, for `mmgen train-imm --data`. One that is not whole is continued.")
-    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the latents; an unfinished one is continued. Required.")],
     vae: Annotated[
-        str,
-        typer.Option(help="AutoencoderKL or AutoencoderTiny: a folder as diffusers writes it, or a hub id."),
+        str, typer.Option(metavar="MODEL", help="AutoencoderKL or AutoencoderTiny: a diffusers folder or a hub id.")
     ] = "stabilityai/sd-vae-ft-ema",
     resolution: Annotated[
-        int | None, typer.Option(help="Side to resize and crop the images to, as ADM does. Default: the images' own.")
+        int | None, typer.Option(**COUNT, help="Resize and crop to N x N, as ADM does. Default: the images' own.")
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the data set.")] = "train",
-    image_column: Annotated[str | None, typer.Option(help="Column of the images. Default: the first that holds images.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column of the labels. Default: the first that holds classes.")] = None,
-    on_corrupt: Annotated[
-        str, typer.Option(metavar="stop|skip", help="An image that cannot be decoded stops the command, or is left out.")
-    ] = "stop",
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split of the dataset.")] = "train",
+    image_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the images. Default: the first one.")] = None,
+    label_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the labels. Default: the first one.")] = None,
+    on_corrupt: Annotated[str, typer.Option(metavar="WORD", help="Damaged images: stop or skip.")] = "stop",
     normalisation: Annotated[
         str,
         typer.Option(
-            metavar="auto|imm|measure",
-            help="Mean and standard deviation of each channel. imm: IMM's constants. measure: those of these latents. auto: imm "
-            "for a VAE called sd-vae-ft-ema or sd-vae-ft-mse, else measure.",
+            metavar="NAME",
+            help="Mean and deviation per channel: imm (IMM's constants), measure (of these latents), or auto (imm for "
+            "sd-vae-ft-ema and sd-vae-ft-mse, else measure).",
         ),
     ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(metavar="float16|float32", help="Of the numbers on disk; float16 rounds to 11 bits.")
-    ] = "float16",
-    xflip: Annotated[
-        bool, typer.Option("--xflip", help="Encode the mirror image of each as well: twice the disk and time. Default: off.")
-    ] = False,
-    batch_size: Annotated[int, typer.Option(help="Images that the VAE sees at a time: more need more memory.")] = 32,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: the GPU if there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help="Numbers on disk: float16 or float32.")] = "float16",
+    xflip: Annotated[bool, typer.Option("--xflip", help="Also encode mirror images: twice the disk and time.")] = False,
+    batch_size: Annotated[int, typer.Option(**COUNT, help="Images at a time: fewer need less memory.")] = 32,
+    device: Annotated[str, typer.Option(**DEVICE)] = "auto",
 ) -> None:
-    """Encode a data set into latents, once, so that training need not.
+    """Encode a data set into latents, once, for training.
 
-    Example: mmgen cache-latents --data imagenet/ --vae stabilityai/sd-vae-ft-ema --resolution 256 --out imagenet256-latents/
+    The same command continues an interrupted one. On several GPUs: accelerate launch -m mmgen cache-latents ...
 
-    Then: mmgen train-imm --data imagenet256-latents/ --preset imagenet256-imm-xl
+    Example: mmgen cache-latents --data imagenet/ --resolution 256 --out latents/
 
-    Images are read as they are encoded; never are all of them in memory. The same command continues an interrupted one. With
-    several GPUs: accelerate launch -m mmgen cache-latents ...
+    Then: mmgen train-imm --data latents/ --preset imagenet256-imm-xl
     """
     check_device(device)
 

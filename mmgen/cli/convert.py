@@ -8,37 +8,37 @@ from typing import Annotated, Any
 
 import typer
 
-_PLACE = "A file, a folder of diffusers, or a hub repository user/name."
-_TYPE = "What the tensors' names cannot tell apart. Default: what the file says of itself."
-_PRESET = "Of ADM and consistency models: the published flags, which their files do not hold. An unknown name lists them. Default: none."
-_WEIGHTS = "Where both are in the file: the averaged weights, or those that are not averaged."
+_PLACE = "A file, a diffusers folder, or a hub repository user/name."
+_TYPE = "sit, dit or repa, where the tensors' names do not tell. Default: by the file."
+_PRESET = "ADM and consistency models: the published flags, which the file lacks. An unknown name lists them."
+_WEIGHTS = "ema (averaged) or model, where the file has both."
 
 
 def convert(
     place: Annotated[str, typer.Argument(metavar="IN", help=_PLACE)],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="OUT.safetensors; OUT.pt for --to pt; a folder for --to diffusers.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="NAME.safetensors, NAME.pt (--to pt) or a folder (--to diffusers).")],
     to: Annotated[
         str,
         typer.Option(
-            metavar="mmgen|diffusers|pt",
-            help="mmgen: one self-describing .safetensors and a model card. diffusers: a folder that diffusers loads. pt: the plain "
-            "state dict under the original names.",
+            metavar="NAME",
+            help="mmgen (one .safetensors file and a model card), diffusers (a folder), or pt (the state dict under its "
+            "original names).",
         ),
     ] = "mmgen",
-    type: Annotated[str | None, typer.Option(metavar="sit|dit|repa", help=_TYPE)] = None,
+    type: Annotated[str | None, typer.Option(metavar="NAME", help=_TYPE)] = None,
     preset: Annotated[str | None, typer.Option(metavar="NAME", help=_PRESET)] = None,
-    precision: Annotated[str | None, typer.Option(metavar="fp32|fp16", help="Of the numbers in OUT. Default: as in IN.")] = None,
-    weights: Annotated[str, typer.Option(metavar="ema|model", help=_WEIGHTS)] = "ema",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT. Default: refuse.")] = False,
+    precision: Annotated[str | None, typer.Option(metavar="TYPE", help="fp32 or fp16. Default: as in IN.")] = None,
+    weights: Annotated[str, typer.Option(metavar="NAME", help=_WEIGHTS)] = "ema",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
-    """Convert a checkpoint of IMM, EDM, EDM2, ADM, consistency models, DiT, SiT, REPA or diffusers into mmgen's own file.
+    """Convert a checkpoint of another project to mmgen's file, or back.
+
+    Reads IMM, EDM, EDM2, ADM, consistency models, DiT, SiT, REPA and diffusers. Nothing in IN is executed: a pickle that
+    holds more than tensors is refused. Every tensor is used, or listed with the reason it was left out.
 
     Example: mmgen convert edm-cifar10-32x32-cond-vp.pkl edm-cifar10.safetensors
 
     Then: mmgen sample edm-cifar10.safetensors --steps 18
-
-    Nothing in IN is executed: a pickle that asks for more than tensors is refused. Every tensor is used, or listed with the
-    reason why it was left out.
     """
     from ..formats.family import ConvertOptions
     from ..formats.recognise import FAMILIES
@@ -62,11 +62,13 @@ def convert(
 
 def inspect(
     place: Annotated[str, typer.Argument(metavar="FILE", help=_PLACE)],
-    type: Annotated[str | None, typer.Option(metavar="sit|dit|repa", help=_TYPE)] = None,
+    type: Annotated[str | None, typer.Option(metavar="NAME", help=_TYPE)] = None,
     preset: Annotated[str | None, typer.Option(metavar="NAME", help=_PRESET)] = None,
-    weights: Annotated[str, typer.Option(metavar="ema|model", help=_WEIGHTS)] = "ema",
+    weights: Annotated[str, typer.Option(metavar="NAME", help=_WEIGHTS)] = "ema",
 ) -> None:
-    """Say what a checkpoint is, what it holds, and what mmgen can do with it. Nothing in it is executed.
+    """Show what a checkpoint is, what it holds and what mmgen can do with it.
+
+    Nothing in it is executed.
 
     Example: mmgen inspect edm-cifar10-32x32-cond-vp.pkl
     """

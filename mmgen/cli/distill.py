@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from ..errors import ConfigError, MmgenError, nearest
 from . import training
 from . import training_options as option
-from .options import home
+from .options import COUNT, NUMBER, check_device, home
 
 if TYPE_CHECKING:
     from ..config.distill import DistillConfig
@@ -25,106 +26,88 @@ POSTERIORS = ("conditional", "unconditional")
 SCHEDULES = ("fm", "vp_cosine", "ddpm_linear", "edm")
 
 
+_student = partial(typer.Option, rich_help_panel="Teacher and student (defaults: the preset's)")
+
+
 def distill(
     teacher: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="A run folder of `mmgen train-teacher`, a model file, anything that `mmgen convert` reads, or a hub repository "
-            "user/name. Required, here or as teacher.name in --config.",
-        ),
+        _student(metavar="MODEL", help="A run folder, a model file, what `mmgen convert` reads, or a hub repository. Required."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="k, the student's number of steps, 1 to 8. Default: the preset's, 8.")] = None,
+    steps: Annotated[int | None, _student(**COUNT, help="Number of steps of the student, 1 to 8.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(
-            metavar="|".join(METHODS),
-            help="alternating: with an auxiliary denoiser, trained in turn (algorithm 2). instant: without one, by products with "
-            "the teacher's Jacobian; each batch is two minibatches (algorithm 3). Default: the preset's, alternating.",
+        _student(
+            metavar="NAME",
+            help="alternating (algorithm 2: with an auxiliary denoiser) or instant (algorithm 3: with the teacher's Jacobian).",
         ),
     ] = None,
     guidance: Annotated[
-        float | None,
-        typer.Option(help="w of the teacher's classifier-free guidance, baked into the student; 1 is none. Default: 1."),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="As of `mmgen train-teacher`. Default: what the teacher was trained on, if its file names it."),
+        float | None, _student(**NUMBER, help="Guidance weight of the teacher, baked into the student; 1 is none.")
     ] = None,
     posterior: Annotated[
         str | None,
-        typer.Option(
-            metavar="|".join(POSTERIORS),
-            help="How the student's image is noised before it is compared: given z_t too, or the image alone (the paper's "
-            "ablation). Default: the preset's, conditional.",
-        ),
+        _student(metavar="NAME", help="How samples are noised again: conditional (given z_t) or unconditional (ablation)."),
     ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(metavar="|".join(SCHEDULES), help="The student's noise schedule. Default: the teacher's own."),
+        _student(metavar="NAME", help="Noise schedule: fm, vp_cosine, ddpm_linear or edm. Default: the teacher's."),
     ] = None,
-    shift: Annotated[
-        float | None,
-        typer.Option(help="Above 1, more of the student's steps are at high noise: for 1 or 2 steps. Default: the preset's, 1."),
-    ] = None,
+    shift: Annotated[float | None, _student(**NUMBER, help="Above 1: more of the steps at high noise, for 1 or 2 steps.")] = None,
     dropout: Annotated[
-        float | None,
-        typer.Option(
-            help="Of the student, also when it samples, as randomness of its own, for 1 or 2 steps: 0.1, say. "
-            "Default: the preset's, 0."
-        ),
+        float | None, _student(**NUMBER, help="Dropout of the student, also while sampling, for 1 or 2 steps.")
     ] = None,
     noise_channels: Annotated[
-        int | None,
-        typer.Option(help="Likewise: channels of noise that the student is given beside the image. Default: the preset's, 0."),
+        int | None, _student(**COUNT, help="Extra input channels of noise, for 1 or 2 steps.")
     ] = None,
-    preset: Annotated[
+    teacher_steps: Annotated[
+        int | None,
+        _student(**COUNT, help="Teacher evaluations in the final comparison; 0 for none. Default: 256."),
+    ] = None,
+    data: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME",
-            help=f"A recipe; an unknown name lists them. Default: that of the data set, else that of the size, {GENERAL}.",
+            rich_help_panel="Images", metavar="DATA",
+            help="As for `mmgen train-teacher`. Default: what the teacher was trained on.",
         ),
     ] = None,
-    config: option.ConfigFile = None,
-    set_: option.Set = None,
-    out: option.Out = None,
+    split: option.Split = None,
     image_column: option.ImageColumn = None,
     label_column: option.LabelColumn = None,
-    split: option.Split = None,
     on_corrupt: option.OnCorrupt = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Images per step, over all devices; of the instant method in both minibatches. Default: the preset's."),
-    ] = None,
-    batch_per_device: option.BatchPerDevice = None,
+    preset: option.Preset = None,
+    config: option.ConfigFile = None,
+    set_: option.Set = None,
+    batch_size: option.BatchSize = None,
     lr: option.LearningRate = None,
     max_images: option.MaxImages = None,
     max_time: option.MaxTime = None,
     seed: option.Seed = None,
     precision: option.Precision = None,
-    compile: option.Compile = None,
-    device: option.Device = "auto",
     checkpoint_every: option.CheckpointEvery = None,
     preview_every: option.PreviewEvery = None,
     eval_every: option.EvalEvery = None,
     eval_num: option.EvalNum = None,
-    teacher_steps: Annotated[
-        int | None,
-        typer.Option(help="Evaluations of the teacher in the comparison at the end; 0: no comparison. Default: 256."),
-    ] = None,
     log_with: option.LogWith = None,
+    out: option.Out = None,
+    device: option.Device = "auto",
+    batch_per_device: option.BatchPerDevice = None,
+    compile: option.Compile = None,
     dry_run: option.DryRun = False,
+    verbose: option.Verbose = False,
 ) -> None:
-    """Distil a diffusion or flow-matching teacher into a student of 1 to 8 steps by moment matching (arXiv:2406.04103).
+    """Distil a diffusion or flow-matching teacher into a student of 1 to 8 steps (arXiv:2406.04103).
+
+    The student starts as a copy of the teacher. At the end, a table compares the teacher at many and at few steps with the
+    student. The same command resumes an interrupted run.
 
     Example: mmgen distill --teacher runs/digits-teacher --steps 8
 
-    Another project's teacher: mmgen distill --teacher edm-cifar10-32x32-cond-vp.pkl --data cifar10 --steps 4
+    Another project's teacher:
 
-    The student begins as a copy of its teacher. The same command resumes an interrupted run. It ends with a table: the teacher
-    in many steps and in as few, and the student.
+        mmgen distill --teacher edm-cifar10-32x32-cond-vp.pkl --data cifar10
     """
-    training.check_device(device)
+    check_device(device)
     words = {"--method": (method, METHODS), "--posterior": (posterior, POSTERIORS), "--schedule": (schedule, SCHEDULES)}
     for name, (word, valid) in words.items():
         if word is not None and word not in valid:
@@ -148,7 +131,7 @@ def distill(
     if not chosen.config.teacher.name:
         raise ConfigError("a student needs a teacher: name a file, a run folder or a hub repository with --teacher")
     if training.is_main():
-        training.show_config(chosen)
+        training.show_config(chosen, verbose or dry_run)
     if dry_run:
         if training.is_main():
             _show_cost(chosen.config)

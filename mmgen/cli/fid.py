@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import check_device, choose_device, class_list, home, numbers
+from .options import COUNT, DEVICE, NUMBER, check_device, choose_device, class_list, home, numbers
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
     from ..metrics.evaluate import Report, Row
 
-_MODEL, _IMAGES, _REFERENCE, _FEATURES = (
-    "If SAMPLES is a model",
-    "If SAMPLES is a data set",
-    "Reference",
-    "Features",
-)  # of the help
 _SHORTEST_NAME = 12  # characters a line of a table leaves to the name of the samples
+
+
+_scores = partial(typer.Option, rich_help_panel="Scores")
+_reference = partial(typer.Option, rich_help_panel="Reference")
+_model = partial(typer.Option, rich_help_panel="If SAMPLES is a model (as for `mmgen sample`; defaults: the model's)")
+_images = partial(typer.Option, rich_help_panel="If SAMPLES is a data set")
+_running = partial(typer.Option, rich_help_panel="Running")
 
 
 def fid(
@@ -31,180 +32,87 @@ def fid(
         list[str],
         typer.Argument(
             metavar="SAMPLES...",
-            help="What to score: a folder of images, an npz (arr_0), a zip, a parquet file or a hub data set; or a model (a "
-            ".safetensors file, a run folder, hf://user/name), whose samples are drawn and scored in memory.",
+            help="A folder of images, an npz (arr_0), zip or parquet file, a hub dataset, or a model, whose samples are drawn "
+            "in memory.",
         ),
     ],
-    ref: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=_REFERENCE,
-            help="What to compare with: a data set (any --data word), a folder of images, an npz, or a statistics file (EDM, "
-            "EDM2, ADM, clean-fid, pytorch-fid, mmgen's own ...). Default: the training set that the samples' record names.",
-        ),
-    ] = None,
-    mode: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=_FEATURES,
-            metavar="tf|clean|torch",
-            help="Inception's resizing and weights. tf: TensorFlow's, the protocol of EDM, ADM and IMM. clean: clean-fid's. "
-            "torch: pytorch-fid's. Default: tf.",
-        ),
-    ] = None,
-    features: Annotated[
-        str,
-        typer.Option(
-            rich_help_panel=_FEATURES,
-            metavar="inception|pixels|dinov2|PATH",
-            help="Of what network. pixels: none, for tiny images. PATH: a TorchScript or exported program from uint8 images to "
-            "vectors, or a folder of DINOv2 weights; the figure is then called FD with its name.",
-        ),
-    ] = "inception",
-    inception: Annotated[
-        Path | None,
-        typer.Option(
-            rich_help_panel=_FEATURES,
-            metavar="FILE",
-            help="Inception's weights. Default: $MMGEN_INCEPTION, mmgen's cache, clean-fid's place, else downloaded once.",
-        ),
-    ] = None,
     metrics: Annotated[
         str,
-        typer.Option(
-            metavar="fid,kid,is,pr,dc,clip|all",
-            help="Figures of the one pass: Fréchet distance, Kernel Inception Distance, Inception Score, precision and recall, "
-            "density and coverage, CLIP score. all: those that are possible.",
-        ),
+        _scores(metavar="LIST", help="fid, kid, is, pr (precision, recall), dc (density, coverage), clip, or all."),
     ] = "fid",
-    num: Annotated[
-        int | None, typer.Option(help="Samples: the first so many. Default: all there are; of a model 50,000.")
-    ] = None,
+    num: Annotated[int | None, _scores(**COUNT, help="Number of samples. Default: all; 50,000 from a model.")] = None,
     repeat: Annotated[
-        int,
-        typer.Option(
-            help="For a spread: so many draws from a model (the least distance is shown, as papers do), or so many bootstrap "
-            "resamplings of given images. 1: none."
-        ),
+        int, _scores(**COUNT, help="Repeat for a spread: new draws (the best counts, as in papers), or bootstraps of images.")
     ] = 1,
-    ref_num: Annotated[
-        int | None, typer.Option(rich_help_panel=_REFERENCE, help="The first so many images of the reference. Default: all.")
-    ] = None,
-    ref_split: Annotated[
-        str | None, typer.Option(rich_help_panel=_REFERENCE, help="Split of the reference. Default: train.")
-    ] = None,
-    ref_mode: Annotated[
+    features: Annotated[
+        str,
+        _scores(
+            metavar="NAME",
+            help="inception, pixels (tiny images), dinov2, or a path: a TorchScript or exported program, or a folder of DINOv2.",
+        ),
+    ] = "inception",
+    mode: Annotated[
         str | None,
-        typer.Option(
-            rich_help_panel=_REFERENCE,
-            metavar="tf|clean|torch",
-            help="By which protocol a statistics file was made that does not say so itself. Default: --mode, with a warning.",
-        ),
+        _scores(metavar="NAME", help="Inception's protocol: tf (EDM, ADM, IMM), clean (clean-fid) or torch (pytorch-fid). Default: tf."),
     ] = None,
-    resolution: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel=_REFERENCE,
-            help="Resize and crop the reference's images to this side, as training does. Default: as they are.",
-        ),
+    inception: Annotated[
+        Path | None,
+        _scores(metavar="FILE", help="Inception's weights. Default: $MMGEN_INCEPTION, a cache, else downloaded once."),
     ] = None,
-    channels: Annotated[
-        int | None,
-        typer.Option(
-            rich_help_panel=_REFERENCE, help="1 or 3: read the reference's images as grey or colour. Default: as they are."
-        ),
-    ] = None,
-    split: Annotated[str | None, typer.Option(rich_help_panel=_IMAGES, help="Split. Default: train.")] = None,
-    image_column: Annotated[
-        str | None, typer.Option(rich_help_panel=_IMAGES, help="Column of the images. Default: the first that holds images.")
-    ] = None,
-    steps: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=_MODEL,
-            help="Steps of its sampler; several, such as 1,2,4,8, give a table. Default: as in `mmgen sample`.",
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option(rich_help_panel=_MODEL, help="Seed of its samples. Default: 0.")] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(rich_help_panel=_MODEL, metavar="random|balanced|3,5", help="As in `mmgen sample`. Default: random."),
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(rich_help_panel=_MODEL, help="w of classifier-free guidance. Default: the model's.")
-    ] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            rich_help_panel=_MODEL,
-            metavar="pushforward|restart|ddim|ancestral|heun",
-            help="As in `mmgen sample`. Default: the model's.",
-        ),
-    ] = None,
-    grid: Annotated[
-        str | None, typer.Option(rich_help_panel=_MODEL, help="Times of the steps, as in `mmgen sample`. Default: the model's.")
-    ] = None,
-    eta: Annotated[
-        str | None, typer.Option(rich_help_panel=_MODEL, help="Intermediate times, as in `mmgen sample`. Default: none.")
-    ] = None,
-    churn: Annotated[
-        float | None, typer.Option(rich_help_panel=_MODEL, help="S_churn of heun, as in `mmgen sample`. Default: the model's.")
-    ] = None,
-    s_tmin: Annotated[
-        float | None, typer.Option(rich_help_panel=_MODEL, help="Of heun: as in `mmgen sample`. Default: the model's.")
-    ] = None,
-    s_tmax: Annotated[
-        float | None, typer.Option(rich_help_panel=_MODEL, help="Of heun: as in `mmgen sample`. Default: the model's.")
-    ] = None,
-    s_noise: Annotated[
-        float | None, typer.Option(rich_help_panel=_MODEL, help="Of heun: as in `mmgen sample`. Default: the model's.")
-    ] = None,
-    stochasticity: Annotated[
-        float | None,
-        typer.Option(
-            rich_help_panel=_MODEL, help="Of ancestral, as in `mmgen sample`: from 0 (ddim) to 1. Default: the model's."
-        ),
-    ] = None,
-    ema: Annotated[
-        str | None, typer.Option(rich_help_panel=_MODEL, metavar="NAME", help="Another of a run's averages. Default: the first.")
-    ] = None,
-    clip: Annotated[
-        str | None,
-        typer.Option(metavar="PLACE", help="For --metrics clip: a folder or hub id of transformers' CLIPModel. Default: none."),
-    ] = None,
+    clip: Annotated[str | None, _scores(metavar="PATH", help="For --metrics clip: folder or hub id of a CLIPModel.")] = None,
     captions: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help=".txt with a line an image, or .jsonl or .csv with file_name and text. Default: the folder's metadata.jsonl "
-            "or metadata.csv, or NAME.txt beside NAME.png.",
-        ),
+        _scores(metavar="FILE", help="For --metrics clip: .txt, .jsonl or .csv. Default: those found beside the images."),
     ] = None,
     save_stats: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write mean and covariance of the samples' features, .safetensors or .npz, for a later --ref. Default: none.",
-        ),
+        Path | None, _scores(metavar="FILE", help="Save the samples' statistics as a later --ref (.safetensors or .npz).")
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE.json", help="Where the scores are added. Default: scores.json in the folder, or FILE.scores.json."
+        Path | None, _scores(metavar="FILE", help="JSON file the scores are added to. Default: scores.json beside SAMPLES.")
+    ] = None,
+    ref: Annotated[
+        str | None,
+        _reference(
+            metavar="DATA", help="A data set, images, or a statistics file (EDM, EDM2, ADM, clean-fid, pytorch-fid, mmgen). "
+            "Default: the training set named in the samples' record.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time: more need more memory. No influence on the figures.")] = 64,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: the GPU if there is one.")] = "auto",
+    ref_num: Annotated[int | None, _reference(**COUNT, help="Only the first N images.")] = None,
+    ref_split: Annotated[str | None, _reference(metavar="NAME", help="Split. Default: train.")] = None,
+    ref_mode: Annotated[
+        str | None, _reference(metavar="NAME", help="Protocol of a statistics file that does not say. Default: --mode.")
+    ] = None,
+    resolution: Annotated[
+        int | None, _reference(**COUNT, help="Crop and resize to N x N, as for training. Default: as they are.")
+    ] = None,
+    channels: Annotated[int | None, _reference(**COUNT, help="1 for grey, 3 for colour. Default: as they are.")] = None,
+    steps: Annotated[str | None, _model(metavar="LIST", help="Steps, such as 1,2,4,8: a row each.")] = None,
+    seed: Annotated[int | None, _model(**COUNT, help="Seed. Default: 0.")] = None,
+    classes: Annotated[str | None, _model(metavar="LIST", help="Class names or numbers, random or balanced. Default: random.")] = None,
+    guidance: Annotated[float | None, _model(**NUMBER, help="Weight of classifier-free guidance.")] = None,
+    sampler: Annotated[str | None, _model(metavar="NAME", help="pushforward, restart, ddim, ancestral or heun.")] = None,
+    grid: Annotated[str | None, _model(metavar="NAME", help="Times of the steps: uniform, edm, schedule or eta.")] = None,
+    eta: Annotated[str | None, _model(metavar="LIST", help="Intermediate times as sigma/alpha.")] = None,
+    churn: Annotated[float | None, _model(**NUMBER, help="heun only: S_churn.")] = None,
+    s_tmin: Annotated[float | None, _model(**NUMBER, help="heun only: S_tmin.")] = None,
+    s_tmax: Annotated[float | None, _model(**NUMBER, help="heun only: S_tmax.")] = None,
+    s_noise: Annotated[float | None, _model(**NUMBER, help="heun only: S_noise.")] = None,
+    stochasticity: Annotated[float | None, _model(**NUMBER, help="ancestral only: from 0 (as ddim) to 1.")] = None,
+    ema: Annotated[str | None, _model(metavar="NAME", help="Another weight average of the run.")] = None,
+    split: Annotated[str | None, _images(metavar="NAME", help="Split. Default: train.")] = None,
+    image_column: Annotated[str | None, _images(metavar="NAME", help="Column of the images. Default: the first one.")] = None,
+    batch_size: Annotated[int, _running(**COUNT, help="Images at a time: fewer need less memory; same scores.")] = 64,
+    device: Annotated[str, _running(**DEVICE)] = "auto",
 ) -> None:
-    """Score samples: FID and its company, by the papers' protocol, with every choice printed.
+    """Compute FID, KID, IS, precision and recall.
+
+    On several GPUs: accelerate launch -m mmgen fid ...
 
     Example: mmgen fid samples/
 
     Example: mmgen fid runs/cifar10-imm --steps 1,2,4,8 --metrics fid,is
 
-    A reference for later: mmgen fid imagenet/ --save-stats imagenet.safetensors
-
-    With several GPUs: accelerate launch -m mmgen fid ...
+    Statistics for later: mmgen fid imagenet/ --save-stats imagenet.safetensors
     """
     check_device(device)
     samples, (ref, features, clip) = [home(word) for word in samples], (home(word) for word in (ref, features, clip))

@@ -1,10 +1,12 @@
-"""What several subcommands understand alike: lists of numbers, classes by name, devices."""
+"""What several subcommands understand alike: counts and numbers, lists of them, classes by name, devices."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import typer
 
 from ..errors import ConfigError, nearest, shortened
 
@@ -15,6 +17,31 @@ Place = TypeVar("Place", str, Path, None)
 DEVICES = ("auto", "cpu", "cuda")
 
 
+def _count(value: Any) -> int:
+    from ..system.schema import parse_count
+
+    number = parse_count(str(value))
+    if number is None:
+        raise typer.BadParameter(f"must be a whole number, such as 500, 64k, 1M or 64Ki, not {shortened(value)}")
+    return number
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value)
+        if abs(number) < float("inf"):
+            return number
+    except ValueError:
+        pass
+    raise typer.BadParameter(f"must be a number, such as 0.5 or 2e-4, not {shortened(value)}")
+
+
+# What an option for a whole number and for a decimal number is made with: typer.Option(**COUNT, help=...)
+COUNT: dict[str, Any] = {"parser": _count, "metavar": "N"}
+NUMBER: dict[str, Any] = {"parser": _number, "metavar": "X"}
+DEVICE: dict[str, Any] = {"metavar": "NAME", "help": "auto (a GPU if any), cpu or cuda."}
+
+
 def check_device(word: str) -> None:
     """Raises ConfigError for an unknown word, before torch is loaded."""
     if word not in DEVICES:
@@ -23,8 +50,13 @@ def check_device(word: str) -> None:
 
 def numbers(text: str, kind: type, option: str, example: str) -> list:
     """Numbers separated by commas, without repetitions. Raises ConfigError."""
+    from ..system.schema import parse_count
+
     try:
-        return list(dict.fromkeys(kind(part) for part in text.split(",")))
+        found = [parse_count(part) if kind is int else kind(part) for part in text.split(",")]
+        if None in found:
+            raise ValueError
+        return list(dict.fromkeys(found))
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise ConfigError(f"{option} must be {what} separated by commas, such as {example}, not {shortened(text)}") from None

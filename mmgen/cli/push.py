@@ -10,21 +10,21 @@ import typer
 
 def push(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder such as runs/digits-imm, or a model file.", show_default=False)
+        Path, typer.Argument(metavar="RUN", help="A run folder such as runs/digits-imm, or a model file.")
     ],
     repository: Annotated[
-        str, typer.Argument(metavar="USER/NAME", help="The hub repository; made if it is not there.", show_default=False)
+        str, typer.Argument(metavar="USER/NAME", help="The hub repository; created if it does not exist.")
     ],
-    private: Annotated[bool, typer.Option("--private", help="Make it a private one. Default: public.")] = False,
-    message: Annotated[str | None, typer.Option(help="Of the commit. Default: the file's name.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Commit message. Default: the file's name.")] = None,
 ) -> None:
-    """Upload a model to the Hugging Face hub, with a model card and the pictures of its run.
+    """Upload a model to the Hugging Face hub, with a model card and pictures.
+
+    Needs a token with write access: hf auth login
 
     Example: mmgen push runs/digits-imm user/digits-imm --private
 
-    Anyone it is shared with samples from it with: mmgen sample hf://user/digits-imm
-
-    Needs a token with write access: hf auth login
+    Then, for everyone: mmgen sample hf://user/digits-imm
     """
     from ..report.push import push as upload
 

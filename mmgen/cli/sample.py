@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ConfigError, nearest
-from .options import check_device, choose_device, class_list, numbers
+from .options import COUNT, DEVICE, NUMBER, check_device, choose_device, class_list, numbers
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -20,118 +21,91 @@ if TYPE_CHECKING:
 FORMATS = {"png": "", "npz": ".npz", "grid": ".png"}  # and the suffix of the file, if it is one
 
 
+_images = partial(typer.Option, rich_help_panel="Images")
+_sampler = partial(typer.Option, rich_help_panel="Sampler (defaults: the model's)")
+_running = partial(typer.Option, rich_help_panel="Running")
+
+Sampler = Annotated[
+    str | None,
+    _sampler(
+        metavar="NAME",
+        help="IMM: pushforward (time to time) or restart (to the end, then back with new noise; also consistency models). "
+        "Diffusion: ddim, heun (EDM, second order) or ancestral (DDPM, random; students).",
+    ),
+]
+Grid = Annotated[
+    str | None,
+    _sampler(
+        metavar="NAME",
+        help="Times of the steps: uniform, edm (Karras et al., eq. 5), schedule (students: even in the time of the "
+        "distillation), or eta (those of --eta).",
+    ),
+]
+Eta = Annotated[str | None, _sampler(metavar="LIST", help="Intermediate times as sigma/alpha, descending: 1.4 for two steps.")]
+Churn = Annotated[float | None, _sampler(**NUMBER, help="heun only: S_churn, noise added before each step.")]
+STmin = Annotated[float | None, _sampler(**NUMBER, help="With --churn: only above this sigma.")]
+STmax = Annotated[float | None, _sampler(**NUMBER, help="With --churn: only below this sigma.")]
+SNoise = Annotated[float | None, _sampler(**NUMBER, help="With --churn: standard deviation of the added noise.")]
+Stochasticity = Annotated[
+    float | None, _sampler(**NUMBER, help="ancestral only: share of DDPM's noise, from 0 (as ddim) to 1.")
+]
+Guidance = Annotated[
+    float | None, _sampler(**NUMBER, help="Weight w of classifier-free guidance; 1 is none, others double the cost.")
+]
+Ema = Annotated[str | None, _sampler(metavar="NAME", help="Another weight average of the run, such as 0.9999.")]
+
+
 def sample(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A model file, a run folder such as runs/digits-imm, or a hub repository user/name."
+            metavar="MODEL", help="A run folder such as runs/digits-imm, a model file, or a hub repository user/name."
         ),
     ],
-    steps: Annotated[
-        str | None,
-        typer.Option(
-            help="Steps of the sampler; several, such as 1,2,4, draw the same images with each. A step costs an evaluation of "
-            "the network, of heun two. Default: the model's, else 1 of a flow map or consistency model, and of a diffusion model "
-            "18 with heun, 50 with ddim, 250 with ancestral. Of a distilled student other numbers may give worse images."
-        ),
-    ] = None,
-    num: Annotated[int, typer.Option(help="How many images. A larger number later adds to those that are there.")] = 64,
+    num: Annotated[int, _images(**COUNT, help="How many. A larger number later adds to those already there.")] = 64,
+    classes: Annotated[
+        str,
+        _images(metavar="LIST", help="Class names or numbers, used in turn; or random (as in the data), or balanced."),
+    ] = "random",
+    seed: Annotated[int, _images(**COUNT, help="Image i depends on (seed, i) only, not on batches or devices.")] = 0,
     out: Annotated[
         Path,
-        typer.Option(
-            help="Where they go: a folder, or a file .npz or .png (a grid). With several steps, steps-1/ ... in the "
-            "folder, or NAME-steps-1.npz ..."
-        ),
+        _images(metavar="PATH", help="A folder, an .npz file or a .png file (a grid). One per number of steps."),
     ] = Path("samples"),
     format: Annotated[
         str | None,
-        typer.Option(
-            metavar="png|npz|grid",
-            help="png: a PNG file per image. npz: one file, arr_0 the images (N, H, W, C), arr_1 the labels; fast for "
-            "many. grid: one picture of all. Default: what --out ends in, else png.",
-        ),
+        _images(metavar="NAME", help="png (one file per image), npz (arr_0 images, arr_1 labels) or grid. Default: by --out."),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Image i has the random numbers of (seed, i), whatever the batch size and devices.")
-    ] = 0,
-    classes: Annotated[
-        str,
-        typer.Option(
-            metavar="random|balanced|3,5",
-            help="random: as often as in the training data. balanced: all in turn. Or a list of class names or numbers, in turn.",
-        ),
-    ] = "random",
-    guidance: Annotated[
-        float | None,
-        typer.Option(help="w of classifier-free guidance; 1 is none, others cost twice the evaluations. Default: the model's."),
-    ] = None,
-    sampler: Annotated[
+    overwrite: Annotated[bool, _images("--overwrite", help="Replace samples made with other settings.")] = False,
+    steps: Annotated[
         str | None,
-        typer.Option(
-            metavar="pushforward|restart|ddim|ancestral|heun",
-            help="Of a flow map (IMM), pushforward: from each time to the next; restart: to the end, then back with fresh noise, "
-            "also of a consistency model. Of a diffusion model, ddim: deterministic, first order; heun: EDM's, second order; "
-            "ancestral: DDPM's, random, and a student's. Default: the model's, else pushforward, heun where EDM trained it, "
-            "otherwise ddim.",
+        _sampler(
+            metavar="LIST",
+            help="Steps; 1,2,4 draws the same images with each. Default: the model's, or 1 (IMM), 18 (heun), 50 (ddim), "
+            "250 (ancestral).",
         ),
     ] = None,
-    grid: Annotated[
-        str | None,
-        typer.Option(
-            metavar="default|uniform|edm|eta|schedule",
-            help="Times of the steps. default: of a flow map the paper's, uniform but for two steps, which meet at eta 1.4; of "
-            "a diffusion model edm with heun or where EDM trained it, otherwise uniform. uniform: evenly spaced in the model's "
-            "own time or timesteps, from the last one on. edm: equation 5 of Karras et al. eta: those of --eta. schedule: of a "
-            "distilled student (its default), evenly spaced in the time that it was distilled on. "
-            "Default: the model's.",
-        ),
-    ] = None,
-    eta: Annotated[
-        str | None,
-        typer.Option(
-            metavar="1.4",
-            help="Intermediate times as eta = sigma/alpha, one fewer than steps, descending. Default: none.",
-        ),
-    ] = None,
-    churn: Annotated[
-        float | None, typer.Option(help="S_churn of heun: noise added before each step; 0 is none. Default: the model's, else 0.")
-    ] = None,
-    s_tmin: Annotated[
-        float | None, typer.Option(help="With --churn: sigma below which nothing is churned. Default: the model's, else 0.")
-    ] = None,
-    s_tmax: Annotated[
-        float | None, typer.Option(help="With --churn: sigma above which nothing is churned. Default: the model's, else none.")
-    ] = None,
-    s_noise: Annotated[
-        float | None, typer.Option(help="With --churn: standard deviation of the noise added. Default: the model's, else 1.")
-    ] = None,
-    stochasticity: Annotated[
-        float | None,
-        typer.Option(
-            help="Of ancestral, the part of DDPM's noise that is drawn, from 0 (ddim) to 1. Default: the model's, else 1."
-        ),
-    ] = None,
-    ema: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Another of the run's weight averages, such as 0.9999. Default: the first."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time: more need more memory. No influence on the images.")] = 256,
-    device: Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: the GPU if there is one.")] = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace samples of other settings in --out. Default: refuse.")
-    ] = False,
+    guidance: Guidance = None,
+    sampler: Sampler = None,
+    grid: Grid = None,
+    eta: Eta = None,
+    churn: Churn = None,
+    s_tmin: STmin = None,
+    s_tmax: STmax = None,
+    s_noise: SNoise = None,
+    stochasticity: Stochasticity = None,
+    ema: Ema = None,
+    batch_size: Annotated[int, _running(**COUNT, help="Images at a time: fewer need less memory; same images.")] = 256,
+    device: Annotated[str, _running(**DEVICE)] = "auto",
 ) -> None:
     """Draw images from a model.
 
-    Example: mmgen sample runs/digits-imm --steps 1,2,4 --num 64 --out samples/
+    How they were made is recorded in samples.json (or NAME.npz.json). The same command continues an interrupted one. On
+    several GPUs: accelerate launch -m mmgen sample MODEL ...
 
-    A diffusion model: mmgen sample teacher.safetensors --sampler heun --steps 18
+    Example: mmgen sample runs/digits-imm --steps 1,2,4 --out samples/
 
-    An interrupted run continues with the images still missing when the same command is typed again.
-
-    How the samples were made is recorded in samples.json, or NAME.npz.json.
-
-    With several GPUs: accelerate launch -m mmgen sample MODEL ...
+    A diffusion model: mmgen sample teacher.safetensors --sampler heun
     """
     with _interruptible():
         step_counts = [None] if steps is None else numbers(steps, int, "--steps", "1,2,4")

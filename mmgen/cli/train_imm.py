@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from . import training
 from . import training_options as option
+from .options import check_device
 
 if TYPE_CHECKING:
     from ..config.imm import ImmConfig
@@ -16,43 +17,44 @@ DATA_PRESETS = {"digits": "digits-imm", "cifar10": "cifar10-imm", "uoft-cs/cifar
 
 def train_imm(
     data: option.Data = None,
-    preset: option.Preset = None,
-    config: option.ConfigFile = None,
-    set_: option.Set = None,
-    out: option.Out = None,
     resolution: option.Resolution = None,
     channels: option.Channels = None,
     conditional: option.Conditional = None,
+    split: option.Split = None,
     image_column: option.ImageColumn = None,
     label_column: option.LabelColumn = None,
-    split: option.Split = None,
     on_corrupt: option.OnCorrupt = None,
+    preset: option.Preset = None,
+    config: option.ConfigFile = None,
+    set_: option.Set = None,
     batch_size: option.BatchSize = None,
-    batch_per_device: option.BatchPerDevice = None,
     lr: option.LearningRate = None,
     max_images: option.MaxImages = None,
     max_time: option.MaxTime = None,
     seed: option.Seed = None,
     precision: option.Precision = None,
-    compile: option.Compile = None,
-    device: option.Device = "auto",
     checkpoint_every: option.CheckpointEvery = None,
     preview_every: option.PreviewEvery = None,
     eval_every: option.EvalEvery = None,
     eval_num: option.EvalNum = None,
     log_with: option.LogWith = None,
+    out: option.Out = None,
+    device: option.Device = "auto",
+    batch_per_device: option.BatchPerDevice = None,
+    compile: option.Compile = None,
     dry_run: option.DryRun = False,
+    verbose: option.Verbose = False,
 ) -> None:
-    """Train a one- to eight-step generator from images by Inductive Moment Matching (arXiv:2503.07565).
+    """Train a one- to eight-step generator with Inductive Moment Matching (arXiv:2503.07565).
+
+    Without --data it trains on the 1,797 handwritten digits that come with mmgen, in minutes. The same command resumes an
+    interrupted run. On several GPUs: accelerate launch -m mmgen train-imm ...
 
     Example: mmgen train-imm --data cifar10 --max-time 30m
-
-    With nothing else it trains on 1,797 handwritten digits that come with mmgen and ends within five minutes. The same
-    command resumes an interrupted run. With several GPUs: accelerate launch -m mmgen train-imm ...
     """
     changes = option.shared_changes(locals())
     seconds = training.seconds_of(max_time)
-    training.check_device(device)
+    check_device(device)
 
     from ..config.imm import ImmConfig, resolve
 
@@ -60,7 +62,7 @@ def train_imm(
         "train-imm", ImmConfig, resolve, DATA_PRESETS, preset=preset, file=config, assignments=set_, changes=changes, out=out
     )
     if training.is_main():
-        training.show_config(chosen)
+        training.show_config(chosen, verbose or dry_run)
         _warn(chosen.config)
     if dry_run:
         if training.is_main():

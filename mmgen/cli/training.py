@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import ConfigError, shortened
-from .options import DEVICES
 from .progress import progress_bar
 from .training_report import TrainingReport
 
@@ -37,11 +36,6 @@ class Chosen:
 def is_main() -> bool:
     """Whether this process speaks: one of those that `accelerate launch` starts does."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def check_device(word: str) -> None:
-    if word not in DEVICES:
-        raise ConfigError(f"unknown device {word!r}: auto, cpu or cuda")
 
 
 def choose(
@@ -163,12 +157,16 @@ def show(content: Any, stderr: bool = False) -> None:
     Console(stderr=stderr, width=None if stream.isatty() else 200).print(content, highlight=False, markup=False)
 
 
-def show_config(chosen: Chosen) -> None:
-    """The resolved settings, a line per section, and what differs from the preset."""
+def show_config(chosen: Chosen, whole: bool = False) -> None:
+    """What will be trained, in a few lines; `whole`: all settings, a row per section, those that differ from the preset marked."""
+    changed = differences(chosen.config, chosen.base)
+    if not whole:
+        for line in _summary(chosen, changed):
+            show(line, stderr=True)
+        return
     from rich.table import Table
 
     table = Table(title=f"preset {chosen.preset} -> {chosen.folder}", show_header=False, title_justify="left")
-    changed = differences(chosen.config, chosen.base)
     for section, values in chosen.config.to_dict().items():
         shown = (
             f"{key}={_plain(value)}{'*' if any(f'{section}.{key}' in (k, k.rpartition('.')[0]) for k in changed) else ''}"
@@ -179,6 +177,19 @@ def show_config(chosen: Chosen) -> None:
     show(table, stderr=True)
     if changed:
         show("* differs from the preset", stderr=True)
+
+
+def _summary(chosen: Chosen, changed: dict[str, Any]) -> list[str]:
+    config, train = chosen.config, chosen.config.train
+    data = config.data.name or "the teacher's data"
+    lines = [
+        f"{chosen.preset}: {data}{' with class labels' if config.data.conditional else ''}, saved in {chosen.folder}",
+        f"{train.max_images:,} images, {train.batch_size:,} per step, learning rate {config.optimizer.lr:g}, {train.precision}",
+    ]
+    if changed:
+        shown = [f"{key}={_plain(value)}" for key, value in changed.items() if key != "data.name"][:8]
+        lines.append(f"changed: {' '.join(shown)}{' ...' if len(changed) > 8 else ''}")
+    return [*lines, "--verbose shows all settings, --dry-run also memory and cost"]
 
 
 def _plain(value: Any) -> str:

@@ -2,92 +2,69 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .options import COUNT, DEVICE, NUMBER
+
+_images = partial(typer.Option, rich_help_panel="Images")
+_training = partial(typer.Option, rich_help_panel="Training (defaults: the preset's)")
+_saving = partial(typer.Option, rich_help_panel="Saving and scoring (defaults: the preset's)")
+_running = partial(typer.Option, rich_help_panel="Running")
+
 Data = Annotated[
     str | None,
-    typer.Option(
-        help="digits, cifar10, a hub id user/name, a folder (parquet, class folders, images, save_to_disk), an EDM zip, "
-        "a parquet file, or latents by `mmgen cache-latents`. Default: the preset's; with no preset either, digits."
+    _images(
+        metavar="DATA",
+        help="digits, cifar10, a folder of images, a zip or parquet file, a hub dataset user/name, or a folder made by "
+        "`mmgen cache-latents`. Default: digits.",
     ),
 ]
+Resolution = Annotated[int | None, _images(**COUNT, help="Crop and resize to N x N. Default: the preset's or the images' own.")]
+Channels = Annotated[int | None, _images(**COUNT, help="1 for grey, 3 for colour. Default: what the images are.")]
+Conditional = Annotated[
+    bool | None, _images("--conditional/--unconditional", help="Train with or without class labels. Default: the preset's.")
+]
+Split = Annotated[str | None, _images(metavar="NAME", help="Split of the dataset. Default: train.")]
+ImageColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the images. Default: the first one.")]
+LabelColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the labels. Default: the first one.")]
+OnCorrupt = Annotated[str | None, _images(metavar="WORD", help="Damaged images: stop or skip. Default: stop.")]
+
 Preset = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="A recipe; an unknown name lists them. Default: that of the data set."),
+    str | None, _training(metavar="NAME", help="The recipe; an unknown name lists them all. Default: the one for the data.")
 ]
-ConfigFile = Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Settings over the preset's. Default: none.")]
+ConfigFile = Annotated[Path | None, _training(metavar="FILE", help="A TOML file of settings, over the preset's.")]
 Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any single setting, such as loss.k=12; may be repeated. Default: none."),
+    list[str] | None, _training("--set", metavar="KEY=VALUE", help="Any setting, such as loss.k=12. May be repeated.")
 ]
+BatchSize = Annotated[int | None, _training(**COUNT, help="Images per step, over all devices.")]
+LearningRate = Annotated[float | None, _training(**NUMBER, help="Learning rate.")]
+MaxImages = Annotated[int | None, _training(**COUNT, help="Images to train on in total, such as 64k or 1M.")]
+MaxTime = Annotated[str | None, _training(metavar="TIME", help="Finish after this long: 90s, 30m, 8h, 2d. Default: no limit.")]
+Seed = Annotated[int | None, _training(**COUNT, help="Seed of the weights, the order of the images and the noise.")]
+Precision = Annotated[str | None, _training(metavar="TYPE", help="fp32, tf32, bf16 or fp16.")]
+
+CheckpointEvery = Annotated[int | None, _saving(**COUNT, help="Images between checkpoints.")]
+PreviewEvery = Annotated[int | None, _saving(**COUNT, help="Images between sample grids.")]
+EvalEvery = Annotated[int | None, _saving(**COUNT, help="Images between scores (FID, or FD-pixels for small images).")]
+EvalNum = Annotated[int | None, _saving(**COUNT, help="Samples per score; 0 for no scores.")]
+LogWith = Annotated[str | None, _saving(metavar="NAMES", help="tensorboard, wandb or both, besides log.jsonl.")]
+
 Out = Annotated[
     Path | None,
-    typer.Option(
-        help="The run's folder; a run that is there is resumed. Default: runs/PRESET, or with changed settings "
-        "runs/PRESET-XXXXXX, the same for the same settings."
+    _running(
+        metavar="DIR",
+        help="Run folder; a run found there is resumed. Default: runs/PRESET, with a suffix if settings differ.",
     ),
 ]
-Resolution = Annotated[int | None, typer.Option(help="Side to crop and resize to. Default: the preset's, or the images' own.")]
-Channels = Annotated[int | None, typer.Option(help="1 grey or 3 colour. Default: the preset's, or grey if the images are.")]
-Conditional = Annotated[
-    bool | None,
-    typer.Option("--conditional/--unconditional", help="Train on class labels or without. Default: the preset's."),
-]
-ImageColumn = Annotated[str | None, typer.Option(help="Column of the images. Default: the first that holds images.")]
-LabelColumn = Annotated[str | None, typer.Option(help="Column of the labels. Default: the first that holds classes.")]
-Split = Annotated[str | None, typer.Option(help="Split of the data set. Default: the preset's, train.")]
-OnCorrupt = Annotated[
-    str | None,
-    typer.Option(
-        metavar="stop|skip",
-        help="An image that cannot be decoded stops the run before training, or is left out. Default: the preset's, stop.",
-    ),
-]
-BatchSize = Annotated[int | None, typer.Option(help="Images per step, over all devices. Default: the preset's.")]
-BatchPerDevice = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N|auto",
-        help="At most so many images in one pass; smaller needs less memory. auto: as many as fit, found when the run begins. "
-        "Default: the preset's.",
-    ),
-]
-LearningRate = Annotated[float | None, typer.Option(help="Learning rate. Default: the preset's.")]
-MaxImages = Annotated[int | None, typer.Option(help="Images to train on, in all. Default: the preset's.")]
-MaxTime = Annotated[
-    str | None,
-    typer.Option(metavar="30m", help="End after this long (s, m, h, d), as if finished. Default: no limit."),
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of weights, order and noise. Default: the preset's, 0.")]
-Precision = Annotated[
-    str | None,
-    typer.Option(metavar="fp32|tf32|bf16|fp16", help="Arithmetic of the network. Default: the preset's."),
-]
-Compile = Annotated[
-    bool | None,
-    typer.Option("--compile/--no-compile", help="torch.compile the network. Default: the preset's, off."),
-]
-Device = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="auto: the GPU if there is one.")]
-CheckpointEvery = Annotated[int | None, typer.Option(help="Images between checkpoints. Default: the preset's.")]
-PreviewEvery = Annotated[int | None, typer.Option(help="Images between sample grids. Default: the preset's.")]
-EvalEvery = Annotated[
-    int | None,
-    typer.Option(
-        help="Images between measurements: FID if Inception's weights are at hand, else FD-pixels. Default: the preset's."
-    ),
-]
-EvalNum = Annotated[int | None, typer.Option(help="Samples per measurement, 0 for none. Default: the preset's, or 10,000.")]
-LogWith = Annotated[
-    str | None,
-    typer.Option(metavar="tensorboard|wandb", help="Also log there; both: tensorboard,wandb. Default: log.jsonl only."),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Show settings, data, memory and cost per step; train nothing. Default: off."),
-]
+Device = Annotated[str, _running(**DEVICE)]
+BatchPerDevice = Annotated[str | None, _running(metavar="N", help="Images per pass: fewer need less memory. auto: as many as fit.")]
+Compile = Annotated[bool | None, _running("--compile/--no-compile", help="Use torch.compile or not.")]
+DryRun = Annotated[bool, _running("--dry-run", help="Show settings, memory and cost; train nothing.")]
+Verbose = Annotated[bool, _running("--verbose", help="Show all settings before training.")]
 
 # The options that are single settings. Commands call them alike.
 _SETTINGS = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -15,13 +16,29 @@ from ..errors import ConfigError, nearest, shortened
 T = TypeVar("T")
 LARGEST = 10**18  # of whole numbers: what any tensor, file or seed can hold
 MOST_ITEMS = 1_000_000  # of lists: the names of that many classes
+_UNITS = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+_COUNT = re.compile(r"([+-]?[0-9][0-9_]{0,30})(?:\.([0-9]{1,9}))?([kKMG]i?|)")
+
+
+def parse_count(text: str) -> int | None:
+    """A whole number, also with one of EDM's units (k, M, G are thousands, Ki, Mi, Gi powers of 1024); None for other text.
+
+    >>> parse_count("64k"), parse_count("1.5M"), parse_count("64Ki"), parse_count("0.5"), parse_count("1Ki5")
+    (64000, 1500000, 65536, None, None)
+    """
+    found = _COUNT.fullmatch(text.strip())
+    if found is None or found[3] not in _UNITS:
+        return None
+    digits = found[2] or ""
+    number, rest = divmod(int(found[1].replace("_", "") + digits) * _UNITS[found[3]], 10 ** len(digits))
+    return None if rest or abs(number) > LARGEST else number
 
 
 def from_dict(cls: type[T], content: dict[str, Any], prefix: str = "") -> T:
     """A data class from a dictionary such as TOML or JSON gives. Missing keys keep their defaults.
 
     Nested data classes, unions of data classes (told apart by `kind`), Literal, also beside another type, Optional,
-    tuple[int, ...] and list[...] are understood. Raises ConfigError naming the key, dotted, and the nearest valid ones.
+    tuple[int, ...] and list[...] are understood, and "64k" or "1M" for a whole number. Raises ConfigError naming the key, dotted, and the nearest valid ones.
     """
     if not isinstance(content, dict):
         raise ConfigError(f"{prefix or 'the config'} must be a table, not {shortened(content)}")
@@ -69,6 +86,8 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     if hint is bool and not isinstance(value, bool):
         raise ConfigError(f"{name} must be true or false, not {shortened(value)}")
     if hint is int:
+        if isinstance(value, str) and not value.lstrip("+-").isdecimal() and (number := parse_count(value)) is not None:
+            value = number
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or abs(value) > LARGEST:
