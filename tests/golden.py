@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 
 FOLDER = Path(__file__).parent / "golden"
+DEVICE = os.environ.get("MMGEN_TEST_DEVICE", "cpu")  # `tests.gpu` compares on a GPU
+torch.backends.cudnn.allow_tf32 = False  # what is compared is float32
 
 
 def arrays(name: str) -> dict[str, torch.Tensor]:
     """The arrays of a .npz file."""
     with np.load(FOLDER / f"{name}.npz") as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
+        return {key: torch.from_numpy(file[key]).to(DEVICE) for key in file.files}
 
 
 def settings(name: str) -> dict:
@@ -30,7 +33,7 @@ def weight(key: str, shape: list[int]) -> torch.Tensor:
         z = z / np.sqrt(np.prod(shape[1:]))
     else:
         z = 1 + 0.1 * z if key.endswith("weight") else 0.05 * z
-    return torch.from_numpy(z.astype(np.float32))
+    return torch.from_numpy(z.astype(np.float32)).to(DEVICE)
 
 
 def state(name: str) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from golden import arrays, settings, state
+from golden import DEVICE, arrays, settings, state
 from torch import nn
 
 from mmgen.formats import imm
@@ -49,7 +49,7 @@ def golden_network(name: str, second_time: bool) -> nn.Module:
     config, official = ModelConfig(network.settings, FlowMapSettings(), given["resolution"], given["channels"]), state(name)
     network.load_state_dict({key: official.pop(imm.original_name(config, key)) for key in network.state_dict()})
     assert all(key.endswith("resample_filter") for key in official)  # nothing else is left
-    return network.eval()
+    return network.eval().to(DEVICE)
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,0 +1,156 @@
+"""A trainer of every method and network, on noise: tiny for numerics, as the preset has it for memory and speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmgen.config import distill as distill_config
+from mmgen.config import imm as imm_config
+from mmgen.config import sections as configs
+from mmgen.config import teacher as teacher_config
+from mmgen.data import Dataset
+from mmgen.methods.distill.method import distill_task, find_teacher, student_model_config
+from mmgen.methods.imm import imm_model_config, imm_task
+from mmgen.methods.teacher import teacher_model_config, teacher_task
+from mmgen.models.model import build_model, save_model
+from mmgen.training.loop import Trainer
+
+from ..benchmarks.measuring import temporary_folder
+from ..benchmarks.runs import Silent, noise_latents, trainer
+
+QUIET = {"run.eval_num": 0, "run.batch_per_device": "auto"}
+# One network of each kind, small: numerics only
+TINY = {
+    "unet": {"kind": "unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8], "dropout": 0.0},
+    "ncsnpp": {"kind": "unet", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8],
+               "dropout": 0.0, "embedding": "fourier", "encoder": "residual", "resample": "fir"},
+    "adm": {"kind": "adm", "model_channels": 32, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8],
+            "dropout": 0.0},
+    "dit": {"kind": "dit", "hidden_size": 64, "depth": 2, "num_heads": 2, "patch_size": 2},
+    "uvit": {"kind": "uvit", "model_channels": 32, "channel_mult": [1, 2], "num_blocks": [1], "depth": 2, "channels_per_head": 32, "dropout": 0.0},
+    "edm2": {"kind": "edm2", "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8],
+             "channels_per_head": 16, "dropout": 0.0},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """`make(device, precision, batch)` is a Trainer whose `_step()` is one step of the run."""
+
+    name: str
+    make: Callable[..., Trainer]
+
+
+def noise_images(resolution: int, channels: int = 3, classes: int = 10, count: int = 256) -> Dataset:
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (count, channels, resolution, resolution), dtype=np.uint8)
+    labels = np.arange(count) % classes if classes else None
+    return Dataset("noise", images, labels, None, "noise", "noise")
+
+
+def data_for(config: Any) -> Any:
+    """Noise of the shape that the config wants."""
+    data = config.data
+    if data.channels == 4:
+        return noise_latents(data.num_classes or 10)
+    return noise_images(data.resolution or 16, data.channels or 3, (data.num_classes or 10) if data.conditional else 0)
+
+
+def imm_case(preset: str, **changes: Any) -> Case:
+    def make(device: str, precision: str = "tf32", batch: int | None = None, **more: Any) -> Trainer:
+        fixed = {**QUIET, **changes, **more, "train.precision": precision} | sizes(batch)
+        config = imm_config.resolve(configs.read_preset(preset, "train-imm"), configs.nest(fixed, imm_config.ImmConfig))
+        dataset = data_for(config)
+        model = imm_model_config(config, dataset.shape)
+        return trainer(config, dataset, lambda accelerator: imm_task(config, model), device)
+
+    return Case(preset, make)
+
+
+def teacher_case(preset: str, **changes: Any) -> Case:
+    def make(device: str, precision: str = "tf32", batch: int | None = None, **more: Any) -> Trainer:
+        config, dataset, model = teacher_parts(preset, precision, batch, {**changes, **more})
+        return trainer(config, dataset, lambda accelerator: teacher_task(config, model), device)
+
+    return Case(preset, make)
+
+
+def teacher_parts(preset: str, precision: str, batch: int | None, changes: dict[str, Any]) -> tuple[Any, Any, Any]:
+    fixed = {**QUIET, **changes, "train.precision": precision} | sizes(batch)
+    config = teacher_config.resolve(
+        configs.read_preset(preset, "train-teacher"), configs.nest(fixed, teacher_config.TeacherConfig)
+    )
+    dataset = data_for(config)
+    return config, dataset, teacher_model_config(config, dataset.shape)
+
+
+def distill_case(preset: str, teacher_preset: str, method: str = "alternating", teacher: dict | None = None, **changes: Any) -> Case:
+    def make(device: str, precision: str = "tf32", batch: int | None = None, **more: Any) -> Trainer:
+        file = random_teacher(teacher_preset, teacher or {})
+        fixed = {
+            **QUIET, **changes, **more, "train.precision": precision, "teacher.name": str(file), "loss.method": method,
+            "student.steps": 8, "run.teacher_steps": 0,
+        } | sizes(batch)  # fmt: skip
+        config = distill_config.resolve(
+            configs.read_preset(preset, "distill"), configs.nest(fixed, distill_config.DistillConfig)
+        )
+        found, config = find_teacher(config, torch.device(device))
+        dataset = data_for(replace(config, data=replace(
+            config.data, resolution=found.model.config.resolution, channels=found.model.config.channels,
+            num_classes=found.model.config.num_classes or None, conditional=bool(found.model.config.num_classes),
+        )))  # fmt: skip
+        model = student_model_config(config, found, dataset)
+        return trainer(
+            config, dataset, lambda accelerator: distill_task(config, found, model, dataset, Silent(), accelerator), device
+        )
+
+    return Case(f"{preset}, {method}", make)
+
+
+def sizes(batch: int | None) -> dict[str, Any]:
+    return {} if batch is None else {"train.batch_size": batch, "run.batch_per_device": batch}
+
+
+def random_teacher(preset: str, changes: dict[str, Any]) -> Path:
+    """A model file with random weights whose outputs are of the order of one."""
+    _, _, model_config = teacher_parts(preset, "fp32", None, changes)
+    torch.manual_seed(0)
+    model = build_model(model_config)
+    scramble(model.network)
+    file = temporary_folder() / "teacher.safetensors"
+    save_model(file, model_config, model.network.state_dict())
+    return file
+
+
+@torch.no_grad()
+def scramble(network: torch.nn.Module) -> None:
+    """Random weights, so that nothing is hidden by layers that begin at zero; the same on every device."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            value = torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5
+            parameter.copy_(value.to(parameter.device))
+
+
+def tiny_cases() -> Iterator[Case]:
+    """Every method with every network that it can have."""
+    plain = {"data.name": "noise", "data.resolution": 16, "data.channels": 3, "data.conditional": True, "data.num_classes": 10,
+             "data.augment": 0.0, "optimizer.grad_clip": 0.0}  # fmt: skip
+    for name, network in TINY.items():
+        settings = {f"network.{key}": value for key, value in network.items()} | plain
+        if name in ("unet", "ncsnpp", "dit"):  # the networks with a second time
+            yield replace(imm_case("cifar10-imm", **settings), name=f"imm, {name}")
+        yield replace(teacher_case("cifar10-teacher", **settings), name=f"teacher, {name}")
+    settings = {f"network.{key}": value for key, value in TINY["unet"].items()} | plain
+    common = {"data.name": "noise"}
+    for method, derivatives in (("alternating", (None,)), ("instant", ("forward", "finite"))):
+        for derivative in derivatives:
+            more = common | ({} if derivative is None else {"loss.jvp": derivative})
+            case = distill_case("cifar10-distill", "cifar10-teacher", method, teacher=settings, **more)
+            yield replace(case, name=f"distill, {method}" + ("" if derivative is None else f", {derivative}"))

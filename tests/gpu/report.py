@@ -1,0 +1,83 @@
+"""The report as Markdown tables and a picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+WAYS = ["plain, tf32", "tf32", "bf16", "bf16, compiled"]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def number(value: Any, form: str = ".3g") -> str:
+    return "" if value is None else format(value, form) if isinstance(value, (int, float)) else str(value)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    parts = [f"# {report['machine']['device']}, torch {report['machine']['torch']}\n"]
+    if cases := report.get("numerics", {}).get("cases"):
+        columns = list(next(iter(cases.values())))
+        rows = [
+            [name, *(number(row[p].get("loss", row[p].get("error"))) + " / " + number(row[p].get("gradient")) for p in columns)]
+            for name, row in cases.items()
+        ]
+        parts += ["## Against the CPU in float32: relative error of loss / gradient\n", table(["method, network", *columns], rows)]
+    if presets := report.get("memory", {}).get("presets"):
+        rows = [
+            [name, number(row["batch"]), number(row.get("computed")), number(row.get("measured")), row.get("error", "")[:60]]
+            for name, row in presets.items()
+        ]
+        parts += ["## Memory of a step, GiB\n", table(["preset", "images a pass", "computed", "measured", ""], rows)]
+    if presets := report.get("speed", {}).get("presets"):
+        rows = []
+        for name, row in presets.items():
+            best = max((row[way] for way in WAYS[1:] if way in row), default=None)
+            ratio = best / row["plain, tf32"] if best and "plain, tf32" in row else None
+            share = max((value for key, value in row.items() if key.endswith("share")), default=None)
+            rows.append([name, number(row["batch"]), *(number(row.get(way), ".4g") for way in WAYS), number(ratio, ".2f"),
+                         number(share, ".1%")])  # fmt: skip
+        peak = report["speed"].get("matrix_rate_bf16")
+        title = "## Images a second" + (f"; bf16 matrix products: {peak / 1e12:.0f} TFLOP/s" if peak else "") + "\n"
+        parts += [title, table(["preset", "images a pass", *WAYS, "best to plain", "share of the matrix rate"], rows)]
+    if top := report.get("profile", {}).get("top"):
+        rows = [[row["name"], f"{row['share']:.1%}", str(row["count"])] for row in top[:12]]
+        title = f"## A step of cifar10-imm: {report['profile']['milliseconds']:.1f} ms, {report['profile']['kernels']} kernels\n"
+        parts += [title, table(["kernel", "share", "count"], rows)]
+    if "curve" in report.get("training", {}):
+        found = report["training"]
+        rows = [[f"{line['images']:,}", *(f"{k}: {v:.4g}" for k, v in line["values"].items())] for line in found["curve"]]
+        title = f"## Training on {found['data']}: {found['images']:,} images, {number(found['images_per_second'])} a second\n"
+        parts += [title] + ([table(["images", *(["steps: score"] * (len(rows[0]) - 1))], rows)] if rows else [])
+    simple = [(name, {k: v for k, v in report[name].items() if k != "failed"}) for name in ("golden", "resume", "compile")
+              if name in report]  # fmt: skip
+    parts += [f"{name}: {', '.join(f'{key} {number(value)}' for key, value in found.items())}\n" for name, found in simple]
+    failed = [f"* {name}: {text}" for name in report for text in (report[name].get("failed") or [])]
+    return "\n".join([*parts, "## Failed\n", *(failed or ["nothing"])]) + "\n"
+
+
+def speed_picture(report: dict[str, Any]) -> Image.Image | None:
+    """Bars of images a second, each preset against its fastest way."""
+    presets = report.get("speed", {}).get("presets")
+    if not presets:
+        return None
+    colours = {"plain, tf32": "#999999", "tf32": "#88b0d8", "bf16": "#3f7fbf", "bf16, compiled": "#0b3c6f"}
+    shown = [(name, [(way, row[way]) for way in WAYS if way in row]) for name, row in presets.items()]
+    height = 30 + sum(24 + 18 * len(ways) for _, ways in shown)
+    image = Image.new("RGB", (760, height), "white")
+    draw, y = ImageDraw.Draw(image), 12
+    for name, ways in shown:
+        draw.text((12, y), f"{name}, images a second", fill="black")
+        y += 18
+        fastest = max((value for _, value in ways), default=1)
+        for way, value in ways:
+            draw.rectangle((140, y + 2, 140 + int(480 * value / fastest), y + 14), fill=colours[way])
+            draw.text((12, y + 1), way, fill="black")
+            draw.text((628, y + 1), f"{value:,.4g}", fill="black")
+            y += 18
+        y += 6
+    return image

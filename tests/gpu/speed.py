@@ -1,0 +1,141 @@
+"""Images a second of every kind of step, side by side with the plain reference, and the share of the card's matrix rate."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mmgen.training.cost import Work, estimate
+from mmgen.training.loop import Trainer
+
+from ..benchmarks.imm_step import plain_step
+from .cases import Case, imm_case
+from .memory import preset_cases
+
+SECONDS = 2.0  # of each measurement
+
+
+def matrix_rate(device: str, dtype: torch.dtype, side: int = 8192) -> float:
+    """FLOP/s of square matrix products of random numbers."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    return 2 * side**3 / least(lambda: a @ b, device, 10)
+
+
+def least(run: Callable[[], Any], device: str, count: int) -> float:
+    """The least seconds of `count` runs after three that do not count."""
+    found = []
+    for number in range(count + 3):
+        synchronise(device)
+        start = time.perf_counter()
+        run()
+        synchronise(device)
+        if number >= 3:
+            found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def rate(step: Callable[[], Any], images: int, device: str, seconds: float = SECONDS) -> float:
+    """Images a second of a step, after three that do not count; several between two looks at the clock, as in a run."""
+    for _ in range(3):
+        step()
+    synchronise(device)
+    start, steps = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds or steps < 3:
+        step()
+        steps += 1
+        if steps % 4 == 0:
+            synchronise(device)
+    synchronise(device)
+    return steps * images / (time.perf_counter() - start)
+
+
+def speed(device: str, small: bool) -> dict[str, Any]:
+    """{preset: {way: images/s}} for eager and compiled, TF32 and bf16, and the textbook's step; `mfu` of the fastest."""
+    peak = matrix_rate(device, torch.bfloat16) if device == "cuda" else None
+    rows, failed = {}, []
+    for case, work, batch in preset_cases(small):
+        row: dict[str, Any] = {"batch": batch}
+        ways = [("tf32", False)] if small else [("tf32", False), ("bf16", False), ("bf16", True)]
+        for precision, compile_ in ways:
+            way = precision + (", compiled" if compile_ else "")
+            try:
+                row[way], flops = measured(case, work, batch, device, precision, compile_, 0.1 if small else SECONDS)
+                if peak:
+                    row[f"{way}, share"] = row[way] * flops / peak
+            except Exception as error:  # noqa: BLE001 a report says what fails and goes on
+                failed.append(f"{case.name}, {way}: {type(error).__name__}: {error}"[:400])
+            release(device)
+        if case.name.endswith("imm") or "-imm-" in case.name:
+            try:
+                row["plain, tf32"] = rate(plain(case, device, batch), batch, device, 0.1 if small else SECONDS)
+            except Exception as error:  # noqa: BLE001
+                failed.append(f"{case.name}, plain: {type(error).__name__}: {error}"[:400])
+            release(device)
+        rows[case.name] = row
+    return {"presets": rows, "matrix_rate_bf16": peak, "failed": failed}
+
+
+def measured(
+    case: Case, work: Work, batch: int, device: str, precision: str, compile_: bool, seconds: float
+) -> tuple[float, float]:
+    """Images/s, and FLOP an image."""
+    trainer = case.make(device, precision, batch, **({"run.compile": True} if compile_ else {}))
+    cost = estimate(trainer.train, trainer.task.model_config, trainer.parts, work)
+    found = rate(trainer._step, batch, device, seconds)
+    trainer.numbers.flush()
+    return found, cost.flops_per_step / batch
+
+
+def plain(case: Case, device: str, batch: int) -> Callable[[], Any]:
+    """The textbook's step of IMM on the same data; `tests/benchmarks/plain_imm.py`."""
+    trainer: Trainer = case.make(device, "tf32", batch)
+    step, inputs = plain_step(trainer, trainer.task.parts["model"].objective.config), trainer.task.parts["model"].objective.inputs
+
+    def once() -> None:
+        part = next(iter(trainer._batches(0)))
+        x, augment = inputs.images(part)
+        step(x, inputs.labels(part, trainer.network.num_classes), augment, 0)
+
+    return once
+
+
+def release(device: str) -> None:
+    gc.collect()
+    torch._dynamo.reset()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def profile(device: str, small: bool) -> dict[str, Any]:
+    """Where a step of `cifar10-imm` spends its time: kernels by share, how many there are, and copies between devices."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    changes = {"network.model_channels": 8, "network.num_blocks": 1} if small else {}
+    trainer = imm_case("cifar10-imm", **changes).make(device, "tf32" if small else "bf16", 4 if small else 256)
+    for _ in range(3):
+        trainer._step()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with profiler(activities=activities) as recorded:
+        trainer._step()
+        synchronise(device)
+    events = recorded.key_averages()
+    time_of = (lambda e: e.self_device_time_total) if device == "cuda" else (lambda e: e.self_cpu_time_total)
+    total = sum(map(time_of, events)) or 1
+    top = sorted(events, key=time_of, reverse=True)[:20]
+    return {
+        "kernels": sum(e.count for e in events if e.self_device_time_total > 0) if device == "cuda" else None,
+        "copies": {e.key: e.count for e in events if "Memcpy" in e.key or "item" in e.key or "synchronize" in e.key.lower()},
+        "top": [{"name": e.key[:80], "share": time_of(e) / total, "count": e.count} for e in top],
+        "milliseconds": total / 1e3,
+        "failed": [],
+    }
