@@ -225,19 +225,23 @@ def test_pushforward_of_imm(tmp_path):
     assert (found.int() - expected.int()).abs().max() <= 1 and (found == expected).float().mean() > 0.99
 
 
-def test_ddim_of_diffusers_is_that_of_diffusers(tmp_path):
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_ddim_of_diffusers_is_that_of_diffusers(spacing, prediction, tmp_path):
+    """By default: x_hat is clipped and the noise is not computed from it again; timesteps are spaced as the scheduler says."""
     diffusers = pytest.importorskip("diffusers")
     unet = small_unet(diffusers)
-    scheduler = diffusers.DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=True)
+    scheduler = diffusers.DDIMScheduler(prediction_type=prediction, timestep_spacing=spacing, clip_sample=True)
     diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "theirs")
-    run(convert, tmp_path / "theirs", tmp_path / "m.safetensors")
+    text = run(convert, tmp_path / "theirs", tmp_path / "m.safetensors")
+    assert f"timesteps are spaced {spacing}" in text and "keeps the network's noise" in text
+    assert f"timesteps are spaced {spacing}" in (tmp_path / "m.md").read_text()
     model = mmgen.load(tmp_path / "m.safetensors")
     z = first_noise(model, 2).float()
     scheduler.set_timesteps(4)
     for t in scheduler.timesteps:
         with torch.no_grad():
-            # eps is taken again from the clipped x_hat, as ADM's sampler does
-            z = scheduler.step(unet(z, t).sample, t, z, use_clipped_model_output=True).prev_sample
+            z = scheduler.step(unet(z, t).sample, t, z).prev_sample
     expected = (z * 127.5 + 128).clamp(0, 255).to(torch.uint8)
     found = model.sample(2, steps=4, sampler="ddim")
     assert (found.int() - expected.int()).abs().max() <= 1 and (found == expected).float().mean() > 0.98

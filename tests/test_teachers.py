@@ -67,7 +67,7 @@ def test_folder_of_diffusers(tmp_path):
     unet = small_unet(diffusers)
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
     teacher = load_teacher(tmp_path / "pipeline")
-    assert default_schedule(teacher.model.settings) == ScheduleSettings("ddpm_linear") and not teacher.has_null_class
+    assert default_schedule(teacher.model.settings) == ScheduleSettings("discrete") and not teacher.has_null_class
     z, _, _ = example(teacher.model)
     time = 400
     bar = diffusers.DDPMScheduler().alphas_cumprod[time].double()
@@ -126,9 +126,13 @@ def test_schedules_of_students():
         DenoiserSettings("edm_cm", sigma_max=70.0): ScheduleSettings("edm", sigma_max=70.0),
         DenoiserSettings("ve", sigma_min=0.02, sigma_max=100.0): ScheduleSettings("edm", sigma_min=0.02, sigma_max=100.0),
         DenoiserSettings("vp"): ScheduleSettings("ddpm_linear"),
-        DenoiserSettings("discrete"): ScheduleSettings("ddpm_linear"),
-        DenoiserSettings("discrete", betas="scaled_linear"): ScheduleSettings("ddpm_linear"),
-        DenoiserSettings("discrete", betas="cosine"): COSINE,
+        DenoiserSettings("discrete"): ScheduleSettings("discrete"),
+        DenoiserSettings("discrete", betas="scaled_linear", beta_end=0.012): ScheduleSettings(
+            "discrete", betas="scaled_linear", beta_end=0.012
+        ),
+        DenoiserSettings("discrete", betas="cosine", num_timesteps=4000): ScheduleSettings(
+            "discrete", betas="cosine", num_timesteps=4000
+        ),
         DenoiserSettings("iddpm"): COSINE,
         DenoiserSettings("flow"): ScheduleSettings("fm"),
         DenoiserSettings("schedule", schedule=own): own,

@@ -52,6 +52,8 @@ def convert(
         + (f", {config.num_classes} classes" if config.num_classes else ", without classes"),
         "tensors": f"{done.used:,} used, {len(done.left_out):,} left out",
         "left out": [f"{name}: {reason}" for name, reason in done.left_out.items()],
+        "assumed": list(done.assumed),
+        "sampling": list(done.sampled),
         "written": str(done.out),
     }
     if done.card is not None:

@@ -23,7 +23,7 @@ GENERAL = "imagenet64-distill"
 
 METHODS = ("alternating", "instant")
 POSTERIORS = ("conditional", "unconditional")
-SCHEDULES = ("fm", "vp_cosine", "ddpm_linear", "edm")
+SCHEDULES = ("fm", "vp_cosine", "ddpm_linear", "edm", "discrete")
 
 
 _student = partial(typer.Option, rich_help_panel="Teacher and student (defaults: the preset's)")

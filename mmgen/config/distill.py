@@ -148,8 +148,10 @@ def _as_the_teacher(data: DataSettings, teacher: ModelConfig) -> DataSettings:
 
 
 def student_schedule(student: StudentSettings, teacher: DenoiserSettings) -> ScheduleSettings:
-    """The schedule that a student is trained and sampled on."""
+    """The schedule that a student is trained and sampled on; `discrete` has the teacher's timesteps where it has any."""
     schedule = student.schedule or default_schedule(teacher)
+    if schedule.name == "discrete" and teacher.precondition == "discrete":
+        schedule = dataclasses.replace(default_schedule(teacher), shift=schedule.shift)
     return dataclasses.replace(schedule, shift=schedule.shift * student.shift)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .betas import Betas, sigma_table, table_eta, table_eta_inverse, table_eta_slope
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,21 @@ SCHEDULES = {schedule.name: schedule for schedule in (FLOW, COSINE)}
 
 RHO = 7  # of `edm`
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of `ddpm_linear`
-VARIANCE_PRESERVING = ("vp_cosine", "ddpm_linear")
+VARIANCE_PRESERVING = ("vp_cosine", "ddpm_linear", "discrete")
 
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """A schedule by name. vp_cosine and ddpm_linear have alpha^2 + sigma^2 = 1, fm has alpha + sigma = 1, edm has alpha = 1."""
+    """A schedule by name. vp_cosine, ddpm_linear and discrete have alpha^2 + sigma^2 = 1, fm has alpha + sigma = 1, edm alpha = 1."""
 
-    name: Literal["fm", "vp_cosine", "ddpm_linear", "edm"] = "vp_cosine"
+    name: Literal["fm", "vp_cosine", "ddpm_linear", "edm", "discrete"] = "vp_cosine"
     shift: float = 1.0  # eta = sigma / alpha is this times as large: the log-SNR is lower by 2 log shift. resolution / 64, say
     sigma_min: float = 0.002  # edm only: sigma at t = 0
     sigma_max: float = 80.0  # edm only: sigma at t = 1
+    betas: Betas = "linear"  # discrete only, this and what follows: the timesteps that it passes through
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    num_timesteps: int = 1000
 
 
 @lru_cache(maxsize=64)
@@ -98,6 +103,8 @@ def make_schedule(settings: ScheduleSettings) -> Schedule:
 
     ddpm_linear is the continuous form of DDPM's betas: log alpha = -(19.9 t^2 / 4 + 0.1 t / 2); alpha at t = 1 is 0.0066.
     edm: sigma = (sigma_min^(1/7) + t (sigma_max^(1/7) - sigma_min^(1/7)))^7.
+    discrete: timestep i of the betas is t = (i + 1) / T, and log sigma / alpha is linear between two of them. So t = j/k are
+    diffusers' "trailing" timesteps, and sigma at t = 1 is the last one that the network was trained at.
     Times of an eta outside the schedule are its ends. Raises ConfigError for settings that make none.
     """
     if not 0 < settings.shift < math.inf:
@@ -105,7 +112,9 @@ def make_schedule(settings: ScheduleSettings) -> Schedule:
     low, high = settings.sigma_min, settings.sigma_max
     if not 0 < low < high < math.inf:
         raise ConfigError(f"0 < schedule.sigma_min < schedule.sigma_max must hold, not {low}, {high}")
-    if settings.name == "ddpm_linear":
+    if settings.name == "discrete":
+        schedule = _discrete(settings)
+    elif settings.name == "ddpm_linear":
         schedule = _ddpm_linear()
     elif settings.name == "edm":
         schedule = _edm(low, high)
@@ -139,6 +148,33 @@ def _ddpm_linear() -> Schedule:
         d_alpha=lambda t: -0.5 * beta(t) * alpha(t),
         d_sigma=lambda t: 0.5 * beta(t) * alpha(t) ** 2 / sigma(t),
         eta_inverse=eta_inverse,
+    )
+
+
+def _discrete(settings: ScheduleSettings) -> Schedule:
+    """With eta from the table of betas: alpha = 1 / sqrt(1 + eta^2), sigma = eta alpha."""
+    if not (0 < settings.beta_start <= settings.beta_end < 1 and settings.num_timesteps > 1):
+        raise ConfigError(
+            "0 < schedule.beta_start <= schedule.beta_end < 1 must hold, and schedule.num_timesteps be more than 1, not "
+            f"{settings.beta_start}, {settings.beta_end}, {settings.num_timesteps}"
+        )
+
+    def table(t: Tensor) -> Tensor:
+        return sigma_table(settings.betas, settings.beta_start, settings.beta_end, settings.num_timesteps, t.device)
+
+    def eta(t: Tensor) -> Tensor:
+        return table_eta(table(t), t)
+
+    def alpha(t: Tensor) -> Tensor:
+        return (1 + eta(t) ** 2).rsqrt()
+
+    return Schedule(
+        name="discrete",
+        alpha=alpha,
+        sigma=lambda t: eta(t) * alpha(t),
+        d_alpha=lambda t: -eta(t) * table_eta_slope(table(t), t) * alpha(t) ** 3,
+        d_sigma=lambda t: table_eta_slope(table(t), t) * alpha(t) ** 3,
+        eta_inverse=lambda eta: table_eta_inverse(table(eta), eta),
     )
 
 

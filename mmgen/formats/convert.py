@@ -33,6 +33,8 @@ class Written:
     config: ModelConfig
     used: int  # tensors of the original that are in the file
     left_out: dict[str, str]  # the others -> the reason
+    assumed: tuple[str, ...]  # facts that neither the file nor an option says
+    sampled: tuple[str, ...]  # where sampling follows the original's way
 
 
 def convert_file(
@@ -96,6 +98,8 @@ def _checked(found: Found, converted: Converted, weights: str) -> Converted:
         "mmgen_version": __version__,
         "weights": weights,
         "left_out": found.left_out | converted.left_out,
+        "assumed": list(converted.assumed),
+        "sampled": list(converted.sampled),
     }
     config = replace(converted.config, training={**converted.config.training, CONVERTED: provenance})
     return replace(converted, config=config, left_out=provenance["left_out"])
@@ -108,12 +112,27 @@ def _own(found: Found, to: str) -> Converted:
             f"{found.path} is a model of mmgen's already: give --to diffusers or --to pt, or sample from it as it is"
         )
     config = read_config(found.path)
-    family = config.training.get(CONVERTED, {}).get("family", "imm" if config.flow is not None else None)
+    return Converted(config, found.tensors, {}, _family(config, to, found.path))
+
+
+def _family(config: ModelConfig, to: str, path: Path) -> str:
+    """The family whose names a model of mmgen's has: that of what it was converted from, also through its teacher."""
+    if config.flow is not None:
+        return "imm"
+    if config.network.kind == "diffusers_unet2d":
+        return "diffusers-unet2d"
+    teacher = config.training.get("distilled", {})
+    origin = config.training.get(CONVERTED) or (teacher.get(CONVERTED) if isinstance(teacher, dict) else None) or {}
+    family = origin.get("family")
+    if to == "diffusers" and (family not in FAMILIES or family == "mmgen"):
+        return "diffusers-dit"  # what of it cannot be written is said where it is written
     if family not in FAMILIES or family == "mmgen":
-        raise ModelError(f"{found.path} does not say of which family it is: convert the original again")
-    return Converted(config, found.tensors, {}, family)
+        raise ModelError(
+            f"{path} was not converted from another project's file, so that it has no original names: --to pt is for those that were"
+        )
+    return family
 
 
 def _written(out: Path, card: Path | None, converted: Converted, found: Found) -> Written:
     used = len(found.tensors.keys() - converted.left_out.keys())
-    return Written(out, card, converted.family, converted.config, used, converted.left_out)
+    return Written(out, card, converted.family, converted.config, used, converted.left_out, converted.assumed, converted.sampled)

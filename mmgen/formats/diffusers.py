@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..networks.diffusers_unet import DiffusersUNet, DiffusersUNetSettings
 from ..networks.dit import DiTSettings
 from ..system.tensor_files import save_tensors
 from . import diffusers_dit
-from .diffusers_scheduler import read_scheduler, write_scheduler
+from .diffusers_scheduler import read_sampling, read_scheduler, write_scheduler
 from .family import Converted, ConvertOptions
 from .mapping import cast, place
 from .reading import Found
@@ -81,14 +82,18 @@ def _convert_unet(found: Found, config: dict[str, Any], options: ConvertOptions)
     settings = DiffusersUNetSettings(config=json.dumps(plain, sort_keys=True), old_attention_names=old)
     classes = config.get("num_class_embeds") or 0
     denoiser = read_scheduler(found.arguments.get("scheduler"), name)
-    result = ModelConfig(settings, None, _resolution(config, name), channels, classes, denoiser=denoiser)
+    sampling, note = read_sampling(found.arguments["scheduler"])
+    result = ModelConfig(settings, None, _resolution(config, name), channels, classes, denoiser=denoiser, sampling=sampling)
     layers = config.get("layers_per_block", 2)
     if not isinstance(layers, int) or layers > len(found.tensors):  # nor would building them ever end
         raise ModelError(f"{name} has layers_per_block = {layers!r} in config.json, and not so many tensors")
     with torch.device("meta"):  # what diffusers has to say of the architecture, or that it is not installed
         DiffusersUNet(settings, result.resolution, channels, classes)
     state = place(found, result, lambda key: _original_name(result, key))
-    return Converted(result, cast(state, options.precision), {}, "diffusers-unet2d")
+    notes = [note] if note else []
+    if denoiser.clip:
+        notes.append("ddim clips x_hat and keeps the network's noise, as diffusers does")
+    return Converted(result, cast(state, options.precision), {}, "diffusers-unet2d", sampled=tuple(notes))
 
 
 def _original_name(config: ModelConfig, key: str) -> str:
@@ -112,40 +117,55 @@ def original_state(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, T
     return {_original_name(config, key): value for key, value in state.items()}
 
 
+@dataclass(frozen=True)
+class Pipeline:
+    """What a pipeline's folder holds: each part's JSON, and the tensors of the network."""
+
+    name: str | None  # of the pipeline's class; None where diffusers has none
+    part: str  # of the network: "unet" or "transformer"
+    parts: dict[str, dict[str, Any]]  # the network and the scheduler
+    tensors: dict[str, Tensor]
+
+
+def pipeline_of(config: ModelConfig, state: dict[str, Tensor]) -> Pipeline:
+    """A model as diffusers has it. Raises ConfigError where diffusers has no class for the network, the times or the sampler."""
+    if isinstance(config.network, DiffusersUNetSettings):
+        network = {"_class_name": "UNet2DModel", **json.loads(config.network.config)}
+        tensors = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+        learned = network.get("out_channels", 3) == 2 * config.channels
+        if learned and config.sampling.student_steps is not None:  # distillation did not train the variance, and leaves it out
+            network["out_channels"], learned = config.channels, False
+            tensors |= {key: tensors[key][: config.channels] for key in ("conv_out.weight", "conv_out.bias")}
+        scheduler = write_scheduler(config.denoiser, config.sampling, "DDPMScheduler", learned)
+        pipelines = {"DDPMScheduler": "DDPMPipeline", "CMStochasticIterativeScheduler": "ConsistencyModelPipeline"}
+        return Pipeline(pipelines.get(scheduler["_class_name"]), "unet", {"unet": network, "scheduler": scheduler}, tensors)
+    if isinstance(config.network, DiTSettings):
+        network, scheduler = diffusers_dit.for_writing(config, state)
+        tensors = diffusers_dit.original_state(config, state)
+        return Pipeline("DiTPipeline", "transformer", {"transformer": network, "scheduler": scheduler}, tensors)
+    raise ConfigError(
+        f"this model cannot be written for diffusers: {_why_not(config.network.kind)}; use --to pt for its original names"
+    )
+
+
 def write_diffusers(config: ModelConfig, state: dict[str, Tensor], folder: str | os.PathLike) -> None:
     """Writes a pipeline's folder, atomically. UNet2DModel.from_pretrained(FOLDER, subfolder="unet") and likewise
     DiTTransformer2DModel with subfolder="transformer" give what the model gives here.
 
-    Raises ConfigError, before anything is written, where diffusers has no class for the network or the times.
+    Raises ConfigError as `pipeline_of`, before anything is written.
     """
-    if isinstance(config.network, DiffusersUNetSettings):
-        part = "unet"
-        network = {"_class_name": "UNet2DModel", **json.loads(config.network.config)}
-        tensors = {key.removeprefix(_PREFIX): value for key, value in state.items()}
-        learned = network.get("out_channels", 3) == 2 * config.channels
-        scheduler = write_scheduler(config.denoiser, "DDPMScheduler", learned)
-        pipelines = {"DDPMScheduler": "DDPMPipeline", "CMStochasticIterativeScheduler": "ConsistencyModelPipeline"}
-        pipeline = pipelines.get(scheduler["_class_name"])
-    elif isinstance(config.network, DiTSettings):
-        part, pipeline = "transformer", "DiTPipeline"
-        network, scheduler = diffusers_dit.for_writing(config, state)
-        tensors = diffusers_dit.original_state(config, state)
-    else:
-        raise ConfigError(
-            f"this model cannot be written for diffusers: {_why_not(config.network.kind)}; use --to pt for its original names"
-        )
-    parts = {part: network, "scheduler": scheduler}
-    index = {"_class_name": pipeline, "_diffusers_version": _VERSION}
-    index |= {name: ["diffusers", content["_class_name"]] for name, content in parts.items()}
-    if pipeline == "DiTPipeline":
+    pipeline = pipeline_of(config, state)
+    index = {"_class_name": pipeline.name, "_diffusers_version": _VERSION}
+    index |= {name: ["diffusers", content["_class_name"]] for name, content in pipeline.parts.items()}
+    if pipeline.name == "DiTPipeline":
         index["vae"] = ["diffusers", "AutoencoderKL"]
         index |= {"id2label": {str(i): name for i, name in enumerate(config.class_names)}} if config.class_names else {}
     with replacing_folder(folder) as temporary:
-        if pipeline:
+        if pipeline.name:
             _write_json(temporary / "model_index.json", index)
-        _write_json(temporary / part / "config.json", {**network, "_diffusers_version": _VERSION})
-        _write_json(temporary / "scheduler" / "scheduler_config.json", {**scheduler, "_diffusers_version": _VERSION})
-        _write_tensors(temporary / part / WEIGHTS, tensors)
+        for name, file in ((pipeline.part, "config.json"), ("scheduler", "scheduler_config.json")):
+            _write_json(temporary / name / file, {**pipeline.parts[name], "_diffusers_version": _VERSION})
+        _write_tensors(temporary / pipeline.part / WEIGHTS, pipeline.tensors)
 
 
 def _why_not(kind: str) -> str:

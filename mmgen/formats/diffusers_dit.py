@@ -26,8 +26,8 @@ from torch import Tensor
 from ..errors import ConfigError, ModelError
 from ..models.model import ModelConfig
 from ..networks.dit import EPSILON, DiTSettings, grid_embedding
-from .diffusers_scheduler import read_scheduler, write_scheduler
-from .dit import published_latents
+from .diffusers_scheduler import read_sampling, read_scheduler, write_scheduler
+from .dit import VAE_ASSUMED, published_latents
 from .family import Converted, ConvertOptions
 from .mapping import cast, expected_state
 from .reading import Found
@@ -83,9 +83,12 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
         position = grid_embedding(settings.hidden_size, resolution // settings.patch_size)
         state["position"] = position.to(state["patch_embed.weight"].dtype)
     names = found.arguments.get("model_index", {}).get("id2label")
+    denoiser = read_scheduler(found.arguments.get("scheduler"), name)
+    sampling, note = read_sampling(found.arguments["scheduler"])
     result = ModelConfig(
         settings, None, resolution, channels, classes,
-        denoiser=read_scheduler(found.arguments.get("scheduler"), name),
+        denoiser=denoiser,
+        sampling=sampling,
         latents=published_latents(resolution) if channels == 4 else None,
         class_names=[names[str(i)] for i in range(classes)] if names and len(names) == classes else None,
     )  # fmt: skip
@@ -93,7 +96,9 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
         if state[key].shape != expected.shape:
             shapes = list(state[key].shape), list(expected.shape)
             raise ModelError(f"{name}: what is {key} here has the shape {shapes[0]}, by config.json {shapes[1]}")
-    return Converted(result, cast(state, options.precision), left_out, "diffusers-dit")
+    assumed = [VAE_ASSUMED] if channels == 4 else []
+    sampled = (note,) if note else ()
+    return Converted(result, cast(state, options.precision), left_out, "diffusers-dit", tuple(assumed), sampled)
 
 
 def _architecture(config: dict[str, Any], name: str, original: bool) -> tuple[DiTSettings, int, int, int]:
@@ -199,4 +204,4 @@ def for_writing(config: ModelConfig, state: dict[str, Tensor]) -> tuple[dict[str
         "norm_eps": settings.mlp_epsilon,
         **_REQUIRED,
     }
-    return network, write_scheduler(denoiser, "DDIMScheduler")
+    return network, write_scheduler(denoiser, config.sampling, "DDIMScheduler")

@@ -1,15 +1,21 @@
-"""scheduler_config.json of diffusers against our `DenoiserSettings`: what of it belongs to the model rather than to the sampler.
+"""scheduler_config.json of diffusers against our `DenoiserSettings` and `SamplingSettings`.
 
-A scheduler of diffusers holds both how a network was trained (betas, what it predicts) and how to sample from it. Only the
-former is kept; steps, spacing and solver are chosen when sampling.
+A scheduler of diffusers holds both how a network was trained (betas, what it predicts) and how to sample from it. The former
+and the spacing of its timesteps are kept; steps and solver are chosen when sampling.
+
+What is written makes diffusers sample as mmgen does: DDPMScheduler with the posterior's variance (`fixed_small`) and trailing
+timesteps is the sampler `ancestral` on the grids `uniform` and `schedule`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..models.denoiser import DenoiserSettings
 from ..errors import ConfigError, ModelError
+from ..models.model import SamplingSettings
 
 # With these a network is one of discrete times; they differ as samplers only
 DISCRETE = (
@@ -21,6 +27,8 @@ DISCRETE = (
     "DPMSolverMultistepScheduler",
     "UniPCMultistepScheduler",
 )
+_LINSPACED = DISCRETE[3:]  # what they space their timesteps by where nothing is said; the others have "leading"
+_GRIDS = {"trailing": "uniform", "linspace": "linspace", "leading": "leading"}  # timestep_spacing -> ours
 _CLIPPING = ("DDPMScheduler", "DDIMScheduler")  # unless they are told not to
 _BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 _PREDICTIONS = {"epsilon": "eps", "sample": "x", "v_prediction": "v"}
@@ -79,14 +87,41 @@ def _discrete(config: dict[str, Any], kind: str, name: str) -> DenoiserSettings:
         beta_end=float(config.get("beta_end", 0.02)),
         num_timesteps=int(config.get("num_train_timesteps", 1000)),
         clip=clip,
+        clip_eps=False,
     )
 
 
-def write_scheduler(denoiser: DenoiserSettings, kind: str, learned_variance: bool = False) -> dict[str, Any]:
-    """scheduler_config.json for settings that `read_scheduler` would give; `kind`: DDPMScheduler or DDIMScheduler if discrete.
+def read_sampling(config: dict[str, Any]) -> tuple[SamplingSettings, str | None]:
+    """How this scheduler spaces timesteps, as the model's default, and a sentence on it; nothing of others than DISCRETE."""
+    kind = config.get("_class_name")
+    if kind not in DISCRETE:
+        return SamplingSettings(), None
+    spacing = config.get("timestep_spacing") or ("linspace" if kind in _LINSPACED else "leading")
+    if spacing not in _GRIDS:
+        raise ModelError(f"the scheduler has timestep_spacing = {spacing!r}, which diffusers does not know")
+    if spacing == "leading" and config.get("steps_offset", 0):
+        return SamplingSettings(), (
+            f"timesteps are spaced trailing (--grid uniform), not leading with steps_offset {config['steps_offset']} as the scheduler"
+        )
+    note = f"timesteps are spaced {spacing}, as the scheduler says (--grid {_GRIDS[spacing]})"
+    return SamplingSettings(
+        grid=_GRIDS[spacing]
+    ), note if spacing == "trailing" else f"{note}; --grid uniform starts at the last one"
+
+
+def write_scheduler(
+    denoiser: DenoiserSettings, sampling: SamplingSettings, kind: str, learned_variance: bool = False
+) -> dict[str, Any]:
+    """scheduler_config.json with which diffusers samples as mmgen does; `kind`: DDPMScheduler or DDIMScheduler if discrete.
+
+    A student's is always DDPMScheduler: it is sampled by the posterior q(z_s | z_t, x_hat).
 
     Raises ConfigError for what no scheduler of diffusers expresses.
     """
+    student = sampling.student_steps is not None
+    if student:
+        kind = "DDPMScheduler"
+        _check_student(denoiser, sampling)
     scales = {key: getattr(denoiser, key) for key in ("sigma_min", "sigma_max", "sigma_data")}
     if denoiser.precondition == "cm":
         return {"_class_name": "CMStochasticIterativeScheduler", **scales, "clip_denoised": denoiser.clip}
@@ -105,7 +140,33 @@ def write_scheduler(denoiser: DenoiserSettings, kind: str, learned_variance: boo
         "beta_schedule": inverse[1][denoiser.betas],
         "prediction_type": inverse[0][denoiser.prediction],
         "clip_sample": denoiser.clip,
+        "thresholding": False,
+        "timestep_spacing": {ours: theirs for theirs, ours in _GRIDS.items()}.get(sampling.grid, "trailing"),
     }
     if kind == "DDPMScheduler":
-        config["variance_type"] = "learned_range" if learned_variance else "fixed_large"
+        config["variance_type"] = "learned_range" if learned_variance else "fixed_small"
     return config
+
+
+def _check_student(denoiser: DenoiserSettings, sampling: SamplingSettings) -> None:
+    """Raises ConfigError for a student that diffusers' DDPMScheduler would sample otherwise than mmgen."""
+    own = denoiser.betas, denoiser.beta_start, denoiser.beta_end, denoiser.num_timesteps
+    schedule = sampling.schedule
+    reason = None
+    if denoiser.precondition != "discrete":
+        reason = "its network was not trained on discrete timesteps"
+    elif schedule.name != "discrete" or schedule.shift != 1:
+        shifted = "" if schedule.shift == 1 else f" shifted by {schedule.shift:g}"
+        reason = f"it was distilled on the schedule {schedule.name}{shifted}, and not on the timesteps of its teacher (discrete)"
+    elif (schedule.betas, schedule.beta_start, schedule.beta_end, schedule.num_timesteps) != own:
+        reason = "it was distilled on timesteps of other betas than its teacher's"
+    elif sampling.stochasticity != 1:
+        reason = f"it is sampled with the stochasticity {sampling.stochasticity:g}, where DDPMScheduler always has 1"
+    elif len(np.arange(denoiser.num_timesteps, 0, -denoiser.num_timesteps / sampling.student_steps)) != sampling.student_steps:
+        reason = (
+            f"diffusers' trailing timesteps for {sampling.student_steps} steps are not so many, by a rounding error of its own"
+        )
+    elif denoiser.noise_channels or denoiser.noise_dropout:
+        reason = "it has randomness of its own, which diffusers does not give it"
+    if reason:
+        raise ConfigError(f"this student cannot be written for diffusers: {reason}; sample from it with mmgen")

@@ -29,6 +29,7 @@ from .reading import Found
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # hidden size -> attention heads of S, B, L, XL (arXiv:2212.09748, table 1)
 TYPES = ("dit", "sit", "repa")
 SCALING = 0.18215  # of Stable Diffusion's latents
+VAE_ASSUMED = "the autoencoder and the scale of its latents are those of the published models"
 _PROJECTORS = "a projector of REPA's, used in training only"
 
 

@@ -28,3 +28,5 @@ class Converted:
     state: dict[str, Tensor]  # under our key names, dtype as in the file
     left_out: dict[str, str]  # original tensor name -> the reason
     family: str  # "edm", "edm2", "adm", "consistency", "dit", "sit", "imm", "diffusers-unet2d" ...
+    assumed: tuple[str, ...] = ()  # facts that neither the file nor an option says, a sentence each
+    sampled: tuple[str, ...] = ()  # where sampling follows the original's way, a sentence each

@@ -121,6 +121,7 @@ def describe(found: Found, options: ConvertOptions = ConvertOptions()) -> dict[s
     config = converted.config
     shape = {"resolution": config.resolution, "channels": config.channels, "num_classes": config.num_classes}
     rows["left out"] += [f"{key}: {reason}" for key, reason in converted.left_out.items()]
+    rows |= {"assumed": list(converted.assumed), "sampling": list(converted.sampled)}
     return rows | _shape(shape) | {"mmgen can": _abilities(converted)}
 
 

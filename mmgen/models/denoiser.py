@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..diffusion import betas
+from ..diffusion.betas import position
 from ..diffusion.process import per_image
 from ..errors import ConfigError
 from .guidance import guided, is_single
@@ -61,6 +63,8 @@ class DenoiserSettings:
     num_timesteps: int = 1000  # discrete
     round_time: bool = False  # discrete: the nearest timestep; else between two, linear in log sigma
     clip: bool = False  # x_hat to [-1, 1]
+    clip_eps: bool = True  # ddim with clip: the noise is computed from the clipped x_hat (guided-diffusion), else not (diffusers)
+    guided_channels: int | None = None  # guidance acts on the first so many channels only (DiT's and SiT's code: 3); None: on all
     schedule: ScheduleSettings | None = None  # schedule: the process that it was trained on
     time_scale: float = 1000.0  # schedule: network time = time_scale t
     noise_channels: int = 0  # of normal noise that the network is given behind the image: a student's own randomness
@@ -111,8 +115,10 @@ class Denoiser(nn.Module):
         label: Tensor | None = None,
         guidance: float = 1.0,
         noise: Tensor | None = None,
+        *,
+        clip: bool = True,
     ) -> Tensor:
-        """x_hat of y = x + sigma e, in y's dtype.
+        """x_hat of y = x + sigma e, in y's dtype. `clip` False: not clipped, whatever the settings say.
 
         y float [N, C, H, W]; sigma float64 [N], positive; label int64 [N] (num_classes: no class) or None. `guidance` w other
         than 0 and 1 costs two evaluations. Outside `range` the formulas are continued, but timesteps and `schedule` end.
@@ -129,11 +135,13 @@ class Denoiser(nn.Module):
             scaled = torch.cat([scaled, extra], dim=1)
         masks = contextlib.nullcontext()
         if self.settings.noise_dropout:
-            masks = keyed_dropout(self.network, noise if is_single(label, guidance) else torch.cat([noise] * 2))
+            single = is_single(label, guidance, self.settings.guided_channels)
+            masks = keyed_dropout(self.network, noise if single else torch.cat([noise] * 2))
         with masks:
-            output = guided(self.network, scaled, c_noise, None, label, guidance, channels=y.shape[1])
+            limits = {"channels": y.shape[1], "guided_channels": self.settings.guided_channels}
+            output = guided(self.network, scaled, c_noise, None, label, guidance, **limits)
         x = per_image(c_skip, exact) * exact + per_image(c_out, exact) * output.double()
-        return (x.clamp(-1, 1) if self.settings.clip else x).to(y.dtype)
+        return (x.clamp(-1, 1) if self.settings.clip and clip else x).to(y.dtype)
 
     def x_hat(
         self,
@@ -159,13 +167,15 @@ class Denoiser(nn.Module):
         label: Tensor | None = None,
         guidance: float = 1.0,
         noise: Tensor | None = None,
+        *,
+        clip: bool = True,
     ) -> Tensor:
         """`x_hat` of z = alpha x + sigma e, alpha and sigma float64 [N]."""
         low, high = self.range
         within = (sigma / alpha).clamp(low, high)
         scale = torch.where(sigma > high * alpha, high / sigma, 1 / alpha)
         y = per_image(scale, z.double()) * z.double()
-        return self.denoise(y, within, label, guidance, noise).to(z.dtype)
+        return self.denoise(y, within, label, guidance, noise, clip=clip).to(z.dtype)
 
     def sample(self, num: int, **options: Any) -> Tensor:
         """Draws images, uint8 [num, C, H, W] on the CPU. Options: those of `sampling.SampleSettings` (steps, seed, classes,
@@ -248,16 +258,9 @@ def network_time(settings: DenoiserSettings, sigma: Tensor) -> Tensor:
         return (TIMESTEPS - 1) * ((BETA_MIN**2 + 2 * BETA_D * torch.log1p(sigma**2)).sqrt() - BETA_MIN) / BETA_D
     table = sigma_table(settings, sigma.device)
     if kind == "iddpm":  # the nearest
-        return _between(table, sigma).round()
-    time = _between(table.log(), sigma.log())
+        return position(table, sigma).round()
+    time = position(table.log(), sigma.log())
     return time.round() if settings.round_time else time
-
-
-def _between(knots: Tensor, value: Tensor) -> Tensor:
-    """The position of `value` among ascending `knots` [K], linear between two of them, float64 from 0 to K - 1."""
-    right = torch.searchsorted(knots, value.contiguous()).clamp(1, len(knots) - 1)
-    left = right - 1
-    return left + ((value - knots[left]) / (knots[right] - knots[left])).clamp(0, 1)
 
 
 def sigma_at(settings: DenoiserSettings, time: Tensor) -> Tensor:
@@ -315,13 +318,4 @@ def sigma_table(settings: DenoiserSettings, device: torch.device) -> Tensor:
         for j in range(TIMESTEPS, 0, -1):
             u.append(math.sqrt((u[-1] ** 2 + 1) / max(bar[j - 1] / bar[j], 0.001) - 1))
         return torch.tensor(u[1:], dtype=torch.float64, device=device)
-    steps, start, end = settings.num_timesteps, settings.beta_start, settings.beta_end
-    if settings.betas == "linear":
-        betas = np.linspace(start, end, steps)
-    elif settings.betas == "scaled_linear":
-        betas = np.linspace(start**0.5, end**0.5, steps) ** 2
-    else:  # Nichol & Dhariwal, arXiv:2102.09672, eq. 17
-        bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
-        betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
-    bar = np.cumprod(1 - betas)
-    return torch.tensor(np.sqrt((1 - bar) / bar), dtype=torch.float64, device=device)
+    return betas.sigma_table(settings.betas, settings.beta_start, settings.beta_end, settings.num_timesteps, device)

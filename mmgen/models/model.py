@@ -46,7 +46,7 @@ class SamplingSettings:
 
     sampler: Literal["default", "pushforward", "restart", "ddim", "ancestral", "heun"] = "default"
     # Of the times: `samplers.time_grid`, or `sigma_grid` of a denoiser; `schedule`: evenly spaced in that of `schedule` below
-    grid: Literal["default", "uniform", "edm", "schedule"] = "default"
+    grid: Literal["default", "uniform", "edm", "schedule", "linspace", "leading"] = "default"
     guidance: float = 1.0  # w of classifier-free guidance; 1 is none
     steps: int | None = None
     churn: float = 0.0  # heun only, this and what follows: S_churn of Karras et al., arXiv:2206.00364, algorithm 2

@@ -121,6 +121,12 @@ def _origin(config: ModelConfig, provenance: dict[str, Any]) -> str:
     if left_out:
         text += "\n\nLeft out of the file:\n"
         text += "".join(f"\n* {reason} ({count} {'entry' if count == 1 else 'entries'})" for reason, count in left_out.items())
+    for key, title in (
+        ("assumed", "Neither the file nor an option says this, and it is assumed"),
+        ("sampled", "Sampling follows the original"),
+    ):
+        if provenance.get(key):
+            text += f"\n\n{title}:\n" + "".join(f"\n* {sentence}" for sentence in provenance[key])
     return text
 
 

@@ -28,6 +28,7 @@ from ..diffusion.schedules import VARIANCE_PRESERVING, ScheduleSettings, make_sc
 
 RHO = 7  # of the grid `edm`
 PURE_NOISE = 1e12  # sigma of a schedule's t = 1 where it is infinite or more than this: the data are lost in float64 too
+RESPACED = ("linspace", "leading")  # grids of timesteps, by the way in which other projects space them
 EDM_RANGE = 0.002, 80.0  # of sigma, from which EDM samples the models that know more: vp, ve and iddpm
 
 
@@ -48,7 +49,12 @@ class Churn:
 
 def ddim(model, y: Tensor, sigmas: Sequence[float], label: Tensor | None, guidance: float, noise: Noise) -> Tensor:
     """Song et al., arXiv:2010.02502, eq. 12 with no noise: Euler's method for the ODE. Also that of a flow's own ODE."""
+    own_eps = model.settings.clip and not model.settings.clip_eps
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        if own_eps:  # diffusers' scheduler: x_hat is clipped, and the noise is the network's
+            raw = model.denoise(y, full(y, sigma), label, guidance, clip=False)
+            y = raw.clamp(-1, 1) + following / sigma * (y - raw)
+            continue
         x = model.denoise(y, full(y, sigma), label, guidance)
         y = x + following / sigma * (y - x)
     return y
@@ -154,6 +160,8 @@ def sigma_grid(
     for edm, ve and edm_cm; for timesteps it is every T/n-th, beginning with the last one, T - 1 (Lin et al.,
     arXiv:2305.08891, table 2, "trailing"), and for `iddpm` those from sigma_max to sigma_min. For `flow` and `schedule` t = 1
     is the first and 1/n the last.
+    linspace: timesteps round(i (T - 1)/(n - 1)), both ends included, as guided-diffusion and DiT respace them. leading: every
+    T/n-th, beginning with timestep 0, diffusers' default. Both for timesteps only (arXiv:2305.08891, table 2).
     schedule: sigma at t = 1, (n - 1)/n, ..., 1/n of `schedule`, a student's (Salimans et al., arXiv:2406.04103, algorithm 1).
     Here and where `schedule` is the model's own, sigma may lie outside `sigma_range`: such a step is taken as it is, with x_hat
     by `Denoiser.denoise_within`. Where it is infinite at t = 1, it is 1e12.
@@ -172,18 +180,22 @@ def sigma_grid(
     if grid == "default":
         usual = "schedule" if schedule else "uniform" if kind in ("discrete", "flow", "schedule") else "edm"
         grid = "edm" if sampler == "heun" else usual
+    if grid in RESPACED and kind != "discrete":
+        raise ConfigError(f"the grid {grid} is for models with timesteps, and this one has none: take uniform or edm")
     if grid == "schedule" and schedule is None:
         raise ConfigError("the grid schedule is for students, and this model is none: take uniform or edm")
     if grid == "uniform" and kind == "schedule":
         grid, schedule = "schedule", settings.schedule
     # Up to a sigma of hundreds, thousands, or infinity
-    far = kind in ("discrete", "flow") if grid == "uniform" else grid == "schedule" and schedule.name != "edm"
+    far = kind in ("discrete", "flow") if grid in ("uniform", *RESPACED) else grid == "schedule" and schedule.name != "edm"
     if far and sampler == "heun":  # the mean of two slopes, of which one is far away
         raise ConfigError(
             f"heun cannot take the first step of this model's {asked} grid, where sigma falls too far: use the grid edm"
         )
     if grid == "schedule":
         t = 1 - torch.arange(steps, dtype=torch.float64) / steps
+        if schedule.name == "discrete":  # whole timesteps, as diffusers has them
+            t = (t * schedule.num_timesteps).round() / schedule.num_timesteps
         return [*make_schedule(schedule).eta(t).clamp(max=PURE_NOISE).tolist(), 0.0]
     if grid == "edm":
         ends = EDM_RANGE if kind in ("vp", "ve", "iddpm") else (settings.sigma_min, settings.sigma_max)
@@ -203,15 +215,19 @@ def sigma_grid(
         if count > 1:
             sigmas[-1] = low
     else:
-        sigmas = sigma_at(settings, _uniform_times(settings, count, high, low)).tolist()
+        sigmas = sigma_at(settings, _uniform_times(settings, count, high, low, grid)).tolist()
     # Of few timesteps two neighbours may be the same one: a step that changes nothing, as EDM has it
     sigmas = [rounded_sigma(settings, sigma) for sigma in sigmas]
     return sigmas if kind == "cm" else [*sigmas, 0.0]
 
 
-def _uniform_times(settings: DenoiserSettings, count: int, high: float, low: float) -> Tensor:
+def _uniform_times(settings: DenoiserSettings, count: int, high: float, low: float, grid: str) -> Tensor:
     """The network's times of `count` steps, float64 [count], the noisiest first."""
     i = torch.arange(count, dtype=torch.float64)
+    if grid == "linspace":
+        return ((settings.num_timesteps - 1) * (1 - i / max(count - 1, 1))).round()
+    if grid == "leading":
+        return (i * (settings.num_timesteps // count)).flip(0)
     if settings.precondition == "discrete":
         return (settings.num_timesteps * (1 - i / count)).round() - 1
     if settings.precondition == "flow":

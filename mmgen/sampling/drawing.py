@@ -70,7 +70,10 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         raise ConfigError(f"eta values need the grid 'eta', not {grid!r}")
     check_defaults(config)
     sampler = choose_sampler(config, config.sampling.sampler if settings.sampler is None else settings.sampler)
+    if settings.grid is None and grid in diffusion.RESPACED and sampler == "heun":  # which cannot start from pure noise
+        grid = "default"
     grids = GRIDS if config.sampling.schedule is None else (*GRIDS, "schedule")
+    grids = (*grids, *diffusion.RESPACED) if config.denoiser is not None else grids
     if grid not in grids:
         raise ConfigError(f"unknown grid {grid!r}: {nearest(grid, grids)}")
     if not math.isfinite(guidance):
@@ -107,12 +110,17 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         sampler=sampler,
         grid=grid,
         times=times,
-        nfe=calls * (1 if guidance in (0, 1) else 2),
+        nfe=calls * (1 if _single(config, guidance) else 2),
         churn=_churn(config.sampling, settings, sampler),
         batch_size=settings.batch_size,
         stochasticity=_stochasticity(config, settings, sampler),
         notes=_notes(config, steps, sampler, grid),
     )
+
+
+def _single(config: ModelConfig, guidance: float) -> bool:
+    """Whether a step evaluates the network once, and not once more without a class."""
+    return guidance == 1 or (guidance == 0 and getattr(config.denoiser, "guided_channels", None) is None)
 
 
 def samplers_of(config: ModelConfig) -> dict[str, Callable]:
@@ -275,7 +283,7 @@ class _Bound:
     def __init__(self, model: Denoiser, seed: int, index: Tensor) -> None:
         self.model, self.settings, self.seed, self.index, self.calls = model, model.settings, seed, index, 0
 
-    def denoise(self, y: Tensor, sigma: Tensor, label: Tensor | None, guidance: float) -> Tensor:
+    def denoise(self, y: Tensor, sigma: Tensor, label: Tensor | None, guidance: float, *, clip: bool = True) -> Tensor:
         noise = keys(self.seed, self.index, _OWN + self.calls) if self.model.is_random else None
         self.calls += 1
-        return self.model.denoise_within(y, torch.ones_like(sigma), sigma, label, guidance, noise)
+        return self.model.denoise_within(y, torch.ones_like(sigma), sigma, label, guidance, noise, clip=clip)

@@ -94,18 +94,23 @@ def _check(config: ModelConfig, place: str | os.PathLike) -> None:
 def default_schedule(settings: DenoiserSettings) -> ScheduleSettings:
     """The schedule of a student: the process that its teacher was trained on, so that every time of it is known to both.
 
-    EDM's grid, from the ends of the trained range, for what was trained on y = x + sigma e; DDPM's linear schedule in continuous
-    time, or the cosine one, for timesteps; straight lines for flows. VP's process is that of `ddpm_linear` (Karras et al.,
-    arXiv:2206.00364, table 1).
+    EDM's grid, from the ends of the trained range, for what was trained on y = x + sigma e; the teacher's own timesteps for
+    discrete ones, whatever their betas, so that diffusers' schedulers draw from the student as mmgen does; straight lines for
+    flows. VP's process is that of `ddpm_linear`, iDDPM's nearly that of `vp_cosine` (Karras et al., arXiv:2206.00364, table 1).
     """
     kind = settings.precondition
     if kind == "schedule":
         return settings.schedule
     if kind == "flow":
         return ScheduleSettings("fm")
-    if kind == "vp" or (kind == "discrete" and settings.betas != "cosine"):
+    if kind == "discrete":
+        return ScheduleSettings(
+            "discrete", betas=settings.betas, beta_start=settings.beta_start, beta_end=settings.beta_end,
+            num_timesteps=settings.num_timesteps,
+        )  # fmt: skip
+    if kind == "vp":
         return ScheduleSettings("ddpm_linear")
-    if kind in ("discrete", "iddpm"):
+    if kind == "iddpm":
         return ScheduleSettings("vp_cosine")
     low, high = sigma_range(settings)
     return ScheduleSettings("edm", sigma_min=low, sigma_max=high)
