@@ -51,7 +51,7 @@ def distill(
     ] = None,
     schedule: Annotated[
         str | None,
-        _student(metavar="NAME", help="Noise schedule: fm, vp_cosine, ddpm_linear or edm. Default: the teacher's."),
+        _student(metavar="NAME", help="Noise schedule: fm, vp_cosine, ddpm_linear, edm or discrete. Default: the teacher's."),
     ] = None,
     shift: Annotated[float | None, _student(**NUMBER, help="Above 1: more of the steps at high noise, for 1 or 2 steps.")] = None,
     dropout: Annotated[

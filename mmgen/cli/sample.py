@@ -38,7 +38,7 @@ Grid = Annotated[
     _sampler(
         metavar="NAME",
         help="Times of the steps: uniform, edm (Karras et al., eq. 5), schedule (students: even in the time of the "
-        "distillation), or eta (those of --eta).",
+        "distillation), linspace or leading (other projects' timesteps), or eta (those of --eta).",
     ),
 ]
 Eta = Annotated[str | None, _sampler(metavar="LIST", help="Intermediate times as sigma/alpha, descending: 1.4 for two steps.")]
