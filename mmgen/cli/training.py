@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ..training.task import Outcome
 
 
+_PLACES = {"data.name", "teacher.name", "train.init"}  # settings that can be a path
+
+
 @dataclass(frozen=True)
 class Chosen:
     """What a command line means."""
@@ -81,7 +84,18 @@ def default_name(preset: str, config: Any, base: Any) -> str:
     different = {key: value for key, value in differences(config, base).items() if not key.startswith(free)}
     if not different:
         return preset
+    for key in _PLACES & different.keys():
+        different[key] = _one_spelling(different[key])
     return f"{preset}-{hashlib.sha256(json.dumps(different, sort_keys=True).encode()).hexdigest()[:6]}"
+
+
+def _one_spelling(place: str) -> str:
+    """The same for `data/x`, `data/x/` and their absolute path, so that a run is found again however its files are named."""
+    if not os.path.exists(os.path.expanduser(place)):
+        return place  # a name
+    path = os.path.abspath(os.path.expanduser(place))
+    inside = os.path.relpath(path)
+    return path if inside.startswith(os.pardir) else inside
 
 
 def differences(config: Any, base: Any) -> dict[str, Any]:

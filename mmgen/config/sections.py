@@ -70,6 +70,7 @@ class TrainSettings:
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"  # tf32 is fp32 where there is no GPU
     ema_betas: tuple[float, ...] = (0.9999,)  # averages of the weights kept, by decay per step; none at all: the weights
     ema_half_lives: tuple[int, ...] = ()  # more averages, by half-life in images
+    ema_rampup: float = 0.05  # at first no average has a half-life of more than this part of the images seen; 0: no such limit
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ def check_shared(config: Any) -> None:
         require(len(entries) <= MOST_ENTRIES, f"{name} has {len(entries):,} entries: at most {MOST_ENTRIES} make sense")
     for beta in train.ema_betas:
         require(0 < beta < 1, f"train.ema_betas must lie between 0 and 1, not {beta}")
+    require(train.ema_rampup >= 0, f"train.ema_rampup must be 0, for no ramp-up, or more, not {train.ema_rampup}")
     require(run.eval_num >= 0, f"run.eval_num must be 0, for no figures, or a number of samples, not {run.eval_num}")
     for name in ("weight_decay", "grad_clip", "warmup_images"):
         require(getattr(optimizer, name) >= 0, f"optimizer.{name} cannot be negative")

@@ -4,8 +4,8 @@ checkpoints/000000512000/        images seen
     network.safetensors          the weights that are trained; NAME.safetensors: those of every further part of the method
     ema-NAME.safetensors         every average
     optimizer.safetensors        tensors of the optimiser's state, "parameter number.name"; optimizer-NAME.safetensors likewise
-    state.json                   images seen, seconds spent, the optimisers' other settings, the fp16 scaler; the size and the
-                                 SHA-256 of every other file, and its own: `checkpoint_sums`
+    state.json                   images seen, seconds spent, the fp16 scaler; the size and the SHA-256 of every other file, and its
+                                 own: `checkpoint_sums`
 damaged-000000000512000/     one that was found damaged: never read, never deleted
 """
 
@@ -81,13 +81,13 @@ def save_checkpoint(
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Its tensors, "parameter number.name", and the rest."""
+    """Its tensors, "parameter number.name", and what else it keeps of each parameter."""
     state = optimizer.state_dict()
     tensors, plain = {}, {}
     for number, values in state["state"].items():
         for name, value in values.items():
             (tensors if isinstance(value, torch.Tensor) else plain)[f"{number}.{name}"] = value
-    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+    return tensors, {"state": plain}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -153,7 +153,7 @@ def file_names(names: Iterable[str], ema: EMA) -> set[str]:
 def load_checkpoint(
     path: Path, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], ema: EMA, scaler: Any
 ) -> Progress:
-    """Restores everything in place. Raises TrainingError naming what is damaged or does not fit."""
+    """Restores everything in place, but for the optimisers' settings. Raises TrainingError naming what is damaged or does not fit."""
     try:
         content = read_state(path)
         averages = {name: load_file(path / f"ema-{name}.safetensors") for name in ema.decays}
@@ -171,7 +171,8 @@ def load_checkpoint(
                 for entry, value in state.get(number, {}).items():
                     if isinstance(value, torch.Tensor):
                         state[number][entry] = as_spread(value, parameter)
-            optimizers[name].load_state_dict({"state": state, "param_groups": plain["param_groups"]})
+            settings = optimizers[name].state_dict()["param_groups"]  # those of now: a run may go on with others
+            optimizers[name].load_state_dict({"state": state, "param_groups": settings})
         for name, average in averages.items():
             check_state(next(iter(networks.values())).state_dict(), average, f"{path / name}")
             ema.load(name, average)

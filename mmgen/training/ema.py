@@ -19,6 +19,17 @@ def ema_decays(train: TrainSettings) -> dict[str, float]:
     return decays
 
 
+def ramp_up(train: TrainSettings, images: int) -> float:
+    """The largest decay of the step after `images` images: EDM's ramp-up, so that the initial weights do not stay in an average.
+
+    The half-life is at most train.ema_rampup times the images seen (Karras et al., arXiv:2206.00364: training_loop.py of its code,
+    ema_rampup_ratio = 0.05). Decays rise with half-lives, so the lesser half-life is the lesser decay.
+    """
+    if train.ema_rampup == 0:
+        return 1.0
+    return 0.5 ** (train.batch_size / max(images * train.ema_rampup, 1e-8))
+
+
 class EMA:
     """averages[name][parameter] <- decay averages + (1 - decay) parameter at every update. Buffers are not averaged.
 
@@ -32,10 +43,11 @@ class EMA:
         self.averages = {name: {k: p.detach().clone() for k, p in self.parameters.items()} for name in decays}
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, at_most: float = 1.0) -> None:
+        """at_most: of the decays, now: see `ramp_up`."""
         current = own(self.parameters.values())
         for name, decay in self.decays.items():
-            torch._foreach_lerp_(own(self.averages[name].values()), current, 1 - decay)
+            torch._foreach_lerp_(own(self.averages[name].values()), current, 1 - min(decay, at_most))
 
     @property
     def first(self) -> str | None:

@@ -33,7 +33,7 @@ from .batches import Batch, Parts, fetch, part_sizes, share_batch
 from .checkpoint import Progress, file_names, list_checkpoints, load_checkpoint, newest_whole, remove_old, save_checkpoint
 from .compute import compile_network, set_precision
 from .contention import Watch
-from .ema import EMA, ema_decays
+from .ema import EMA, ema_decays, ramp_up
 from .figures import make_scorer
 from .gradients import measure_and_clip
 from .numbers import BadLoss, Numbers
@@ -209,7 +209,7 @@ class Trainer:
         norm = measure_and_clip(part.network, optimizer, self.optimizer.grad_clip, accelerator)
         optimizer.step()
         optimizer.zero_grad()
-        self.ema.update()  # whatever part was updated: decays are per step
+        self.ema.update(ramp_up(self.train, first))  # whatever part was updated: decays are per step
         self.numbers.add_step(name, total, norm)
         self.progress.images = first + self.train.batch_size
 
@@ -290,6 +290,9 @@ class Trainer:
             self.progress = load_checkpoint(newest, self.networks, self.optimizers, self.ema, self.accelerator.scaler)
             note(f"resuming from {newest}: {self.progress.images:,} images seen")
         self.history.rewind(self.progress.images)
+        if changed := self.folder.changed:
+            note("changed since the run began: " + ", ".join(f"{key} = {now}, was {was}" for key, (was, now) in changed.items()))
+            self._log({"changed": changed})
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:

@@ -30,16 +30,18 @@ _MISSING = object()
 _MOST_LOG = 1 << 28  # bytes of log.jsonl: a million lines
 
 
-def is_free(key: str, config: dict[str, Any]) -> bool:
-    """Whether a run may be continued with another value of the setting `key`. config: all settings by dotted key.
+# Settings with which a run may go on that are others than before: all of these sections, ...
+_FREE_SECTIONS = ("run", "sampling", "optimizer")
+# ... how training goes on, ...
+_FREE = {"train.max_images", "train.precision", "train.ema_rampup"}
+# ... and where files lie and how they are read: what came out of them is compared by its hash
+_FREE |= {"teacher.name", "data.name", "data.split", "data.resolution", "data.channels", "data.num_classes"}
+_FREE |= {"data.image_column", "data.label_column", "data.on_corrupt"}
 
-    The number of images is one, unless the learning rate falls towards it; and where a teacher lies, which its sha256 identifies.
-    """
-    if key == "teacher.name":
-        return True
-    if key == "train.max_images":
-        return config.get("optimizer.decay", "none") == "none"
-    return key.startswith(("run.", "sampling."))
+
+def is_free(key: str) -> bool:
+    """Whether a run may be continued with another value of the setting `key`, dotted."""
+    return key in _FREE or key.split(".")[0] in _FREE_SECTIONS
 
 
 class RunFolder:
@@ -50,9 +52,10 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.previews = path / "previews"
         self.log_file = path / "log.jsonl"
+        self.changed: dict[str, list[Any]] = {}  # settings of `optimizer` and `train` -> [before, now], of a run that goes on
 
     def open(self, command: str, config: dict[str, Any], dataset: Dataset | LatentDataset) -> None:
-        """Makes the folder, or checks that it holds this very run. Raises TrainingError naming what differs.
+        """Makes the folder, or checks that it holds this very run. Raises TrainingError naming what differs and may not.
 
         command: such as "train-imm"; config: its settings as a dictionary.
         """
@@ -97,7 +100,11 @@ class RunFolder:
         before, after = dict(flatten(old["config"])), dict(flatten(new["config"]))
         for key in after | before:
             was, is_ = before.get(key, _MISSING), after.get(key, _MISSING)
-            if was != is_ and not is_free(key, after):
+            if was == is_:
+                continue
+            if key.split(".")[0] in ("optimizer", "train") and is_ is not _MISSING and is_free(key):
+                self.changed[key] = [None if was is _MISSING else was, is_]
+            if not is_free(key) and was is not _MISSING:  # a setting that an older version did not have is as it was there
                 raise TrainingError(
                     f"{self.path} holds a run with {key} = {_show(was)}, not {_show(is_)}: give another --out to start anew, "
                     "or the same settings to resume"
