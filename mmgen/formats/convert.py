@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 
 from .. import __version__
 from .family import Converted, ConvertOptions
@@ -16,6 +15,7 @@ from ..errors import ConfigError, ModelError, nearest
 from ..system.files import remove_leftovers, replacing
 from ..report.model_card import model_card
 from ..models.model import ModelConfig, build_model, check_state, read_config, save_model
+from ..networks.empty import without_weights
 from ..report.push import CONVERTED
 from ..system.tensor_files import save_torch
 
@@ -87,7 +87,7 @@ def convert_file(
 
 def _checked(found: Found, converted: Converted, weights: str) -> Converted:
     """With its provenance. Raises ModelError unless the tensors are exactly those of the network that the config describes."""
-    with torch.device("meta"):
+    with without_weights():
         network = build_model(converted.config).network
     check_state(network.state_dict(), converted.state, str(found.path))
     provenance = {

@@ -19,13 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError
 from ..system.files import replacing_folder
 from ..models.model import ModelConfig
 from ..networks.diffusers_unet import DiffusersUNet, DiffusersUNetSettings
+from ..networks.empty import without_weights
 from ..networks.dit import DiTSettings
 from ..system.tensor_files import save_tensors
 from . import diffusers_dit
@@ -87,7 +87,7 @@ def _convert_unet(found: Found, config: dict[str, Any], options: ConvertOptions)
     layers = config.get("layers_per_block", 2)
     if not isinstance(layers, int) or layers > len(found.tensors):  # nor would building them ever end
         raise ModelError(f"{name} has layers_per_block = {layers!r} in config.json, and not so many tensors")
-    with torch.device("meta"):  # what diffusers has to say of the architecture, or that it is not installed
+    with without_weights():  # what diffusers has to say of the architecture, or that it is not installed
         DiffusersUNet(settings, result.resolution, channels, classes)
     state = place(found, result, lambda key: _original_name(result, key))
     notes = [note] if note else []

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ConfigError, ModelError, nearest
 from ..models.model import ModelConfig
 from ..networks import build_network
+from ..networks.empty import without_weights
 from .reading import Found
 
 _BOUNDS = {  # argument: least and largest value, of each entry where it is a list of so many at most
@@ -41,7 +42,7 @@ def as_it_is(key: str, tensor: Tensor) -> Tensor:
 def expected_state(config: ModelConfig) -> dict[str, Tensor]:
     """The state dict of the network that a config describes, without values. Raises ModelError where none can be built."""
     try:
-        with torch.device("meta"):
+        with without_weights():
             network = build_network(
                 config.network, resolution=config.resolution, channels=config.channels, num_classes=config.num_classes,
                 augment_dim=config.augment_dim, second_time=config.flow is not None,

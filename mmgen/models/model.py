@@ -20,6 +20,7 @@ from .flow_map import FlowMapSettings, flow_map
 from .flow_map import check_settings as check_flow
 from .latents import LatentSettings
 from ..networks import NetworkSettings, build_network
+from ..networks.empty import fill, without_weights
 from ..networks.limits import check_sizes
 from ..diffusion.schedules import ScheduleSettings
 from ..system.schema import from_dict
@@ -129,7 +130,7 @@ def build_model(config: ModelConfig) -> AnyModel:
 
 def check_weights(config: ModelConfig) -> None:
     """Raises ConfigError for a network whose weights alone are more than this machine's memory, before it is built."""
-    with torch.device("meta"):
+    with without_weights():
         count = sum(p.numel() for p in build_model(config).network.parameters())
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -205,15 +206,14 @@ def load_model(path: str | os.PathLike, device: str | torch.device = "cpu") -> A
     from safetensors.torch import load_file
 
     config = read_config(path)
-    with torch.device("meta"):  # no time spent on initial weights
-        network = build_model(config).network
+    with without_weights():
+        model = build_model(config)
     try:
         state = load_file(path, device="cpu")
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read: {error}") from error
-    check_state(network.state_dict(), state, str(path))
-    model = build_model(config)
-    model.network.load_state_dict(state)
+    check_state(model.network.state_dict(), state, str(path))
+    fill(model.network, state)
     return model.to(device).eval().requires_grad_(False)
 
 

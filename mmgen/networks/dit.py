@@ -37,7 +37,7 @@ class DiTSettings:
 def grid_embedding(dim: int, side: int) -> Tensor:
     """Fixed sine-cosine embedding of a side x side grid, float32 [1, side^2, dim]: first half x, second half y."""
     frequencies = positional_frequencies(dim // 2, endpoint=False)
-    position = torch.arange(side, dtype=torch.float64)
+    position = torch.arange(side, dtype=torch.float64, device="cpu")
     waves = sinusoid(position, frequencies, sine_first=True)  # [side, dim / 2]
     x, y = waves.expand(side, side, -1), waves[:, None].expand(side, side, -1)
     return torch.cat([x, y], dim=2).reshape(1, side * side, dim)

@@ -17,9 +17,9 @@ def sinusoid(t: Tensor, frequencies: Tensor, sine_first: bool) -> Tensor:
 
 
 def positional_frequencies(dim: int, endpoint: bool) -> Tensor:
-    """dim / 2 frequencies from 1 down to 1/10000, geometric; `endpoint`: the last is 1/10000 itself. float64."""
+    """dim / 2 frequencies from 1 down to 1/10000, geometric; `endpoint`: the last is 1/10000 itself. float64, on the CPU."""
     half = dim // 2
-    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / (half - endpoint))
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64, device="cpu") / (half - endpoint))
 
 
 class TimeMLP(nn.Module):

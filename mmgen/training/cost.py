@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config.sections import TrainSettings
 from ..models.model import ModelConfig, build_model
 from ..networks import blocks, checkpoint_blocks
+from ..networks.empty import without_weights
 from .batches import Parts
 
 
@@ -66,8 +67,8 @@ class PassCost:
 
 def pass_cost(model_config: ModelConfig, precision: str, checkpointing: bool = False) -> PassCost:
     """checkpointing: run.gradient_checkpointing; the network's own setting counts as well."""
-    with torch.device("meta"):
-        network = build_model(model_config).network
+    with without_weights():
+        network = build_model(model_config).network.to("meta")  # its constants are on the CPU
     probe = 2
     checkpointing = checkpointing or has_checkpointing(model_config)
     if checkpointing:

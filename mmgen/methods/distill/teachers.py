@@ -15,6 +15,7 @@ from ...formats.recognise import convert, family_of
 from ...models.denoiser import Denoiser, DenoiserSettings, sigma_range
 from ...errors import ConfigError, ModelError
 from ...models.model import ModelConfig, check_state, read_config
+from ...networks.empty import fill, without_weights
 from ...diffusion.schedules import ScheduleSettings, make_schedule
 
 NEGLIGIBLE = 1e-3  # of a schedule's times: a part of it outside the trained range that is no longer is not worth a word
@@ -62,11 +63,10 @@ def load_teacher(
             raise ConfigError(f"{error}: say so to `mmgen convert`, and give what that writes as the teacher") from error
         config, state = converted.config, converted.state
     _check(config, place)
-    with torch.device("meta"):
-        expected = Denoiser(config).network.state_dict()
-    check_state(expected, state, str(found.path))
-    model = Denoiser(config)
-    model.network.load_state_dict(state)
+    with without_weights():
+        model = Denoiser(config)
+    check_state(model.network.state_dict(), state, str(found.path))
+    fill(model.network, state)
     folder = found.path if found.path.is_dir() else found.path.parent
     run = folder if (folder / "checkpoints").is_dir() and (folder / "log.jsonl").is_file() else None
     return Teacher(model.to(device).eval().requires_grad_(False), str(place), found.sha256, run)
