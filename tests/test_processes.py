@@ -1,4 +1,7 @@
-"""Two processes, as `accelerate launch` and torchrun start them, train what one trains."""
+"""Two processes, as torchrun starts them, do what one does: training by every method, sampling, scoring.
+
+Each of the two is launched once, with all commands: `runs`. Latents on two processes: test_latents.py; sharded: test_sharding.py.
+"""
 
 import json
 import os
@@ -13,48 +16,66 @@ from safetensors.torch import load_file
 from tiny_inception import write_inception
 from tiny_model import make_denoiser
 
+from mmgen.system.processes import COLLECTIVE_TIMEOUT
+
 ROOT = Path(__file__).parents[1]
-TRAIN = [
-    "-m", "mmgen", "train-imm", "--device", "cpu", "--batch-size", "16", "--batch-per-device", "8", "--max-images", "64",
-    "--eval-every", "32", "--preview-every", "32", "--set", "network.model_channels=8", "--set", "network.channel_mult=[1]",
-    "--set", "run.eval_num=32", "--set", "run.eval_steps=[1, 2]", "--set", "network.dropout=0.1",
-]  # fmt: skip
-
-
-def launch(cwd, *launcher):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    out = launcher[-1]
-    result = subprocess.run(
-        [sys.executable, *launcher[:-1], *TRAIN, "--out", out],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return load_file(cwd / out / "model.safetensors"), result
-
-
-def test_two_processes_train_what_one_trains(tmp_path):
-    one, _ = launch(tmp_path, "one")
-    two, result = launch(tmp_path, "-m", "torch.distributed.run", "--nproc_per_node", "2", "two")
-    assert result.stdout.count("two halves of the data") == 1  # one process speaks
-    assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
-    for key, value in one.items():
-        assert (two[key] - value).norm() <= 1e-5 * value.norm() + 1e-8, key
-
-
+TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 TINY = ["--set", "network.model_channels=8", "--set", "network.channel_mult=[1]", "--set", "network.dropout=0.1"]
-DISTILL = [
-    "distill", "--teacher", "teacher.safetensors", "--teacher-steps", "0", "--lr", "1e-3", "--set", "optimizer.warmup_images=16",
-]  # fmt: skip
+DISTILL = ["distill", "--teacher", "teacher.safetensors", "--lr", "1e-3", "--set", "optimizer.warmup_images=16"]
+EVALUATE = ["--eval-num", "32", "--eval-every", "64", "--preview-every", "64"]
 METHODS = {
-    "imm": ["train-imm", *TINY],
-    "teacher": ["train-teacher", *TINY],
-    "alternating": [*DISTILL, "--method", "alternating"],
-    "instant": [*DISTILL, "--method", "instant"],
+    "imm": ["train-imm", *TINY, *EVALUATE, "--set", "run.eval_steps=[1, 2]"],
+    "teacher": ["train-teacher", *TINY, "--set", "data.augment=0.5", "--eval-num", "0"],
+    "alternating": [*DISTILL, "--method", "alternating", *EVALUATE, "--teacher-steps", "4"],
+    "instant": [*DISTILL, "--method", "instant", "--eval-num", "0"],
 }
+SHARED = ["--device", "cpu", "--batch-size", "16", "--batch-per-device", "8", "--set", "optimizer.decay=none"]
+SAMPLE = ["sample", "teacher.safetensors", "--steps", "2", "--num", "13", "--batch-size", "4", "--device", "cpu"]
+FID = ["fid", "a", "--ref", "b", "--batch-size", "8", "--device", "cpu"]
+SCORES = {
+    "inception": [*FID, "--metrics", "fid,kid,is,pr,dc", "--inception", "network.pt"],
+    "pixels": [*FID, "--features", "pixels", "--metrics", "fid,kid,pr,dc", "--repeat", "3"],
+}
+
+
+def launch(folder: Path, launcher: list[str], commands: list[list[str]], cache: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MMGEN_CACHE": str(folder / cache)}
+    result = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "tests/several_commands.py"), json.dumps(commands)],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def trainings(out: str, steps: int) -> list[list[str]]:
+    return [[*method, *SHARED, "--max-images", str(16 * steps), "--out", f"{out}/{name}"] for name, method in METHODS.items()]
+
+
+def drawn_and_scored(out: str) -> list[list[str]]:
+    samples = [[*SAMPLE, "--out", place] for place in (f"{out}.npz", f"{out}/samples/")]
+    return samples + [[*command, "--out", f"{out}/{name}.json"] for name, command in SCORES.items()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(folder, what two processes printed): `one` is of one process; `two` of two, whose last 2 of 10 steps one makes."""
+    folder = tmp_path_factory.mktemp("processes")
+    make_denoiser(folder / "teacher.safetensors", channels=1, num_classes=10, augment_dim=9)
+    write_inception(folder / "network.pt")
+    random = np.random.default_rng(0)
+    for name, count in (("a", 45), ("b", 37)):
+        (folder / name).mkdir()
+        for i in range(count):
+            Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(folder / name / f"{i:03d}.png")
+    printed = launch(folder, TWO, [*trainings("two", 8), *drawn_and_scored("two")], "cache-two")
+    said = [json.loads((folder / f"process-{number}.json").read_text()) for number in (0, 1)]
+    assert said == [{"size": 2, "seconds": COLLECTIVE_TIMEOUT.total_seconds()}] * 2
+    for file in folder.glob("process-*.json"):
+        file.unlink()
+    launch(folder, [], [*trainings("two", 10), *trainings("one", 10), *drawn_and_scored("one")], "cache-one")
+    assert [json.loads(file.read_text())["size"] for file in folder.glob("process-*.json")] == [1]
+    return folder, printed
 
 
 def relative_difference(found: Path, expected: Path) -> float:
@@ -67,71 +88,73 @@ def relative_difference(found: Path, expected: Path) -> float:
     return difference / norm
 
 
-def test_twenty_steps_on_two_processes_are_those_of_one(tmp_path):
-    """Of every method, with the same images in a pass: networks, averages and optimisers to 1e-6; in truth bit for bit, as a sum
-    of two gradients has one order only. 16 steps on two processes go on for 4 on one. And the same samples are drawn."""
-    make_denoiser(tmp_path / "teacher.safetensors", channels=1, num_classes=10)
-    shared = ["--device", "cpu", "--batch-size", "16", "--batch-per-device", "8", "--set", "run.eval_num=0"]
+def figures_of(folder: Path) -> dict[int, dict[str, float]]:
+    """By the number of images seen, those while training and at the end."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return {line["images"]: line["values"] for line in lines if "values" in line}
 
-    def train(out: str, steps: int, *launcher: str) -> None:
-        commands = [[*method, *shared, "--max-images", str(16 * steps), "--set", "optimizer.decay=none",
-                     "--out", f"{out}/{name}"] for name, method in METHODS.items()]  # fmt: skip
-        for place in (f"{out}.npz", f"{out}/samples/") if steps == 16 or out == "one" else ():
-            draw = ["sample", "teacher.safetensors", "--steps", "2", "--num", "13", "--batch-size", "4", "--device", "cpu"]
-            commands.append([*draw, "--out", place])
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        script = str(ROOT / "tests/several_commands.py")
-        result = subprocess.run(
-            [sys.executable, *launcher, script, json.dumps(commands)],
-            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
 
-    train("one", 20)
-    train("two", 16, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    train("two", 20)
-    for name in METHODS:
-        one, two = (tmp_path / place / name / "checkpoints/000000000320" for place in ("one", "two"))
-        files = sorted(file.name for file in one.glob("*.safetensors"))
-        assert len(files) >= 2 and files == sorted(file.name for file in two.glob("*.safetensors"))
-        for file in files:
-            assert relative_difference(two / file, one / file) <= 1e-6, (name, file)
-    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+@pytest.mark.parametrize("method", METHODS)
+def test_training(runs, method):
+    """With the same images in a pass: networks, averages and optimisers to 1e-6; in truth bit for bit, as a sum of two gradients
+    has one order only."""
+    folder, _ = runs
+    one, two = (folder / name / method / "checkpoints/000000000160" for name in ("one", "two"))
+    files = sorted(file.name for file in one.glob("*.safetensors"))
+    assert len(files) >= 2 and files == sorted(file.name for file in two.glob("*.safetensors"))
+    for file in files:
+        assert relative_difference(two / file, one / file) <= 1e-6, file
+    assert {p.name for p in (folder / "one" / method).iterdir()} == {p.name for p in (folder / "two" / method).iterdir()}
+    ours, theirs = figures_of(folder / "two" / method), figures_of(folder / "one" / method)
+    assert ours.keys() == theirs.keys() and bool(ours) == ("--eval-every" in METHODS[method])
+    for images, values in ours.items():
+        assert values == pytest.approx(theirs[images], rel=1e-4), images
+
+
+def test_a_comparison_is_shared(runs):
+    folder, _ = runs
+    rows = [json.loads((folder / name / "alternating/results.json").read_text())["comparison"]["rows"] for name in ("one", "two")]
+    assert len(rows[0]) == len(rows[1]) >= 4
+    for row, other in zip(*rows, strict=True):
+        assert row["value"] == pytest.approx(other["value"], rel=1e-4)
+
+
+def test_sampling(runs):
+    folder, _ = runs
+    one, two = (np.load(folder / f"{name}.npz") for name in ("one", "two"))
     assert np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"]) and len(one["arr_0"]) == 13
-    one, two = (sorted((tmp_path / name / "samples").rglob("*.png")) for name in ("one", "two"))
+    one, two = (sorted((folder / name / "samples").rglob("*.png")) for name in ("one", "two"))
     assert len(one) == len(two) == 13
     assert all(a.name == b.name and a.read_bytes() == b.read_bytes() for a, b in zip(one, two, strict=True))
 
 
-def test_accelerate_launch(tmp_path):
-    weights, _ = launch(tmp_path, "-m", "accelerate.commands.launch", "--cpu", "run")
-    assert len(weights) > 30
-
-
-def test_two_processes_score_what_one_scores(tmp_path):
-    random = np.random.default_rng(0)
-    for name, count in (("a", 45), ("b", 37)):
-        (tmp_path / name).mkdir()
-        for i in range(count):
-            Image.fromarray(random.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path / name / f"{i:03d}.png")
-    write_inception(tmp_path / "network.pt")
-    command = ["-m", "mmgen", "fid", "a", "--ref", "b", "--metrics", "fid,kid,is,pr,dc", "--inception", "network.pt", "--batch-size", "8",
-               "--repeat", "3", "--device", "cpu"]  # fmt: skip
-    figures = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--nproc_per_node", "2"]):
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "MMGEN_CACHE": str(tmp_path / f"c{len(launcher)}"),
-        }
-        result = subprocess.run(
-            [sys.executable, *launcher, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("kept in:") == 1  # one process speaks
-        figures.append(json.loads((tmp_path / "a" / "scores.json").read_text())["scores"][-1])
-    one, two = figures
+@pytest.mark.parametrize("features", SCORES)
+def test_scoring(runs, features):
+    folder, _ = runs
+    one, two = (json.loads((folder / name / f"{features}.json").read_text())["scores"][-1] for name in ("one", "two"))
     assert list(one["figures"]) == list(two["figures"])
     for key in ("figures", "spreads"):
         assert two[key] == pytest.approx(one[key], rel=1e-5)
+
+
+def test_one_process_speaks(runs):
+    _, printed = runs
+    assert printed.stdout.count("kept in:") == 2 and printed.stdout.count("trained on 128") == len(METHODS)
+
+
+def test_nobody_waits_in_a_collective_for_one_that_works_alone(tmp_path):
+    """Collectives end the job after a while: what takes one process longer is waited for elsewhere. See slow_alone.py."""
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i:03d}.png")
+    command = [*TWO, str(ROOT / "tests/slow_alone.py"), "--data", "images", "--preset", "digits-imm", "--unconditional", *TINY,
+               *SHARED, "--max-images", "32", "--eval-num", "0", "--out", "run"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MMGEN_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    for what in ("_write", "picture", "write_state"):
+        assert result.stdout.count(f"alone: {what}") == 1, result.stdout
+    assert (tmp_path / "run/results.json").is_file()

@@ -116,7 +116,7 @@ def run_toy(out: Path, reporter=None, make=toy_task, **changes):
     configs.check_shared(config)
     reporter = reporter or Quiet()
     accelerator = make_accelerator(config.train, config.run, out, "cpu")
-    dataset = load_shared(accelerator, config.data, reporter)
+    dataset = load_shared(config.data, reporter)
     return run_training("toy", config, dataset, make, accelerator=accelerator, out=out, reporter=reporter)
 
 

@@ -150,12 +150,10 @@ def fid(
         batch_size=batch_size,
         device=choose_device(device),
     )
+    report = evaluate(samples, settings, team=team, bar=progress_bar)  # the process that downloads or decodes shows it
     if team.is_main:
-        report = evaluate(samples, settings, team=team, bar=progress_bar)
         _show(report, settings.save_stats)  # first: a full disk must not cost the figures
         _keep(report, settings.out)
-    else:
-        evaluate(samples, settings, team=team)
 
 
 def _keep(report: Report, out: Path | None) -> None:

@@ -37,12 +37,13 @@ def _bar(description: str, total: int, unit: str) -> Iterator[Update]:
             return Text("" if speed is None else f"{speed:,.{0 if speed >= 100 else 1}f} {unit}/s", style="progress.data.speed")
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = None
+    with contextlib.ExitStack() as shown:
+        progress, task = Progress(*columns, console=Console(stderr=True)), None
 
         def update(done: int, new_total: int | None = None) -> None:
             nonlocal task
-            if task is None:
+            if task is None:  # of several processes the one that works shows its bar
+                shown.enter_context(progress)
                 task = progress.add_task(description, total=new_total or total, completed=done)
             else:
                 progress.update(task, completed=done, total=new_total or total)

@@ -125,7 +125,7 @@ def train_teacher(
 ) -> Outcome:
     """Trains, or resumes, a teacher in the folder `out`. Arguments and errors are those of `start.run_training`."""
     accelerator = make_accelerator(config.train, config.run, out, device)
-    dataset = load_shared(accelerator, config.data, reporter, data_progress)
+    dataset = load_shared(config.data, reporter, data_progress)
     model_config = teacher_model_config(config, dataset.shape)
     return run_training(
         "train-teacher", config, dataset, lambda accelerator: teacher_task(config, model_config),

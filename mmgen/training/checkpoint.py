@@ -11,10 +11,11 @@ damaged-000000000512000/     one that was found damaged: never read, never delet
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,30 +55,38 @@ def save_checkpoint(
     ema: EMA,
     scaler: Any,
     progress: Progress,
-    *,
-    write: bool = True,
+    team: Team = Team(),
 ) -> Path:
     """Writes one checkpoint under `folder` and returns its path. Raises MmgenError where the disk is full.
 
-    networks, optimizers: by part, in the same order at every call. What is sharded is put together: then all processes call this,
-    those that do not `write` to give their pieces.
+    networks, optimizers: by part, in the same order at every call. All processes call this: the main one writes, the others give
+    their pieces of what is sharded. One file at a time is put together.
     """
     path = folder / f"{progress.images:012d}"
     content: dict[str, Any] = {"images": progress.images, "seconds": progress.seconds}
-    files = {}
-    for name, (network_file, optimizer_file) in _files(networks).items():
-        files[network_file] = gathered(networks[name].state_dict())
-        tensors, content[optimizer_file] = _optimizer_state(optimizers[name])
-        files[optimizer_file] = gathered(tensors)
-    for name in ema.decays:
-        files[f"ema-{name}"] = gathered(ema.state_dict(name))
     content["scaler"] = scaler.state_dict() if scaler is not None else None
-    if write:
-        with replacing_folder(path) as temporary:
-            for name, tensors in files.items():
-                save_tensors(tensors, temporary / f"{name}.safetensors")
+    with replacing_folder(path) if team.is_main else contextlib.nullcontext() as temporary:
+        for file, state in _states(networks, optimizers, ema, content):
+            tensors = gathered(state, keep=team.is_main)
+            if team.is_main:
+                save_tensors(tensors, temporary / f"{file}.safetensors")
+            del tensors, state  # before the next file is put together
+            team.wait()  # the next may be a collective of the devices, in which nobody waits for a disk
+        if team.is_main:
             write_state(temporary, content)
     return path
+
+
+def _states(
+    networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], ema: EMA, content: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Every file of tensors, its name without the suffix and its state; what of an optimiser is no tensor goes to `content`."""
+    for name, (network_file, optimizer_file) in _files(networks).items():
+        yield network_file, networks[name].state_dict()
+        tensors, content[optimizer_file] = _optimizer_state(optimizers[name])
+        yield optimizer_file, tensors
+    for name in ema.decays:
+        yield f"ema-{name}", ema.state_dict(name)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -153,7 +153,7 @@ class Trainer:
                 ends = done or self._should_end(stop, time.monotonic() - started, step)
                 if ends or crossed(before, images, run.checkpoint_every):
                     self._save()
-                    self.accelerator.wait_for_everyone()
+                    self.team.wait()
                 if ends:
                     break
                 if self._look(before):
@@ -162,7 +162,7 @@ class Trainer:
             if stop.signal is not None:
                 return Outcome(self.progress.images, signal=stop.signal)
         results = self._finish(anew=self.progress.images > first)
-        self.accelerator.wait_for_everyone()
+        self.team.wait()
         return Outcome(self.progress.images, finished=finished, results=results)
 
     def _look(self, before: int, again: bool = True) -> bool:
@@ -179,10 +179,10 @@ class Trainer:
             there = self.team.gather((bool(self.history.figures_at(self.progress.images)), self._preview_file().is_file()))[0]
         if due[0] and not there[0]:
             self._measure()
-            self.accelerator.wait_for_everyone()
+            self.team.wait()
         if due[1] and not there[1]:
             self._preview()
-            self.accelerator.wait_for_everyone()
+            self.team.wait()
         return True
 
     def _step(self) -> None:
@@ -293,29 +293,32 @@ class Trainer:
         if changed := self.folder.changed:
             note("changed since the run began: " + ", ".join(f"{key} = {now}, was {was}" for key, (was, now) in changed.items()))
             self._log({"changed": changed})
-        self.accelerator.wait_for_everyone()
+        self.team.wait()
 
     def _save(self) -> None:
         """The model files and a checkpoint. Losses are looked at first: nothing that is not finite is saved as good."""
-        numbers, main, folder = self._flush(), self.accelerator.is_main_process, self.folder.checkpoints
+        numbers, main, folder = self._flush(), self.team.is_main, self.folder.checkpoints
         if numbers and main:
             self._log(numbers)
         # Before the checkpoint: were they after it and the run killed between, they would stay those of the one before
         for name in self.ema.decays or [None]:
             file = MODEL_FILE if name == self.ema.first else f"model-ema-{name}.safetensors"
             self._save_model(self.folder.path / file, name)
-        save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.accelerator.scaler, self.progress, write=main)
+        save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.accelerator.scaler, self.progress, self.team)
         if main:
             remove_old(folder, self.run_settings.keep_checkpoints)
             save_png(self.folder.path / "curves.png", evaluation.curves(self.history.lines))
 
     def _save_model(self, file: Path, name: str | None, **more: Any) -> None:
-        """One model file, by the main process; all give it their pieces."""
-        state = gathered(self.ema.state_dict(name))
-        if self.accelerator.is_main_process:
+        """One model file, by the main process; all give it their pieces, and wait for it."""
+        state = gathered(self.ema.state_dict(name), keep=self.team.is_main)
+        if self.team.is_main:
             save_model(file, self._model_config(name, **more), state)
+        self.team.wait()
 
     def _preview(self) -> None:
+        if not (self.shows or self.sharded):
+            return
         variance = self._picture(self._averaged_model(), self._preview_file())
         if variance:
             self._log(self._watched(variance))

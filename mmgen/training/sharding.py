@@ -66,10 +66,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if _is_spread(tensor) else tensor
 
 
-def gathered(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict of whole tensors on the CPU, one after the other; what is no tensor is kept. All processes must ask."""
-    tensors = {key: whole(value.detach()).cpu().contiguous().clone() for key, value in state.items() if isinstance(value, Tensor)}
-    return {key: tensors.get(key, value) for key, value in state.items()}
+def gathered(state: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """A state dict of whole tensors, those that are sharded on the CPU, put together one after the other by all processes.
+
+    What is not sharded is not copied. A process that does not `keep` them gives its pieces, and gets {}.
+    """
+    found = {}
+    for key, value in state.items():
+        value = whole(value.detach()).cpu() if _is_spread(value) else value.detach()
+        if keep:
+            found[key] = value.contiguous()
+    return found
 
 
 @torch.no_grad()

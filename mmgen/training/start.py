@@ -19,6 +19,7 @@ from ..data.resolve import find_latents
 from ..errors import ConfigError, DataError
 from ..config.imm import ImmConfig
 from ..system.lock import only_run_in
+from ..system.processes import COLLECTIVE_TIMEOUT, team_of
 from ..methods.imm import imm_model_config, imm_task
 from .loop import Trainer
 from .run_folder import RunFolder
@@ -82,7 +83,7 @@ def expected_shape(settings: DataSettings) -> DataShape | None:
 def make_accelerator(train: TrainSettings, run: RunSettings, out: Path, device: str) -> Any:
     """accelerate's Accelerator: devices, processes, mixed precision, trackers. device: auto, cpu or cuda."""
     from accelerate import Accelerator
-    from accelerate.utils import is_tensorboard_available, is_wandb_available
+    from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU; use --device cpu, or install a torch that supports yours")
@@ -94,25 +95,27 @@ def make_accelerator(train: TrainSettings, run: RunSettings, out: Path, device: 
     for tracker, there in (("tensorboard", is_tensorboard_available), ("wandb", is_wandb_available)):
         if tracker in run.log_with and not there():
             raise ConfigError(f"run.log_with {tracker}: the package {tracker} is not installed; pip install {tracker}")
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=precision if precision in ("bf16", "fp16") else "no",
         log_with=list(run.log_with) or None,
         project_dir=str(out),
         step_scheduler_with_optimizer=False,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
+    team_of(accelerator)  # while all processes are at the same place
+    return accelerator
 
 
 DataProgress = Callable[[], AbstractContextManager]  # entered while data are decoded; yields update(images decoded, in all)
 
 
 def load_shared(
-    accelerator: Any, settings: DataSettings, reporter: Reporter, data_progress: DataProgress = contextlib.nullcontext
+    settings: DataSettings, reporter: Reporter, data_progress: DataProgress = contextlib.nullcontext
 ) -> Dataset | LatentDataset:
-    """The data set, in every process: one decodes, the others find the cache."""
-    with accelerator.main_process_first():
-        with data_progress() if accelerator.is_main_process else contextlib.nullcontext() as progress:
-            dataset = load_data(settings, progress)
+    """The data set, in every process: one decodes and shows it, the others wait at the lock of the cache."""
+    with data_progress() as progress:
+        dataset = load_data(settings, progress)
     reporter.note(f"data: {dataset.description}")
     return dataset
 
@@ -156,7 +159,7 @@ def _train(
     folder = RunFolder(out)
     if accelerator.is_main_process:
         folder.open(command, config.to_dict(), dataset)
-    accelerator.wait_for_everyone()
+    team_of(accelerator).wait()
     accelerator.init_trackers("mmgen")
     trainer = Trainer(
         make_task, dataset, folder, reporter, accelerator, train=config.train, optimizer=config.optimizer, run=config.run,
@@ -185,7 +188,7 @@ def train_imm(
 ) -> Outcome:
     """Trains, or resumes, IMM in the folder `out`. Arguments and errors are those of `run_training`."""
     accelerator = make_accelerator(config.train, config.run, out, device)
-    dataset = load_shared(accelerator, config.data, reporter, data_progress)
+    dataset = load_shared(config.data, reporter, data_progress)
     model_config = imm_model_config(config, dataset.shape)
     return run_training(
         "train-imm", config, dataset, lambda accelerator: imm_task(config, model_config),

@@ -48,11 +48,10 @@ def distill(
 ) -> Outcome:
     """Distils, or resumes, a student in the folder `out`. Arguments and errors are those of `start.run_training`."""
     accelerator = make_accelerator(config.train, config.run, out, device)
-    with accelerator.main_process_first():
-        teacher, config = find_teacher(config, accelerator.device)
+    teacher, config = find_teacher(config, accelerator.device)
     # The classes are compared below, where the message can say what they are compared with
     anything = replace(config.data, num_classes=None)
-    dataset = load_shared(accelerator, anything, reporter, data_progress)
+    dataset = load_shared(anything, reporter, data_progress)
     check_data(teacher, dataset, reporter.note)
     model_config = student_model_config(config, teacher, dataset)
     reporter.note(description(config, teacher))
