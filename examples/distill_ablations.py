@@ -35,7 +35,7 @@ from mmgen.models.model import AnyModel
 from mmgen.sampling.drawing import SampleSettings, draw
 from mmgen.methods.distill.teachers import load_teacher
 from mmgen.methods.distill.method import distill
-from mmgen.training.task import Outcome
+from mmgen.training.task import Outcome, Reporter
 from mmgen.methods.teacher import train_teacher
 
 SHOWN = 15  # images of each row of the picture
@@ -65,15 +65,6 @@ VARIANTS = [
     Variant("weighting", "weight sigmoid of log-SNR", {"loss.weighting": "sigmoid"}),
 ]
 GROUPS = list(dict.fromkeys(variant.group for variant in VARIANTS))
-
-
-class Silent:
-    """A reporter that shows nothing; the table does."""
-
-    def note(self, text: str) -> None: ...
-    def start(self, images: int, total: int) -> None: ...
-    def advance(self, images: int) -> None: ...
-    def log(self, line: dict) -> None: ...
 
 
 class Table:
@@ -147,7 +138,7 @@ def teacher(out: Path, iterations: int) -> Path:
     images = iterations * TEACHER["train.batch_size"]
     settings = {**TEACHER, "train.max_images": images, "optimizer.warmup_images": images // 20}
     config = teacher_config.resolve(read_preset("digits-teacher", "train-teacher"), nest(settings, teacher_config.TeacherConfig))
-    ended(train_teacher(config, out, Silent(), device="cpu"))
+    ended(train_teacher(config, out, Reporter(), device="cpu"))
     return out
 
 
@@ -161,7 +152,7 @@ def student(place: str, variant: Variant, steps: int, seed: int, iterations: int
     }  # fmt: skip
     config = distill_config.resolve(read_preset("digits-distill", "distill"), nest(settings, distill_config.DistillConfig))
     folder = out / f"{''.join(c if c.isalnum() else '-' for c in variant.name)}-{steps}-{seed}"
-    ended(distill(config, folder, Silent(), device="cpu"))
+    ended(distill(config, folder, Reporter(), device="cpu"))
     return mmgen.load(folder)
 
 

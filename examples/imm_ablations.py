@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState
 from mmgen.config.sections import nest, read_preset
 from mmgen.config.imm import ImmConfig, resolve
 from mmgen.training.start import train_imm
-from mmgen.training.task import Outcome
+from mmgen.training.task import Outcome, Reporter
 
 STEPS = (1, 2, 8)
 SMALL = {
@@ -45,15 +45,6 @@ VARIANTS = {
 }  # fmt: skip
 
 
-class Silent:
-    """A reporter that shows nothing; the table at the end does."""
-
-    def note(self, text: str) -> None: ...
-    def start(self, images: int, total: int) -> None: ...
-    def advance(self, images: int) -> None: ...
-    def log(self, line: dict) -> None: ...
-
-
 def ended(outcome: Outcome) -> Outcome:
     """A run that was told to stop ends the script, too: half a training is no result."""
     if outcome.signal is not None:
@@ -67,7 +58,7 @@ def run(name: str, changes: dict, seed: int, images: int, samples: int, out: Pat
     settings = {**SMALL, **changes, "train.seed": seed, "train.max_images": images, "run.eval_num": samples}
     config = resolve(read_preset("digits-imm"), nest(settings, ImmConfig))
     folder = out / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
-    return ended(train_imm(config, folder, Silent(), device="cpu")).results["values"]
+    return ended(train_imm(config, folder, Reporter(), device="cpu")).results["values"]
 
 
 def spread(values: list[float]) -> str:

@@ -161,7 +161,7 @@ def test_the_same_noise_and_classes_in_all_rows(place, monkeypatch):
     comparison.picture(student, 0)
     (many, few, ours, real) = seen[0]
     assert (many[0], few[0], ours[0], real[0]) == (
-        "teacher, 4 steps, ancestral", "teacher, 2 steps, ancestral", "student, 2 steps, ancestral", "real"
+        "teacher, 4 ancestral steps", "teacher, 2 ancestral steps", "student, 2 ancestral steps", "real"
     )  # fmt: skip
     assert (few[1].int() - ours[1].int()).abs().max() <= 1 and not torch.equal(many[1], few[1])
 

@@ -22,6 +22,7 @@ from mmgen.system.processes import Team
 from mmgen.training import loop
 from mmgen.training.figures import make_scorer
 from mmgen.training.start import train_imm
+from mmgen.training.task import Reporter
 
 SETTINGS = {
     "network.model_channels": 8, "network.channel_mult": [1], "train.batch_size": 16, "train.max_images": 160,
@@ -30,16 +31,13 @@ SETTINGS = {
 }  # fmt: skip
 
 
-class Notes:
+class Notes(Reporter):
     def __init__(self):
         self.notes = []
 
     def note(self, text):
         self.notes.append(text)
 
-    def start(self, images, total): ...
-    def advance(self, images): ...
-    def log(self, line): ...
 
 
 @pytest.fixture(autouse=True)

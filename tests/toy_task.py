@@ -21,7 +21,7 @@ from mmgen.models.model import ModelConfig, build_model, from_uint8
 from mmgen.networks import UNetSettings
 from mmgen.system.random import keys, normal, uniform
 from mmgen.training.start import load_shared, make_accelerator, run_training
-from mmgen.training.task import Part, Task
+from mmgen.training.task import Part, Reporter, Task
 
 SETTINGS = {
     "train.batch_size": 16, "train.max_images": 160, "train.precision": "fp32", "train.ema_betas": [],
@@ -42,15 +42,13 @@ class ToyConfig:
         return dataclasses.asdict(self)
 
 
-class Quiet:
+class Quiet(Reporter):
     def __init__(self):
         self.notes, self.lines = [], []
 
     def note(self, text):
         self.notes.append(text)
 
-    def start(self, images, total): ...
-    def advance(self, images): ...
     def log(self, line):
         self.lines.append(line)
 

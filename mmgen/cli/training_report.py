@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
+
+from .progress import Update, make_bars, make_console, progress_bar
 
 
 class TrainingReport:
-    """The loop's `Reporter`. On stderr, so that results alone go to stdout. Only one process should have a visible one.
+    """The loop's `Reporter`, see `training.task`. On stderr, so that results alone go to stdout.
 
+    visible: of one process only.
     watch: the logged number that the bar shows; of a list its mean.
     """
 
     def __init__(self, visible: bool = True, watch: str = "loss") -> None:
         self.visible, self.terminal = visible, visible and sys.stderr.isatty()
         self.progress = self.task = None
-        self.watch, self.value = watch, float("nan")
+        self.watch, self.value = watch, "-"
 
     def note(self, text: str) -> None:
         if self.terminal:
@@ -27,35 +32,36 @@ class TrainingReport:
     def start(self, images: int, total: int) -> None:
         if not self.terminal:
             return
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            ProgressColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.text import Text
-
-        class Speed(ProgressColumn):
-            def render(self, task) -> Text:
-                return Text("" if not task.speed else f"{task.speed:,.0f} images/s", style="progress.data.speed")
-
-        columns = TextColumn("training"), BarColumn(), MofNCompleteColumn(), Speed(), TimeRemainingColumn()
-        value = TextColumn(self.watch.replace("_", " ") + " {task.fields[value]:.3g}")
-        self.progress = Progress(*columns, value, console=self._console(), speed_estimate_period=60)
-        self.task = self.progress.add_task("training", total=total, completed=images, value=self.value)
+        self.progress = make_bars(self._console())
+        self.task = self.progress.add_task("training", total=total, completed=images, value=self._watched())
         self.progress.start()
+
+    def _watched(self) -> str:
+        return f"{self.watch.replace('_', ' ')} {self.value}"
 
     def advance(self, images: int) -> None:
         if self.progress is not None:
-            self.progress.update(self.task, completed=images, value=self.value)
+            self.progress.update(self.task, completed=images, value=self._watched())
+
+    @contextlib.contextmanager
+    def work(self, what: str, total: int, unit: str = "images") -> Iterator[Update]:
+        """A bar of its own below that of the training, gone when the work is done."""
+        if self.progress is None:
+            with progress_bar(what, total, unit) if self.visible else contextlib.nullcontext(lambda *told: None) as update:
+                yield update
+            return
+        task = self.progress.add_task(what, total=total, value="")
+        try:
+            yield lambda done, of=None: self.progress.update(task, completed=done)
+        finally:
+            self.progress.refresh()
+            self.progress.remove_task(task)
 
     def log(self, line: dict[str, Any]) -> None:
         found = line.get(self.watch)
         found = [number for number in (found if isinstance(found, list) else [found]) if number is not None]
         if found:
-            self.value = sum(found) / len(found)
+            self.value = f"{sum(found) / len(found):.3g}"
         if self.visible and not self.terminal:
             print(json.dumps(line), file=sys.stderr, flush=True)
 
@@ -67,6 +73,4 @@ class TrainingReport:
     def _console(self):
         if self.progress is not None:
             return self.progress.console
-        from rich.console import Console
-
-        return Console(stderr=True)
+        return make_console()

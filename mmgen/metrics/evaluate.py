@@ -293,7 +293,10 @@ def _score(
         what = subject.name + (f", {steps} step{'s' * (steps > 1)}" if steps else "")
         what += f", draw {number} of {len(subject.draws)}" if len(subject.draws) > 1 else ""
         with bar(what, images.length) as update:
-            scores.append(score(images, reference, extractor, chosen, device=settings.device, team=team, progress=update))
+            progress = update
+            if images.telling is not None:  # drawing takes the time
+                images, progress = images.telling(update), None
+            scores.append(score(images, reference, extractor, chosen, device=settings.device, team=team, progress=progress))
     return Row(subject, summary(scores), scores)
 
 

@@ -51,6 +51,7 @@ class ImageSet:
         fingerprint: () -> a digest of the content, for a cache; None where there is nothing to gain.
         record: how samples were made, as `sample_record.make_record` has it; None if nothing says.
         beside: the file that keeps their scores; None where there is no place for it.
+        telling: of images that are drawn when they are read: telling(tell) is the same set, which calls tell(images drawn).
     """
 
     name: str
@@ -62,6 +63,7 @@ class ImageSet:
     fingerprint: Callable[[], str] | None = None
     record: dict[str, Any] | None = None
     beside: Path | None = None
+    telling: Callable[[Callable[[float], None]], ImageSet] | None = None
 
     def first(self, num: int | None) -> ImageSet:
         """The first `num` images. Raises DataError where there are fewer."""
@@ -133,10 +135,11 @@ def drawn_images(
     """Images number `first` to `first + num - 1` of a model, drawn when they are asked for and kept nowhere."""
     from ..sampling.drawing import draw
 
-    def read(start: int, stop: int, colour: bool) -> np.ndarray:
-        return _coloured(draw(model, chosen, range(first + start, first + stop))[0].numpy(), colour)
+    def read(start: int, stop: int, colour: bool, tell: Callable[[float], None] | None = None) -> np.ndarray:
+        told = None if tell is None or stop - start <= 1 else lambda done: tell(start + done)  # one alone: to know its shape
+        return _coloured(draw(model, chosen, range(first + start, first + stop), told)[0].numpy(), colour)
 
-    return ImageSet(
+    images = ImageSet(
         name=name,
         description=f"{num:,} samples of {name}",
         length=num,
@@ -146,6 +149,7 @@ def drawn_images(
         record=record,
         beside=beside,
     )
+    return replace(images, telling=lambda tell: replace(images, read=partial(read, tell=tell)))
 
 
 def _npz(word: str, path: Path) -> ImageSet:

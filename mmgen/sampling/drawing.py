@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -219,7 +220,12 @@ def _churn(defaults: SamplingSettings, settings: SampleSettings, sampler: str) -
     return Churn(chosen["churn"], chosen["s_tmin"], chosen["s_tmax"], chosen["s_noise"])
 
 
-def draw(model: AnyModel, settings: SampleSettings | Plan, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+Tell = Callable[[float], None]  # called with the number of images drawn, a fraction while a batch is under way
+
+
+def draw(
+    model: AnyModel, settings: SampleSettings | Plan, indices: Sequence[int], tell: Tell | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Images number `indices`: uint8 [N, C, H, W] and their labels int64 [N] (None if unconditional), on the CPU.
 
     Image i is the same whatever other images are drawn with it, up to rounding in the network's last bits.
@@ -229,7 +235,8 @@ def draw(model: AnyModel, settings: SampleSettings | Plan, indices: Sequence[int
     for start in range(0, len(indices), chosen.batch_size):
         batch = torch.as_tensor(list(indices[start : start + chosen.batch_size]), device=model.device)
         label = draw_labels(model.config, chosen, batch)
-        drawn = _draw_batch(model, chosen, batch, label)
+        with _telling(model, chosen, start, len(batch), tell):
+            drawn = _draw_batch(model, chosen, batch, label)
         if model.config.latents is not None:
             from ..encoders.vae import decoder
 
@@ -241,6 +248,28 @@ def draw(model: AnyModel, settings: SampleSettings | Plan, indices: Sequence[int
         empty = None if model.config.num_classes == 0 else torch.empty(0, dtype=torch.int64)
         return torch.empty(0, *drawn_shape(model.config), dtype=torch.uint8), empty
     return torch.cat(images), None if labels[0] is None else torch.cat(labels)
+
+
+@contextlib.contextmanager
+def _telling(model: AnyModel, chosen: Plan, done: int, count: int, tell: Tell | None) -> Iterator[None]:
+    """Tells, after each evaluation of the network for a batch of `count` images, how many images are drawn, beside `done`."""
+    if tell is None:
+        yield
+        return
+    calls = chosen.nfe / (1 if chosen.guidance in (0, 1) else 2)  # both passes of guidance are one batch
+    made = 0
+
+    def after(*_: object) -> None:
+        nonlocal made
+        made += 1
+        tell(done + count * min(made / calls, 1))
+
+    hook = model.network.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        hook.remove()
+    tell(done + count)
 
 
 def draw_labels(config: ModelConfig, chosen: Plan, index: Tensor) -> Tensor | None:

@@ -13,7 +13,7 @@ from ..models.model import AnyModel
 from .drawing import Plan, draw
 from ..system.processes import Team
 
-Progress = Callable[[int, int], None]  # called with (images that are there, images in all), by the main process only
+Progress = Callable[[float, int], None]  # called with (images that are there, images in all), by the main process only
 
 
 def draw_missing(
@@ -29,16 +29,19 @@ def draw_missing(
     report(there, num)
     size = max(1, min(chosen.batch_size, math.ceil(len(missing) / team.size)))
     batches = [list(missing[i : i + size]) for i in range(0, len(missing), size)]
+
+    def tell(part: float) -> None:
+        report(min(num, there + (drawn + part) * team.size), num)
+
     for indices in batches[team.index :: team.size]:
         try:
-            images, _ = draw(model, chosen, indices)
+            images, _ = draw(model, chosen, indices, tell)
         except torch.OutOfMemoryError as error:
             raise MmgenError(
                 f"the GPU's memory is too small for {len(indices)} images at a time: lower --batch-size, the images stay the same"
             ) from error
         yield indices, images
         drawn += len(indices)
-        report(min(num, there + drawn * team.size), num)
 
 
 def contiguous(indices: Sequence[int]) -> Iterator[tuple[int, int]]:

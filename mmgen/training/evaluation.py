@@ -19,6 +19,7 @@ from ..models.model import AnyModel, ModelConfig
 from ..sampling.drawing import SampleSettings, draw
 from ..encoders.vae import decoder, normalise
 from .collapse import spread_of
+from .task import Reporter, Work
 
 SHOWN = 30  # images per number of steps in a picture
 _OF_EVERY_LINE = ("images", "step", "seconds", "images_per_second", "learning_rate")
@@ -38,18 +39,17 @@ def can_show(config: ModelConfig, device: torch.device, note: Callable[[str], No
 
 
 def picture(
-    model: AnyModel, dataset: Dataset | LatentDataset, steps: Sequence[int], seed: int
+    model: AnyModel, dataset: Dataset | LatentDataset, steps: Sequence[int], seed: int, work: Work = Reporter().work
 ) -> tuple[Image.Image, dict[str, float]]:
     """Samples of each number of steps, from the same noise, above real images; and by number of steps the samples' variance,
     divided by that of the real images: see `collapse`."""
     classes = "balanced" if model.config.num_classes else "random"
-    rows: list[tuple[str, Tensor | np.ndarray]] = [
-        (
-            f"{count} step{'s' * (count > 1)}",
-            draw(model, SampleSettings(steps=count, seed=seed, classes=classes), range(SHOWN))[0],
-        )
-        for count in steps
-    ]
+    rows: list[tuple[str, Tensor | np.ndarray]] = []
+    for count in steps:
+        name = f"{count} step{'s' * (count > 1)}"
+        with work(f"picture, {name}", SHOWN) as update:
+            settings = SampleSettings(steps=count, seed=seed, classes=classes)
+            rows.append((name, draw(model, settings, range(SHOWN), update)[0]))
     chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), min(SHOWN, len(dataset)), replace=False))
     real = real_images(model, dataset, chosen)
     of_data = spread_of(real[1])

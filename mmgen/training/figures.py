@@ -21,6 +21,7 @@ from ..models.model import AnyModel
 from ..sampling.drawing import SampleSettings, plan
 from ..system.processes import Team
 from .collapse import Spread, spread_of_data, watched
+from .task import Reporter, Work
 
 LARGEST_PIXELS = 4096  # C H W up to which FD-pixels is measured: its covariance has the square of that
 
@@ -33,34 +34,40 @@ class Scorer:
         variance: by number of steps, the variance of the samples last measured, divided by the data's: see `collapse`.
     """
 
-    def __init__(self, extractor: Extractor, dataset: Dataset, run: RunSettings, device: torch.device, team: Team) -> None:
+    def __init__(
+        self, extractor: Extractor, dataset: Dataset, run: RunSettings, device: torch.device, team: Team, work: Work
+    ) -> None:
+        self.work = work
         self.extractor, self.images, self.run, self.device, self.team = extractor, dataset_images(dataset), run, device, team
         self.name = figure_name(extractor.title, run.eval_num)
         self._reference: ReferenceSet | None = None
         self._of_data = spread_of_data(dataset.images)
         self.variance: dict[str, float] = {}
 
-    def measure(self, model: AnyModel, steps: Sequence[int], seed: int, **sampling: Any) -> dict[int, float]:
+    def measure(
+        self, model: AnyModel, steps: Sequence[int], seed: int, what: str | None = None, **sampling: Any
+    ) -> dict[int, float]:
         """The figure for each number of steps, of the same `run.eval_num` images. To be called in all processes.
 
+        what: shown on the bar.
         sampling: more of `SampleSettings` (sampler, grid, guidance, churn ...); without, what the model says of itself.
         """
         batch = self.run.batch_per_device
         if self._reference is None:
-            self._reference = collect_reference(self.images, self.extractor, batch_size=batch, device=self.device, team=self.team)
+            with self.work("reference", self.images.length) as update:
+                self._reference = collect_reference(
+                    self.images, self.extractor, batch_size=batch, device=self.device, team=self.team, progress=update
+                )
         values, self.variance = {}, {}
         for count in steps:
             chosen = plan(model.config, SampleSettings(steps=count, seed=seed, batch_size=batch, **sampling))
             spread = Spread()
-            images = watched(drawn_images(model, chosen, self.run.eval_num, name="the model"), spread)
-            found = score(
-                images,
-                self._reference,
-                self.extractor,
-                ScoreSettings(batch_size=batch, bias=False),
-                device=self.device,
-                team=self.team,
-            )
+            images = drawn_images(model, chosen, self.run.eval_num, name="the model")
+            with self.work(what or f"scoring, {count} step{'s' * (count > 1)}", self.run.eval_num) as update:
+                found = score(
+                    watched(images.telling(update), spread), self._reference, self.extractor,
+                    ScoreSettings(batch_size=batch, bias=False), device=self.device, team=self.team,
+                )  # fmt: skip
             values[count] = found.figures[self.name]
             if self._of_data:
                 self.variance[str(count)] = spread.result(self.team) / self._of_data
@@ -68,8 +75,9 @@ class Scorer:
 
 
 def make_scorer(
-    run: RunSettings, dataset: Dataset | LatentDataset, device: torch.device, team: Team, note: Callable[[str], None]
-) -> Scorer | None:
+    run: RunSettings, dataset: Dataset | LatentDataset, device: torch.device, team: Team, note: Callable[[str], None],
+    work: Work = Reporter().work,
+) -> Scorer | None:  # fmt: skip
     """What `run.eval_features` asks for, checked before training begins; None where nothing can or need be measured.
 
     Raises ModelError where features that were named cannot be had. `auto` then falls back to pixels, and says so.
@@ -95,4 +103,4 @@ def make_scorer(
         extractor = build_extractor(word, device=device)
     if word == "pixels" and not small:
         return None
-    return Scorer(extractor, dataset, run, device, team)
+    return Scorer(extractor, dataset, run, device, team, work)

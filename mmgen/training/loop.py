@@ -104,7 +104,7 @@ class Trainer:
         if run.batch_per_device == "auto":
             self.parts = self._parts_that_fit()
             run = replace(run, batch_per_device=self.parts.size)
-        self.scorer = make_scorer(run, dataset, accelerator.device, self.team, reporter.note)
+        self.scorer = make_scorer(run, dataset, accelerator.device, self.team, reporter.note, reporter.work)
         self.shows = self.team.is_main and evaluation.can_show(self.task.model_config, accelerator.device, reporter.note)
 
     def _parts_that_fit(self) -> Parts:
@@ -334,7 +334,9 @@ class Trainer:
         if self.task.picture is not None:
             image = self.task.picture(model, self.train.seed)
         else:
-            image, variance = evaluation.picture(model, self.dataset, self.run_settings.eval_steps, self.train.seed)
+            image, variance = evaluation.picture(
+                model, self.dataset, self.run_settings.eval_steps, self.train.seed, self.reporter.work
+            )
         if image is not None:
             save_png(file, image)
         return variance

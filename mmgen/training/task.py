@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from torch import nn
@@ -69,13 +70,20 @@ class Task:
     advice: str = ""
 
 
-class Reporter(Protocol):
-    """What the loop tells whoever watches. The command line shows a bar or JSON lines."""
+class Reporter:
+    """What the loop tells whoever watches. This one shows nothing; that of the command line shows bars or JSON lines."""
 
     def note(self, text: str) -> None: ...
     def start(self, images: int, total: int) -> None: ...
     def advance(self, images: int) -> None: ...
     def log(self, line: dict[str, Any]) -> None: ...
+
+    def work(self, what: str, total: int, unit: str = "images") -> AbstractContextManager[Callable[..., None]]:
+        """Entered for long work beside training, such as a score; yields update(done, of=None)."""
+        return nullcontext(lambda *told: None)
+
+
+Work = Callable[..., AbstractContextManager[Callable[..., None]]]  # `Reporter.work`
 
 
 @dataclass

@@ -16,12 +16,13 @@ from mmgen.models.model import build_model, save_model
 from mmgen.methods.distill.method import distill_task, find_teacher, student_model_config
 from mmgen.training.loop import Trainer
 from mmgen.methods.teacher import teacher_model_config
+from mmgen.training.task import Reporter
 
 from . import plain_matching as plain_
 from .measuring import Case, Row, Run, Size, compared, temporary_folder
 from .plain_imm import clip, plain_optimizer
 from .plain_unet import unet
-from .runs import Silent, trainer
+from .runs import trainer
 
 STEPS = 8  # of the student
 TINY = {"network.model_channels": 8}
@@ -78,7 +79,7 @@ def distilling(method: str, batch: int, size: Size, device: str) -> Trainer:
     model_config = student_model_config(config, teacher, dataset)
 
     def make_task(accelerator):
-        return distill_task(config, teacher, model_config, dataset, Silent(), accelerator)
+        return distill_task(config, teacher, model_config, dataset, Reporter(), accelerator)
 
     return trainer(config, dataset, make_task, device)
 

@@ -18,20 +18,11 @@ from mmgen.methods.imm import imm_model_config, imm_task
 from mmgen.training.loop import Trainer
 from mmgen.training.run_folder import RunFolder
 from mmgen.training.start import make_accelerator
-from mmgen.training.task import Task
+from mmgen.training.task import Reporter, Task
 
 from .measuring import temporary_folder
 
 IMAGES = 256  # of a data set made of noise
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def note(self, text: str) -> None: ...
-    def start(self, images: int, total: int) -> None: ...
-    def advance(self, images: int) -> None: ...
-    def log(self, line: dict[str, Any]) -> None: ...
 
 
 def noise_images(resolution: int) -> Dataset:
@@ -56,7 +47,7 @@ def trainer(config: Any, dataset: Any, make_task: Callable[[Any], Task], device:
     folder = temporary_folder()
     accelerator = make_accelerator(config.train, config.run, folder, device)
     return Trainer(
-        make_task, dataset, RunFolder(folder), Silent(), accelerator, train=config.train, optimizer=config.optimizer,
+        make_task, dataset, RunFolder(folder), Reporter(), accelerator, train=config.train, optimizer=config.optimizer,
         run=config.run, config=config.to_dict(),
     )  # fmt: skip
 

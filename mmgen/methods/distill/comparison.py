@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from ...models.model import SamplingSettings
 from ...sampling.drawing import SampleSettings, draw, plan
 from ...diffusion.schedules import ScheduleSettings
 from ...training.evaluation import SHOWN, real_images
+from ...training.task import Reporter, Work
 
 if TYPE_CHECKING:
     from ...training.figures import Scorer
@@ -38,7 +39,7 @@ class Drawn:
 
     @property
     def caption(self) -> str:
-        return f"{self.who}, {self.steps} step{'s' * (self.steps > 1)}, {self.sampler}"
+        return f"{self.who}, {self.steps} {self.sampler} step{'s' * (self.steps > 1)}"
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,11 @@ def _drawn(teacher: Denoiser, sampling: SamplingSettings, steps: int) -> Drawn:
     return Drawn("teacher", view.eval(), steps)
 
 
-def measured(ways: Sequence[Drawn], scorer: Scorer, seed: int, note: Callable[[str], None]) -> list[Row]:
+def measured(ways: Sequence[Drawn], scorer: Scorer, seed: int) -> list[Row]:
     """The figure of each, of the same numbers of images. To be called in all processes."""
     rows = []
     for way in ways:
-        note(f"measuring the {way.caption}")
-        value = scorer.measure(way.model, [way.steps], seed)[way.steps]
+        value = scorer.measure(way.model, [way.steps], seed, way.caption)[way.steps]
         nfe = plan(way.model.config, SampleSettings(steps=way.steps)).nfe
         rows.append(Row(way.who, way.sampler, way.steps, nfe, value))
     return rows
@@ -103,7 +103,9 @@ def as_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [asdict(row) for row in rows]
 
 
-def side_by_side(ways: Sequence[Drawn], dataset: Dataset | LatentDataset, seed: int, shown: dict[str, Tensor]) -> Image.Image:
+def side_by_side(
+    ways: Sequence[Drawn], dataset: Dataset | LatentDataset, seed: int, shown: dict[str, Tensor], work: Work = Reporter().work
+) -> Image.Image:
     """Images of each, from the same noise and of the same classes, above real ones.
 
     shown: caption -> images of the teacher, kept from one call to the next: in many steps they take their time.
@@ -112,7 +114,9 @@ def side_by_side(ways: Sequence[Drawn], dataset: Dataset | LatentDataset, seed: 
     for way in ways:
         if way.who == "student" or way.caption not in shown:
             classes = "balanced" if way.model.config.num_classes else "random"
-            shown[way.caption] = draw(way.model, SampleSettings(way.steps, seed=seed, classes=classes), range(SHOWN))[0]
+            with work(f"picture: {way.caption}", SHOWN) as update:
+                settings = SampleSettings(way.steps, seed=seed, classes=classes)
+                shown[way.caption] = draw(way.model, settings, range(SHOWN), update)[0]
         rows.append((way.caption, shown[way.caption]))
     chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), min(SHOWN, len(dataset)), replace=False))
     return labelled_rows([*rows, real_images(ways[0].model, dataset, chosen)], columns=15, padding=4)

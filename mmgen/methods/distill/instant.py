@@ -142,7 +142,8 @@ def choose_derivative(matching: Matching) -> tuple[Derivative, str | None]:
 
 
 def data_second_moments(
-    matching: Matching, dataset: Dataset | LatentDataset, accelerator: Any, batch_size: int, at_most: int
+    matching: Matching, dataset: Dataset | LatentDataset, accelerator: Any, batch_size: int, at_most: int,
+    tell: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Tensor]:
     """Mean squared gradients of the teacher's loss on the data, as Adam would have them at rest: name -> [...].
 
@@ -159,10 +160,12 @@ def data_second_moments(
         function = teacher.at(noised.z_t, noised, guidance=1.0)
         return teacher_gradient(function, teacher.parameters, x, matching.weight(noised.s), matching.loss.reduction)
 
-    own = range(accelerator.process_index, count, accelerator.num_processes)
-    squares = mean_squares(
-        mean_gradient(gradient(start) for start in range(number * batch_size, (number + 1) * batch_size, size)) for number in own
-    )
+    def of_batch(number: int) -> dict[str, Tensor]:
+        tell(number)
+        return mean_gradient(gradient(start) for start in range(number * batch_size, (number + 1) * batch_size, size))
+
+    squares = mean_squares(map(of_batch, range(accelerator.process_index, count, accelerator.num_processes)))
+    tell(count)
     return mean_over_processes(squares, accelerator)
 
 

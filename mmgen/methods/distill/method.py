@@ -203,7 +203,8 @@ def second_moments(
     )
     # `auto` is found with what is collected here
     at_most = MOMENT_PASS if config.run.batch_per_device == "auto" else config.run.batch_per_device
-    return data_second_moments(matching, dataset, accelerator, half, at_most)
+    with reporter.work("second moments", MOMENT_BATCHES, "batches") as update:
+        return data_second_moments(matching, dataset, accelerator, half, at_most, update)
 
 
 def description(config: DistillConfig, teacher: Teacher) -> str:
@@ -225,7 +226,7 @@ class Comparison:
         self.network, self.device = teacher.model.network, device
         teacher_steps = config.run.teacher_steps
         steps, guidance = config.student.steps, config.teacher.guidance
-        self.dataset, self.note, self.seed, self.steps = dataset, reporter.note, config.train.seed, steps
+        self.dataset, self.work, self.seed, self.steps = dataset, reporter.work, config.train.seed, steps
         self.few = report.few_step_ways(teacher.model, schedule, steps, guidance)
         self.many = report.many_step_ways(teacher.model, schedule, teacher_steps, guidance) if teacher_steps else []
         self.best = 0  # of `many`
@@ -246,9 +247,9 @@ class Comparison:
         if scorer is None or not self.many:
             return None
         with self._teacher_at_hand():
-            many = report.measured(self.many, scorer, self.seed, self.note)
+            many = report.measured(self.many, scorer, self.seed)
             self.best = report.best(many)
-            rest = report.measured([*self.few, report.Drawn("student", model, self.steps)], scorer, self.seed, self.note)
+            rest = report.measured([*self.few, report.Drawn("student", model, self.steps)], scorer, self.seed)
         return {"comparison": {"figure": scorer.name, "best": self.best, "rows": report.as_table([*many, *rest])}}
 
     def picture(self, model: AnyModel, seed: int) -> Image.Image:
@@ -256,4 +257,4 @@ class Comparison:
         many = self.many[self.best : self.best + 1]
         ways = [*many, self.few[0], report.Drawn("student", model, self.steps)]
         with self._teacher_at_hand():
-            return report.side_by_side(ways, self.dataset, seed, self.shown)
+            return report.side_by_side(ways, self.dataset, seed, self.shown, self.work)

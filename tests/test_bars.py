@@ -1,0 +1,94 @@
+"""Every long work has a bar, which fits a terminal of 80 columns and begins without a number that is not known yet."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from terminal import bars, on_terminal
+from tiny_model import make_denoiser
+from tiny_vae import write_vae
+
+TINY = ["--set", "network.model_channels=8", "--set", "network.channel_mult=[1]", "--device", "cpu", "--batch-size", "32",
+        "--set", "run.log_every=2", "--max-images", "256", "--preview-every", "128", "--eval-every", "128", "--eval-num", "48"]  # fmt: skip
+
+
+def check(lines: list[str], *names: str) -> None:
+    """All bars are there, in lines of at most 80 columns, and each comes to its end."""
+    for name in names:
+        found = bars(lines, name)
+        assert found, f"no bar {name!r} in:\n" + "\n".join(dict.fromkeys(lines))
+        assert max(map(len, found)) <= 80
+        assert " nan" not in "".join(found) and "None" not in "".join(found)
+        counts = [re.search(r"([\d,.]+[MG]?)/([\d,.]+[MG]?)( |$)", line) for line in found]
+        assert all(counts), found
+        assert any(count[1] == count[2] for count in counts), found[-3:]
+
+
+def test_training_scores_and_pictures(own_cache):
+    status, lines = on_terminal("train-imm", *TINY, "--set", "run.eval_steps=[1, 2]", "--out", "run", cwd=Path.cwd())
+    assert status == 0, lines
+    check(lines, "training", "reference", "scoring, 1 step", "scoring, 2 steps", "picture, 2 steps")
+    training = bars(lines, "training")
+    assert re.search(r"0/256 .*loss -\s*$", training[0]) and re.search(r"loss \d", training[-1])
+    assert any(re.search("^scoring", line) and "0/48" in line for line in lines)
+
+
+def test_distillation_shows_the_teacher(own_cache):
+    make_denoiser(Path("teacher.safetensors"), channels=1, num_classes=10)
+    status, lines = on_terminal(
+        "distill", "--teacher", "teacher.safetensors", *TINY[4:], "--steps", "2", "--teacher-steps", "20", "--out", "run",
+        cwd=Path.cwd(),
+    )  # fmt: skip
+    assert status == 0, lines
+    check(lines, "training", "teacher, 20 ancestral steps", "teacher, 10 heun steps", "student, 2 ancestral steps", "picture: teacher")
+    assert re.search(r"moment gap -\s*$", bars(lines, "training")[0])
+    fractions = [line for line in bars(lines, "teacher, 20 ancestral") if re.search(r" ([1-9]|[1-3]\d)/48 ", line)]
+    assert fractions  # within a batch: after each of the teacher's steps
+
+
+def test_decoding_and_scoring_of_folders(own_cache):
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        for i in range(12):
+            pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(Path(name, f"{i}.png"))
+    status, lines = on_terminal("fid", "a", "--ref", "b", "--features", "pixels", cwd=Path.cwd())
+    assert status == 0, lines
+    check(lines, "reference b", "a ")
+    status, lines = on_terminal("fid", "a", "--ref", "b", "--features", "pixels", "--resolution", "8", cwd=Path.cwd())
+    assert status == 0, lines
+    check(lines, "decoding")
+    status, lines = on_terminal(
+        "train-imm", "--data", "a", "--preset", "digits-imm", "--unconditional", *TINY, "--set", "run.eval_steps=[1]", "--out",
+        "run", "--eval-num", "0", cwd=Path.cwd(),
+    )  # fmt: skip
+    assert status == 0, lines
+    check(lines, "decoding", "training")
+
+
+def test_sampling_and_scoring_of_a_model(own_cache, digits_model):
+    status, lines = on_terminal("sample", str(digits_model), "--num", "48", "--steps", "4", "--batch-size", "16", cwd=Path.cwd())
+    assert status == 0, lines
+    check(lines, "4 steps")
+    assert any(re.search(r" (4|8|12)/48 ", line) for line in bars(lines, "4 steps")), "not within a batch"
+    arguments = ("--num", "48", "--steps", "4", "--features", "pixels", "--ref", "digits")
+    status, lines = on_terminal("fid", str(digits_model), *arguments, cwd=Path.cwd())
+    assert status == 0, lines
+    check(lines, "reference digits", str(digits_model)[:20])
+
+
+def test_latents(own_cache):
+    write_vae(Path("vae"))
+    status, lines = on_terminal("cache-latents", "--data", "digits", "--vae", "vae", "--out", "latents", cwd=Path.cwd())
+    assert status == 0, lines
+    check(lines, "encoding")
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_other_widths(columns, own_cache, digits_model):
+    status, lines = on_terminal("sample", str(digits_model), "--num", "8", cwd=Path.cwd(), columns=columns)
+    assert status == 0 and max(map(len, bars(lines, "1 step"))) <= min(columns, 100)
