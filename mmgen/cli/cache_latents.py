@@ -64,13 +64,15 @@ def cache_latents(
     settings = EncodingSettings(resolution, dtype, xflip, normalisation, on_corrupt, batch_size)
     settings.check()
     team = find_team(cpu=device == "cpu")
-    source = resolve(data, split=split, image_column=image_column, label_column=label_column)
+    reading = {"split": split, "image_column": image_column, "label_column": label_column}
+    source = resolve(data, **reading)
     loaded = load_vae(vae, choose_device(device))
     speed = _Speed()
     with progress_bar("encoding", source.length) if team.is_main else contextlib.nullcontext() as update:
         record = encode_source(
-            source, loaded, out, settings, word=data, team=team, progress=update and speed.around(update), note=_note
-        )
+            source, loaded, out, settings, word=data, reading={key: value for key, value in reading.items() if value},
+            team=team, progress=update and speed.around(update), note=_note,
+        )  # fmt: skip
     if team.is_main:
         _show(record, out, speed)
 

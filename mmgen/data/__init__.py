@@ -41,11 +41,16 @@ def load(
     The digits are small enough to be decoded anew each time; everything else is decoded into the cache, and later calls
     map that file. Raises DataError where there is no such data set, or it cannot be understood, read or cached.
     """
+    from dataclasses import replace
+
     from . import cache
-    from .resolve import DIGITS, resolve
+    from .resolve import DIGITS, locate, resolve
 
     cache.check_options(resolution, channels, on_corrupt)
     source = resolve(word, split=split, image_column=image_column, label_column=label_column)
     if word == DIGITS:
-        return cache.decode_in_memory(source, resolution, channels, on_corrupt=on_corrupt, progress=progress, word=word)
-    return cache.prepare(source, resolution, channels, cache_dir=cache_dir, on_corrupt=on_corrupt, progress=progress, word=word)
+        dataset = cache.decode_in_memory(source, resolution, channels, on_corrupt=on_corrupt, progress=progress, word=word)
+    else:
+        options = {"cache_dir": cache_dir, "on_corrupt": on_corrupt, "progress": progress, "word": word}
+        dataset = cache.prepare(source, resolution, channels, **options)
+    return replace(dataset, place=locate(word))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +43,11 @@ class Labelled:
         return np.bincount(self.labels, minlength=self.num_classes).tolist()
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What a run, a model and a record call these data by, wherever they are looked at again; as JSON has it."""
+        return {"place": self.place, "fingerprint": self.fingerprint}
+
+    @property
     def shape(self) -> DataShape:
         latents = getattr(self, "latents", None)
         return DataShape(self.resolution, self.channels, self.num_classes, self.class_names, self.class_counts, latents)
@@ -56,6 +61,7 @@ class Dataset(Labelled):
     class_names: list[str] | None
     description: str  # one line: layout, number of images, columns, classes, resolution, what was left out
     fingerprint: str  # SHA-256 of shape, pixels and labels: the same data has the same one wherever it lies
+    place: str = ""  # what the word meant: see `resolve.locate`
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -92,6 +92,15 @@ def decode_chunks(source: ImageSource, plan: Plan, numbers: range, size: int) ->
             yield Chunk(part, np.stack([p for p in decoded if p is not None]) if kept else empty, kept, skipped)
 
 
+def ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The same chunks; each is decoded while the caller works on the one before."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(next, chunks, None)
+        while (chunk := waiting.result()) is not None:
+            waiting = thread.submit(next, chunks, None)
+            yield chunk
+
+
 def _pixels(source: ImageSource, i: int, plan: Plan) -> np.ndarray | None:
     """Image i, uint8 [C, R, R]; None where it cannot be read and may be skipped."""
     try:

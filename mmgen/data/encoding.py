@@ -13,7 +13,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +28,10 @@ from ..system.processes import Team
 from ..system.tensor_files import save_array
 from ..encoders.vae import IMM_MEAN, IMM_STD, IMM_TARGET_STD, Vae
 from .cache import check_options
-from .decoding import Chunk, Plan, decode_chunks, settle
+from .content import Watched, joined_hash
+from .decoding import Plan, ahead, decode_chunks, settle
 from .image_source import ImageSource
+from .resolve import locate
 from .latents import FORMAT, JOB, LABELS, RECORD, SHARDS, is_latents, load_latents, read_record, shard_file
 
 MOST_SHARDS = 256  # each is an open file while training
@@ -71,6 +72,8 @@ class _Task:
 
     source: ImageSource
     word: str  # the --data word of the source
+    reading: dict[str, str]  # the split and columns that were asked for
+    watched: Watched  # the source, hashed as it is read
     vae: Vae
     out: Path
     settings: EncodingSettings
@@ -90,6 +93,10 @@ class _Task:
     def file(self, shard: int) -> Path:
         return shard_file(self.out, shard)
 
+    def digests_file(self, shard: int) -> Path:
+        """SHA-256 of each of the shard's encoded images."""
+        return self.file(shard).with_suffix(".sha256")
+
     def skipped_file(self, shard: int) -> Path:
         """[[number in the source, name], ...] of the shard's images that cannot be read, if there are any."""
         return self.file(shard).with_suffix(".skipped.json")
@@ -102,13 +109,14 @@ def encode_source(
     settings: EncodingSettings,
     *,
     word: str,
+    reading: dict[str, str] | None = None,
     team: Team = Team(),
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> dict[str, Any]:
     """Encodes what is not yet there into the folder `out`, and returns the content of its latents.json.
 
-    `word`: what the user called the images. `progress` is called by the main process with (images encoded, images in all), and
+    `word`: what the user called the images, and `reading` the split and columns chosen of them. `progress` is called by the main process with (images encoded, images in all), and
     assumes that the others are as fast. Raises ConfigError for impossible settings, DataError naming an image that cannot
     be read, or a folder of something else, and MmgenError where the disk or the GPU's memory is too small.
     """
@@ -116,7 +124,10 @@ def encode_source(
     plan = settle(source, settings.resolution, 3, settings.on_corrupt)
     if plan.resolution % vae.factor:
         raise ConfigError(f"--resolution {plan.resolution} must be a multiple of {vae.factor}, by which {vae.word} divides sides")
-    task = _Task(source, word, vae, out, settings, plan, _normalisation(vae, settings.normalisation))
+    watched = Watched(source)
+    task = _Task(
+        watched.source, word, reading or {}, watched, vae, out, settings, plan, _normalisation(vae, settings.normalisation)
+    )
     job, shards = _job(task), _shards(source.length)
     if _is_whole(out, job):
         return read_record(out)
@@ -156,11 +167,12 @@ def _job(task: _Task) -> dict[str, Any]:
     source, settings = task.source, task.settings
     return {
         "format": FORMAT,
-        "source": {"word": task.word, "fingerprint": source.fingerprint, "description": source.description},
+        "source": {"word": task.word, "place": locate(task.word), "reading": task.reading,
+                   "fingerprint": source.fingerprint, "description": source.description},
         "images": source.length,
         "resolution": task.plan.resolution,
         "on_corrupt": settings.on_corrupt,
-        "vae": task.vae.word,
+        "vae": task.vae.place,
         "vae_sha256": task.vae.sha256,
         "normalisation": task.normalisation,
         "dtype": settings.dtype,
@@ -251,7 +263,7 @@ def _write_shard(task: _Task, number: int, images: range) -> Iterator[int]:
     size = batch_size * max(1, _CHUNK_BYTES // (batch_size * 3 * task.plan.resolution**2))
     parts = [np.empty((0, *task.row), task.settings.dtype)]
     skipped: list[list[Any]] = []
-    for chunk in _ahead(decode_chunks(task.source, task.plan, images, size)):
+    for chunk in ahead(decode_chunks(task.source, task.plan, images, size)):
         lost = sorted(set(chunk.numbers) - set(chunk.kept))
         skipped += [list(pair) for pair in zip(lost, chunk.skipped, strict=True)]
         for start in range(0, len(chunk.kept), batch_size):
@@ -261,17 +273,9 @@ def _write_shard(task: _Task, number: int, images: range) -> Iterator[int]:
         yield len(lost)
     if skipped:  # before the shard itself, which says that all of it is there
         write_json(task.skipped_file(number), skipped)
+    task.watched.keep(task.digests_file(number), images)
     with replacing(task.file(number)) as temporary:
         save_array(temporary, np.concatenate(parts))
-
-
-def _ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    """The same chunks; each is decoded while the VAE works on the one before."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = thread.submit(next, chunks, None)
-        while (chunk := waiting.result()) is not None:
-            waiting = thread.submit(next, chunks, None)
-            yield chunk
 
 
 def _encode(task: _Task, pixels: np.ndarray, name: str) -> np.ndarray:
@@ -353,6 +357,7 @@ def _finish(
         "xflip": task.settings.xflip,
         "reconstruction": tried,
         "source": job["source"],
+        "content": joined_hash([task.digests_file(i) for i in range(len(rows))], source.length),
         "skipped": [name for _, name in skipped],
         "fingerprint": fingerprint.hexdigest(),
         "shards": rows,
@@ -375,7 +380,7 @@ def _latents(task: _Task, moments: np.ndarray, note: Note) -> LatentSettings:
             shown = ", ".join(f"{value:.2f}" for value in after)
             note(f"IMM's normalisation gives these latents standard deviations of {shown}, not 0.5: --normalisation measure fits")
     return LatentSettings(
-        vae=vae.word,
+        vae=vae.place,
         vae_sha256=vae.sha256,
         kind=vae.kind,
         mean=IMM_MEAN if imm else tuple(mean.tolist()),

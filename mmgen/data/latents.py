@@ -9,7 +9,7 @@ latents-unfinished.json  what was asked for, until all is encoded
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,15 @@ class LatentDataset(Labelled):
     fingerprint: str  # SHA-256 of VAE, normalisation, moments and labels
     latents: LatentSettings
     source: str  # the --data word of the images
+    place: str = ""  # of the folder, absolute
+    images: dict[str, Any] = field(default_factory=dict)  # the images, for a scorer: word, place, content hash, reading options
 
     def __len__(self) -> int:
         return len(self.moments)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity, "images": self.images}
 
     @property
     def resolution(self) -> int:
@@ -123,9 +129,23 @@ def load_latents(place: Path, word: str = "") -> LatentDataset:
             fingerprint=record["fingerprint"],
             latents=latents,
             source=record["source"]["word"],
+            place=str(place.absolute()),
+            images=_images(record),
         )
     except (KeyError, TypeError, ValueError, IndexError, ConfigError) as error:
         raise DataError(f"{place / RECORD} is damaged: {error!r}") from error
+
+
+def _images(record: dict[str, Any]) -> dict[str, Any]:
+    """Of latents.json: what the images were called, where they lay, what they were, and how `data.load` reads them."""
+    source = record["source"]
+    options = {"resolution": record["resolution"], "channels": 3, "on_corrupt": record["job"]["on_corrupt"]}
+    return {
+        "word": source["word"],
+        "place": source.get("place", ""),
+        "content": record.get("content", ""),  # not of version 0.1
+        "options": {**source.get("reading", {}), **options},
+    }
 
 
 def _map(file: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:

@@ -53,6 +53,15 @@ def resolve(word: str, *, split: str = "train", image_column: str | None = None,
     raise DataError(f"there is no file or folder {word if word.isprintable() and len(word) < 1000 else shortened(word)}")
 
 
+def locate(word: str) -> str:
+    """Where the data set of a word lies, whatever folder one stands in: an absolute path, or the word itself where it is a name
+    that means the same everywhere (`digits`, a data set of the hub)."""
+    if word == DIGITS:
+        return word
+    name = SHORT_NAMES.get(word, word)
+    return next((str(place.absolute()) for place in _places(word, name) if exists(place)), name)
+
+
 def find_latents(word: str) -> Path | None:
     """The folder of latents that `word` means, a path or a name in $MMGEN_DATA_DIR; None where it means something else."""
     if word == DIGITS:

@@ -55,6 +55,11 @@ class Vae:
     decode: Callable[[Tensor, bool], Tensor]
 
     @property
+    def place(self) -> str:
+        """Where it is, whatever folder one stands in: an absolute path, or the hub id."""
+        return str(at_home(self.word).absolute()) if at_home(self.word).exists() else self.word
+
+    @property
     def is_imm(self) -> bool:
         """Whether IMM's mean and standard deviation are this one's, judged by its name."""
         return self.kind == "kl" and self.channels == len(IMM_MEAN) and Path(self.word).name in IMM_VAES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,7 +222,7 @@ def _reference(
     subjects: Sequence[Subject], settings: FidSettings, extractor: Extractor, single: bool, team: Team, bar: Bar
 ) -> ReferenceSet:
     with bar("decoding the reference", 0) as update:
-        found = reference_images(
+        found, warning = reference_images(
             settings.ref,
             subjects,
             split=settings.ref_split,
@@ -235,9 +235,10 @@ def _reference(
         if settings.ref_mode is not None:
             raise ConfigError(f"--ref-mode is for a statistics file, and {found.name} holds images: leave it out")
         with bar(f"reference {found.name}", found.length) as update:
-            return collect_reference(
+            collected = collect_reference(
                 found, extractor, keep=single, batch_size=settings.batch_size, device=settings.device, team=team, progress=update
             )
+            return collected if warning is None else replace(collected, warnings=(*collected.warnings, warning))
     with bar(f"reference {found.name}", 0) as update:
         return file_reference(
             found,

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -15,13 +13,13 @@ import numpy as np
 from PIL import Image
 
 from ..data import Dataset
-from ..data.cache import cache_root
+from ..data.content import content_hash
 from ..data.decode import is_grey, open_image, to_pixels
 from ..data.decoding import PROBED
 from ..data.image_source import CorruptImage, ImageSource
-from ..data.resolve import resolve
-from ..errors import DataError, MmgenError
-from ..system.files import at_home, read_json, write_json
+from ..data.resolve import locate, resolve
+from ..errors import DataError
+from ..system.files import at_home
 from ..sampling.folder import RECORD
 from ..sampling.record import read_record
 from .npz_images import NpzImages
@@ -31,9 +29,9 @@ if TYPE_CHECKING:
     from ..sampling.drawing import Plan
 
 _TYPES = {"model": str, "model_sha256": str, "sampler": str, "grid": str, "data": str | None, "data_options": dict,
+          "data_place": str, "data_fingerprint": str, "data_content": str,
           "steps": int, "nfe": int, "guidance": int | float, "seed": int}  # fmt: skip
 MOST_PIXELS = 1 << 24  # of one image that is scored: a batch of them is in memory in its own size
-_THREADS = 8  # that read files to hash them
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ class ImageSet:
             channels of grey images. Raises DataError naming an image that cannot be read.
         names: what image i is called in messages.
         threaded: whether `read` may run in several threads at once, and gains by it; else blocks are asked for in order.
-        fingerprint: () -> a digest of the content, for a cache; None where there is nothing to gain.
+        fingerprint: () -> a digest of the content; None of images that are drawn.
+        place: where they lie, an absolute path, or a name that means the same in every folder; None of images that are drawn.
         record: how samples were made, as `sample_record.make_record` has it; None if nothing says.
         beside: the file that keeps their scores; None where there is no place for it.
         telling: of images that are drawn when they are read: telling(tell) is the same set, which calls tell(images drawn).
@@ -61,6 +60,7 @@ class ImageSet:
     names: Callable[[int], str]
     threaded: bool = True
     fingerprint: Callable[[], str] | None = None
+    place: str | None = None
     record: dict[str, Any] | None = None
     beside: Path | None = None
     telling: Callable[[Callable[[float], None]], ImageSet] | None = None
@@ -105,7 +105,8 @@ def image_set(
         length=source.length,
         read=_reader(source),
         names=source.names,
-        fingerprint=partial(_content, source),
+        fingerprint=partial(content_hash, source),
+        place=locate(word),
         record=found or record,
         beside=beside,
     )
@@ -125,6 +126,7 @@ def dataset_images(dataset: Dataset) -> ImageSet:
         names=lambda i: f"image {i} of {dataset.word}",
         threaded=False,
         fingerprint=lambda: dataset.fingerprint,
+        place=dataset.place,
     )
 
 
@@ -171,6 +173,7 @@ def _npz(word: str, path: Path) -> ImageSet:
         names=lambda i: f"image {i} of {word}",
         threaded=False,
         fingerprint=digest,
+        place=str(path.absolute()),
         record=record,
         beside=path.with_name(path.name + ".scores.json"),
     )
@@ -224,25 +227,3 @@ def _opened(source: ImageSource, i: int, use: Callable[[Image.Image], Any]) -> A
 
 def _coloured(images: np.ndarray, colour: bool) -> np.ndarray:
     return np.repeat(images, 3, axis=1) if colour and images.shape[1] == 1 else images
-
-
-def _content(source: ImageSource) -> str:
-    """SHA-256 over all encoded images, the same wherever they lie. Remembered for files that have not changed since."""
-    memory = cache_root() / "content" / f"{source.fingerprint}.json"
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not known yet, or damaged: the images are read
-        return read_json(memory)["sha256"]
-    digest = hashlib.sha256()
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for start in range(0, source.length, 1024):
-            for one in threads.map(partial(_digest, source), range(start, min(start + 1024, source.length))):
-                digest.update(one)
-    with contextlib.suppress(MmgenError):  # a cache that cannot be written costs time only
-        write_json(memory, {"sha256": digest.hexdigest(), "images": source.length})
-    return digest.hexdigest()
-
-
-def _digest(source: ImageSource, i: int) -> bytes:
-    raw = source.read(i)
-    if isinstance(raw, Image.Image):
-        raw = repr((raw.mode, raw.size)).encode() + raw.tobytes()
-    return hashlib.sha256(raw).digest()

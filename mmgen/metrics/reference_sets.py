@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.cache import cache_root
 from ..errors import DataError, MmgenError
-from ..system.files import replacing
+from ..system.files import replacing, sha256_of
 from ..system.processes import Team
 from ..system.tensor_files import save_tensors
 from .collect import Collected, Progress, Wanted, collect
@@ -39,6 +39,8 @@ class ReferenceSet:
     kept: Tensor | None = None  # float32 [N, D]: features of single images, for KID, precision, recall, density, coverage
     image: tuple[int, ...] | None = None  # (C, H, W) of its first image; None for a file without images
     warnings: tuple[str, ...] = ()
+    place: str | None = None  # where it lies: see `ImageSet.place`
+    fingerprint: str | None = None  # of its content
 
 
 def collect_reference(
@@ -67,9 +69,11 @@ def collect_reference(
         if file is not None and team.is_main:
             _write(file, gaussian, collected)
     gaussian, kept = found
+    fingerprint = images.fingerprint() if images.fingerprint is not None else None
     return ReferenceSet(
-        images.name, images.description, images.length, gaussian, kept if keep else None, images.shape(extractor.colour)
-    )
+        images.name, images.description, images.length, gaussian, kept if keep else None, images.shape(extractor.colour),
+        place=images.place, fingerprint=fingerprint,
+    )  # fmt: skip
 
 
 def file_reference(
@@ -103,7 +107,9 @@ def file_reference(
             path, extractor, keep and kept is None, batch_size=batch_size, device=device, team=team, progress=progress
         )
         kept = own if kept is None else kept
-    return ReferenceSet(found.name, found.source, found.num, found.gaussian, kept, image, found.warnings)
+    return ReferenceSet(
+        found.name, found.source, found.num, found.gaussian, kept, image, found.warnings, str(path.absolute()), sha256_of(path)
+    )
 
 
 def _images_inside(path: Path, extractor: Extractor, keep: bool, **options: Any) -> tuple[tuple[int, ...] | None, Tensor | None]:

@@ -19,17 +19,18 @@ from ..system.lock import one_at_a_time
 
 if TYPE_CHECKING:
     from .evaluate import Report, Row
+    from .reference_sets import ReferenceSet
 
 FORMAT = 1
 _MADE = (
-    "model", "model_sha256", "ema", "data", "vae", "steps", "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax",
-    "s_noise", "stochasticity", "guidance", "classes", "seed",
+    "model", "model_file", "model_sha256", "ema", "data", "data_place", "data_fingerprint", "data_content", "vae", "steps",
+    "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax", "s_noise", "stochasticity", "guidance", "classes", "seed",
 )  # fmt: skip
 
 
 def entry(row: Row, report: Report) -> dict[str, Any]:
     """One row of the table with all that it depends on."""
-    score, record, reference = row.score, row.subject.record, report.reference
+    score, record, reference, images = row.score, row.subject.record, report.reference, row.subject.draws[0]
     result = {
         "scored": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "figures": score.figures,
@@ -37,7 +38,9 @@ def entry(row: Row, report: Report) -> dict[str, Any]:
         "excess_over_50k": score.excess,
         "samples": {
             "name": row.subject.name,
-            "description": row.subject.draws[0].description,
+            "place": images.place,
+            "fingerprint": images.fingerprint() if images.fingerprint is not None else None,
+            "description": images.description,
             "num": score.num,
             "image": list(score.image),
             **{key: record[key] for key in _MADE if key in record},
@@ -51,7 +54,8 @@ def entry(row: Row, report: Report) -> dict[str, Any]:
     if len(row.draws) > 1:  # draw r has images number r N to (r + 1) N - 1: image i has the randomness of (seed, i)
         result["draws"] = [draw.figures for draw in row.draws]
     if reference is not None:
-        result["reference"] = {"name": reference.name, "source": reference.source, "num": reference.num}
+        keys = ("name", "source", "num", "place", "fingerprint")
+        result["reference"] = {key: getattr(reference, key) for key in keys}
     return result
 
 
@@ -60,7 +64,7 @@ def explanation(report: Report) -> list[str]:
     protocol, lines = dict(report.extractor.protocol), []
     if report.reference is not None:
         num = "an unknown number of" if report.reference.num is None else f"{report.reference.num:,}"
-        lines.append(f"reference: {report.reference.name}, {num} images ({report.reference.source})")
+        lines.append(f"reference: {report.reference.name}, {num} images ({report.reference.source}){_at(report.reference)}")
     if "sha256" in protocol:
         protocol["sha256"] = protocol["sha256"][:12]
     lines.append("features: " + ", ".join(f"{key} {value}" if key != "features" else value for key, value in protocol.items()))
@@ -76,6 +80,11 @@ def explanation(report: Report) -> list[str]:
     lines += dict.fromkeys(made)
     lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     return lines
+
+
+def _at(reference: ReferenceSet) -> str:
+    """Where it lies, unless its name says so already."""
+    return f", in {reference.place}" if reference.place and not reference.place.endswith(reference.name.rstrip("/")) else ""
 
 
 def _making(record: dict[str, Any], draws: int) -> str:

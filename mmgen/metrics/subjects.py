@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import data
+from ..data.content import content_hash
+from ..data.resolve import DIGITS, locate, resolve
 from ..errors import ConfigError, DataError
 from ..system.files import at_home
 from ..models.model import MODEL_FILE, AnyModel
@@ -82,8 +84,8 @@ def reference_images(
     channels: int | None,
     num: int | None,
     progress: Callable[[int, int], None] | None = None,
-) -> ImageSet | Path:
-    """The images to compare with, or the path of a statistics file. `word` None: what the samples' record names.
+) -> tuple[ImageSet | Path, str | None]:
+    """The images to compare with, or the path of a statistics file, and a warning. `word` None: what the samples' record names.
 
     With a resolution, images are resized and cropped as for training (and cached); without, they stay as they are.
     Raises ConfigError where nothing says what to compare with or an option does not apply, DataError where it cannot be read.
@@ -91,19 +93,17 @@ def reference_images(
     reading = {"--ref-split": split, "--resolution": resolution, "--channels": channels}
     if word is None:
         _refuse(reading, "is for --ref, and the training set is read as the model saw it: name it with --ref, or leave it out")
-        name, options = own_reference(subjects)
-        try:
-            return dataset_images(data.load(name, progress=progress, **options)).first(num)
-        except DataError as error:
-            raise DataError(f"the samples' record names {name} as their training set: {error}; or give another --ref") from error
+        images, warning = training_images(own_reference(subjects), progress)
+        return images.first(num), warning
     path = at_home(word)
     if path.is_file() and is_statistics(path):
         _refuse({"--ref-num": num, **reading}, f"is for images, and {word} holds their statistics only: leave it out")
-        return path
+        return path, None
     split = split or "train"
     if resolution is None and channels is None:
-        return image_set(word, split=split).first(num)
-    return dataset_images(data.load(word, resolution=resolution, channels=channels, split=split, progress=progress)).first(num)
+        return image_set(word, split=split).first(num), None
+    found = data.load(word, resolution=resolution, channels=channels, split=split, progress=progress)
+    return dataset_images(found).first(num), None
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:
@@ -112,21 +112,80 @@ def _refuse(options: dict[str, Any], why: str) -> None:
             raise ConfigError(f"{option} {why}")
 
 
-def own_reference(subjects: Sequence[Subject]) -> tuple[str, dict[str, Any]]:
-    """The training set that the samples' records name, as arguments of `data.load`. Raises ConfigError where none does."""
-    named = []
-    for subject in subjects:
-        word, options = subject.record.get("data"), subject.record.get("data_options")
-        if not word or not isinstance(options, dict):
-            raise ConfigError(f"nothing says what to compare {subject.name} with: give --ref. {TAKES}")
-        kinds = {"resolution": int, "channels": int}
-        if not isinstance(word, str) or not all(isinstance(options[key], kinds.get(key, str)) for key in options):
-            raise ConfigError(f"the record of {subject.name} has been changed: its data are not a name and options; give --ref")
-        if unknown := set(options) - _DATA_OPTIONS:
-            raise ConfigError(f"the record of {subject.name} has been changed: {min(unknown)!r} is unknown; give --ref")
-        if (word, options) not in named:
-            named.append((word, options))
-    if len(named) > 1:
-        read = [f"{word} ({', '.join(f'{key} {value}' for key, value in options.items())})" for word, options in named[:2]]
-        raise ConfigError(f"the samples are of models trained on {read[0]} and on {read[1]}: give --ref. {TAKES}")
+@dataclass(frozen=True)
+class TrainingSet:
+    """The images that the samples' records name."""
+
+    word: str
+    options: dict[str, Any]  # arguments of `data.load`
+    place: str = ""  # see `data.resolve.locate`; "" where the record is of version 0.1, as with what follows
+    fingerprint: str = ""  # of the pixels that training saw, and labels
+    content: str = ""  # of the encoded images, where training saw latents of them
+
+    @property
+    def identity(self) -> tuple:
+        """Equal for the same images, whatever they are called and wherever they lie."""
+        content = self.fingerprint or self.content
+        return (content or self.place or self.word, *([] if self.fingerprint else sorted(self.options.items())))
+
+    def __str__(self) -> str:
+        return f"{self.word} ({', '.join(f'{key} {value}' for key, value in self.options.items())})"
+
+
+def own_reference(subjects: Sequence[Subject]) -> TrainingSet:
+    """The training set that the samples' records name. Raises ConfigError where one names none, or two differ."""
+    named = [_named(subject) for subject in subjects]
+    other = next((one for one in named if one.identity != named[0].identity), None)
+    if other is not None:
+        both = f"{named[0]} and on {other}"
+        if str(named[0]) == str(other):
+            both = f"{named[0]} in {named[0].place or 'an unknown place'} and on others of that name in {other.place or 'another'}"
+        raise ConfigError(f"the samples are of models trained on {both}: give --ref. {TAKES}")
     return named[0]
+
+
+def _named(subject: Subject) -> TrainingSet:
+    record = subject.record
+    word, options = record.get("data"), record.get("data_options")
+    if not word or not isinstance(options, dict):
+        raise ConfigError(f"nothing says what to compare {subject.name} with: give --ref. {TAKES}")
+    kinds = {"resolution": int, "channels": int}
+    if not isinstance(word, str) or not all(isinstance(options[key], kinds.get(key, str)) for key in options):
+        raise ConfigError(f"the record of {subject.name} has been changed: its data are not a name and options; give --ref")
+    if unknown := set(options) - _DATA_OPTIONS:
+        raise ConfigError(f"the record of {subject.name} has been changed: {min(unknown)!r} is unknown; give --ref")
+    return TrainingSet(word, options, *(record.get(key, "") for key in ("data_place", "data_fingerprint", "data_content")))
+
+
+def training_images(own: TrainingSet, progress: Callable[[int, int], None] | None = None) -> tuple[ImageSet, str | None]:
+    """The images of a training set, read as training read them, and a warning where nothing says what they were.
+
+    They are looked for where they lay, then by their name in this folder. Raises DataError where they are not there, or not
+    the same any more.
+    """
+    others, missing = [], None
+    for word in dict.fromkeys(locate(word) for word in (own.place, own.word) if word):
+        try:
+            found = data.load(word, progress=progress, **own.options)
+            if own.fingerprint and found.fingerprint != own.fingerprint or own.content and own.content != _content(word, own):
+                others.append(found.place)
+                continue
+        except DataError as error:
+            missing = missing or error
+            continue
+        if own.fingerprint or own.content:
+            return dataset_images(found), None
+        what = f"nothing says which images {own.word} held when the model was trained: those in {found.place} are taken"
+        return dataset_images(found), None if found.place == DIGITS else what
+    if others:
+        where = f" in {own.place}" if own.place not in ("", own.word) else ""
+        raise DataError(
+            f"the model was trained on {own.word}{where}, and {' and '.join(others)} now hold{'s' * (len(others) == 1)} other "
+            "images or labels: bring back those of the training, or say with --ref what to compare with"
+        )
+    raise DataError(f"the samples' record names {own.word} as their training set: {missing}; or give another --ref")
+
+
+def _content(word: str, own: TrainingSet) -> str:
+    columns = {key: own.options[key] for key in ("split", "image_column", "label_column") if key in own.options}
+    return content_hash(resolve(word, **columns))

@@ -198,6 +198,8 @@ def _check_config(config: ModelConfig) -> None:
     trained = config.training.get("config", {})
     if not isinstance(trained, dict) or not isinstance(trained.get("data", {}), dict):
         raise ConfigError("training.config holds no settings")
+    if not isinstance(config.training.get("data", {}), dict):
+        raise ConfigError("training.data says nothing of the data")
 
 
 def load_model(path: str | os.PathLike, device: str | torch.device = "cpu") -> AnyModel:

@@ -65,8 +65,7 @@ def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more:
         "model_sha256": origin.sha256,
         "ema": origin.ema,
         "kind": kind_of(config),
-        "data": config.data,  # what the model was trained on
-        "data_options": data_options(config),
+        **training_data(config),
         "image": list(drawn_shape(config)),
         "vae": None if config.latents is None else {"name": config.latents.vae, "sha256": config.latents.vae_sha256},
         "num_classes": config.num_classes,
@@ -91,12 +90,25 @@ def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more:
     }
 
 
-def data_options(config: ModelConfig) -> dict[str, Any]:
-    """How the training data were read, as arguments of `data.load`, so that a scorer sees the same images."""
+def training_data(config: ModelConfig) -> dict[str, Any]:
+    """The images that a model was trained on: what they were called, where they lay, what they were, and how `data.load` reads
+    them. Of latents, the images behind them. Models of version 0.1 and of other projects know the word at most."""
+    known = config.training.get("data", {})
+    images = known.get("images")
+    if isinstance(images, dict):  # of latents
+        word, place, content = (str(images.get(key, "")) for key in ("word", "place", "content"))
+        return {"data": word, "data_place": place, "data_fingerprint": "", "data_content": content,
+                "data_options": images.get("options", {})}  # fmt: skip
     settings = config.training.get("config", {}).get("data", {})
     kept = {key: settings[key] for key in ("split", "image_column", "label_column", "on_corrupt") if settings.get(key)}
     channels, resolution, _ = drawn_shape(config)
-    return {**kept, "resolution": resolution, "channels": channels}
+    return {
+        "data": config.data,
+        "data_place": str(known.get("place", "")),  # see `data.resolve.locate`
+        "data_fingerprint": str(known.get("fingerprint", "")),  # of the pixels that training saw
+        "data_content": "",  # of the encoded images
+        "data_options": {**kept, "resolution": resolution, "channels": channels},
+    }
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

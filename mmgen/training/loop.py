@@ -376,7 +376,7 @@ class Trainer:
         return results
 
     def _model_config(self, name: str | None, **more: Any) -> ModelConfig:
-        training = {"config": self.config, "images": self.progress.images, "ema": name, **more}
+        training = {"config": self.config, "images": self.progress.images, "ema": name, "data": self.dataset.identity, **more}
         return replace(self.task.model_config, training={**self.task.model_config.training, **training})
 
     def _averaged_model(self) -> AnyModel:

@@ -14,7 +14,9 @@ from PIL import Image
 
 from ...data import Dataset
 from ...data.latents import LatentDataset
+from ...data.resolve import locate
 from ...models.denoiser import Denoiser
+from ...config.sections import DataSettings
 from ...config.distill import DistillConfig, settled, student_denoiser, student_network, student_schedule
 from ...errors import ConfigError
 from ...models.model import AnyModel, ModelConfig, SamplingSettings
@@ -48,11 +50,14 @@ def distill(
 ) -> Outcome:
     """Distils, or resumes, a student in the folder `out`. Arguments and errors are those of `start.run_training`."""
     accelerator = make_accelerator(config.train, config.run, out, device)
+    named = bool(config.data.name)
     teacher, config = find_teacher(config, accelerator.device)
     # The classes are compared below, where the message can say what they are compared with
     anything = replace(config.data, num_classes=None)
     dataset = load_shared(anything, reporter, data_progress)
     check_data(teacher, dataset, reporter.note)
+    if not named:
+        check_same_data(teacher, config.data, dataset)
     model_config = student_model_config(config, teacher, dataset)
     reporter.note(description(config, teacher))
     return run_training(
@@ -67,7 +72,26 @@ def find_teacher(config: DistillConfig, device: Any = "cpu") -> tuple[Teacher, D
     if not config.teacher.name:
         raise ConfigError("a student needs a teacher: name a file, a run folder or a hub repository with --teacher")
     teacher = load_teacher(config.teacher.name, device)
-    return teacher, settled(config, teacher.model.config, teacher.sha256, teacher.has_null_class)
+    own = replace(teacher.model.config, data=_data_of(teacher.model.config))
+    return teacher, settled(config, own, teacher.sha256, teacher.has_null_class)
+
+
+def _data_of(teacher: ModelConfig) -> str:
+    """The --data word of the teacher's data: its own, or where they lay if that word now means something else."""
+    place = str(teacher.training.get("data", {}).get("place", ""))
+    return teacher.data if not place or locate(teacher.data) == place else place
+
+
+def check_same_data(teacher: Teacher, data: DataSettings, dataset: Dataset | LatentDataset) -> None:
+    """Raises ConfigError where the data that the teacher's file names are not those that it was trained on any more."""
+    known = teacher.model.config.training.get("data", {}).get("fingerprint")
+    then = teacher.model.config.training.get("config", {}).get("data", {})
+    chosen = ("split", "image_column", "label_column", "on_corrupt")
+    if known and known != dataset.fingerprint and all(then.get(key) == getattr(data, key) for key in chosen):
+        raise ConfigError(
+            f"the teacher {teacher.name} was trained on {teacher.model.config.data}, and {dataset.place} now holds other images or "
+            "labels: bring back those of the training, or say with --data what to distil on"
+        )
 
 
 def check_data(teacher: Teacher, dataset: Dataset | LatentDataset, note: Callable[[str], None]) -> None:
