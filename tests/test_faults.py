@@ -130,7 +130,7 @@ def test_latents_on_a_full_disk(tmp_path, own_cache):
     vae, out = load_vae(write_vae(tmp_path / "vae"), "cpu"), tmp_path / "latents"
     with files_of_at_most(30_000), pytest.raises(MmgenError, match=r"cannot write .*000000\.npy"):
         encode_source(source, vae, out, EncodingSettings(), word="images")
-    assert set(everything(out)) == {"latents-unfinished.json"}
+    assert set(everything(out)) == {"latents-unfinished.json", "shards/000000.sha256"}
     assert encode_source(source, vae, out, EncodingSettings(), word="images")["number"] == 90
 
 
@@ -258,7 +258,7 @@ def test_clocks_that_stand_still_or_go_back(tmp_path, monkeypatch):
 
 class _Data:
     def __init__(self, fingerprint, description):
-        self.fingerprint, self.description = fingerprint, description
+        self.fingerprint, self.description, self.place = fingerprint, description, "folder"
 
 
 @pytest.mark.parametrize("now, words", [

@@ -32,7 +32,8 @@ def test_model_is_scored_in_memory_against_its_training_set(digits_model, tmp_pa
         assert entry["figures"]["FD-pixels-64"] == pytest.approx(fd_pixels(drawn, digits.images), rel=1e-9)
         assert entry["samples"]["steps"] == steps and entry["samples"]["seed"] == 0 and entry["samples"]["classes"] == "random"
         assert entry["samples"]["nfe"] == steps and entry["samples"]["guidance"] == 1.0
-        assert entry["reference"] == {"name": "digits", "source": digits.description, "num": 1797}
+        assert entry["reference"] == {"name": "digits", "source": digits.description, "num": 1797,
+                                      "place": "digits", "fingerprint": digits.fingerprint}
         assert entry["protocol"] == {"features": "pixels"} and entry["versions"]["torch"] == torch.__version__
     assert "FD-pixels-64" in text and "digits, 1,797 images" in text and "seed 0" in text and "labels random" in text
     assert "FID" not in text.upper().replace("CLEAN-FID", "")

@@ -361,7 +361,7 @@ def in_a_child(out):
 
     def work():
         torch.set_num_threads(1)
-        encode_source(resolve("images"), load_vae("vae"), out, EncodingSettings(batch_size=5), word="images")
+        encode_source(resolve("images"), load_vae("vae"), out, EncodingSettings(batch_size=5), word="images", reading={"split": "train"})
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
