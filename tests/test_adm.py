@@ -13,6 +13,7 @@ from torch import nn
 from mmgen.errors import ConfigError
 from mmgen.networks import ADMSettings, build_network
 from mmgen.networks.adm import Block
+from mmgen.networks.conditions import Labels
 
 TINY = ADMSettings(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8, dropout=0.2)
 
@@ -34,10 +35,10 @@ def tiny(num_classes: int = 5, augment_dim: int = 0, second_time: bool = False, 
     return randomised(network)
 
 
-def inputs(count: int = 6) -> tuple[torch.Tensor, ...]:
+def inputs(count: int = 6) -> tuple[torch.Tensor | Labels, ...]:
     generator = torch.Generator().manual_seed(1)
     times = 1000 * torch.rand(2, count, dtype=torch.float64, generator=generator)
-    return torch.randn(count, 3, 8, 8, generator=generator), times[0], times[1], torch.arange(count) % 5
+    return torch.randn(count, 3, 8, 8, generator=generator), times[0], times[1], Labels(torch.arange(count) % 5, 5)
 
 
 def test_size_of_edms_imagenet64():
@@ -112,7 +113,7 @@ def test_every_input_has_an_effect():
     output = network(x, t, s, label, augment)
     assert torch.equal(output, network(x, t, s, label))  # no augmentation is zero
     given = (x, t, s, label, augment)
-    for position, change in enumerate((x.flip(0), t + 20, s + 20, (label + 1) % 5, augment + 1)):
+    for position, change in enumerate((x.flip(0), t + 20, s + 20, Labels((label.classes + 1) % 5, 5), augment + 1)):
         changed = [*given[:position], change, *given[position + 1 :]]
         assert (network(*changed) - output).abs().mean() > 1e-3 * output.abs().mean(), position
     with pytest.raises(ValueError, match="augment"):
@@ -122,8 +123,8 @@ def test_every_input_has_an_effect():
 @torch.no_grad()
 def test_images_do_not_influence_each_other():
     network, (x, t, _, label) = tiny().eval(), inputs()
-    together = network(x, t, label=label)
-    alone = torch.cat([network(x[i : i + 1], t[i : i + 1], label=label[i : i + 1]) for i in range(6)])
+    together = network(x, t, condition=label)
+    alone = torch.cat([network(x[i : i + 1], t[i : i + 1], condition=label[i : i + 1]) for i in range(6)])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
@@ -132,18 +133,18 @@ def test_null_class():
     """In EDM's form the null class is no label; in the others it is refused, however it is asked for."""
     x, t, _, label = inputs()
     network, strict, plain = tiny().eval(), tiny(null_class=False).eval(), tiny(num_classes=0).eval()
-    null = torch.full((6,), 5)
-    assert torch.equal(network(x, t, label=null), network(x, t)) and network.has_null_class
-    assert torch.equal(strict(x, t, label=label), network(x, t, label=label)) and not strict.has_null_class
-    for wrong in (None, null, torch.tensor([0, 1, 2, 3, 4, 5])):
+    null = Labels(torch.full((6,), 5), 5)
+    assert torch.equal(network(x, t, condition=null), network(x, t)) and network.has_null_class
+    assert torch.equal(strict(x, t, condition=label), network(x, t, condition=label)) and not strict.has_null_class
+    for wrong in (None, null, Labels(torch.tensor([0, 1, 2, 3, 4, 5]), 5)):
         with pytest.raises(ConfigError, match="no null class"):
-            strict(x, t, label=wrong)
-    assert torch.equal(plain(x, t, label=label), plain(x, t))
+            strict(x, t, condition=wrong)
+    assert torch.equal(plain(x, t, condition=label), plain(x, t))
 
 
 def test_learned_variance_doubles_the_channels():
     x, t, _, label = inputs()
-    assert tiny(learn_sigma=True)(x, t, label=label).shape == (6, 6, 8, 8)
+    assert tiny(learn_sigma=True)(x, t, condition=label).shape == (6, 6, 8, 8)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -161,7 +162,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 def test_initial_output_is_zero():
     x, t, _, label = inputs()
     network = build_network(TINY, resolution=8, channels=3, num_classes=5, second_time=False)
-    assert (network(x, t, label=label) == 0).all()
+    assert (network(x, t, condition=label) == 0).all()
 
 
 def test_impossible_heads_are_refused():

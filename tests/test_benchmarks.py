@@ -38,7 +38,8 @@ def test_the_textbooks_imm_loss_is_mmgens(preset, monkeypatch):
     s, t = imm.draw_times(config.loss, config.flow, keys(0, batch.index[:: config.loss.group_size], imm._TIME))
     drawn = plain_imm.Drawn(normal(keys(0, batch.index, imm._NOISE), x.shape[1:]), s, t)
     step = imm_step.plain_step(trainer, config)
-    label = objective.inputs.labels(batch, trainer.network.num_classes)
+    condition = objective.inputs.condition(batch)
+    label = None if condition is None else condition.classes
     seed = imm.torch_seed(0, batch.first)
     expected = plain_imm.loss(config, step.network, x, label, augment, drawn, seed)
     ours, _ = objective(batch)
@@ -63,7 +64,7 @@ def test_the_textbooks_matching_losses_are_mmgens(method):
         noise, later = (
             normal(keys(0, batch.index, purpose), x.shape[1:], torch.float64) for purpose in (matching._NOISE, matching._TARGET)
         )
-        return plain_matching.Drawn(x.double(), noise, later, noised.s, noised.t, noised.label)
+        return plain_matching.Drawn(x.double(), noise, later, noised.s, noised.t, None if noised.condition is None else noised.condition.classes)
 
     if method == "instant":
         part = parts["model"]

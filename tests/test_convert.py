@@ -19,6 +19,7 @@ from tiny_model import make_model
 from typer.testing import CliRunner
 
 import mmgen
+from mmgen.networks.conditions import Labels
 from mmgen.sampling import drawing as sampling
 from mmgen.cli.convert import convert, inspect
 from mmgen.cli.sample import sample
@@ -116,7 +117,7 @@ def test_heun_of_edm(name, tmp_path):
     model, steps = mmgen.load(tmp_path / "m.safetensors"), 4
     low, high = (sigma ** (1 / 7) for sigma in (0.002, 80.0))
     sigmas = [(high + i / (steps - 1) * (low - high)) ** 7 for i in range(steps)] + [0.0]
-    label = torch.tensor([1, 2]) if model.config.num_classes else None
+    label = Labels(torch.tensor([1, 2]), model.config.num_classes) if model.config.num_classes else None
 
     def slope(x, sigma):
         return (x - model.denoise(x, torch.full((2,), sigma, dtype=torch.float64), label)) / sigma
@@ -139,7 +140,7 @@ def test_ddim_of_adm(tmp_path):
     model, steps = mmgen.load(tmp_path / "m.safetensors"), 5
     bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
     timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
-    label, z = torch.tensor([1, 2]), first_noise(model, 2)
+    label, z = Labels(torch.tensor([1, 2]), model.config.num_classes), first_noise(model, 2)
     for t, after in zip(timesteps, [*timesteps[1:], None], strict=True):
         a, s = math.sqrt(bars[t]), math.sqrt(1 - bars[t])
         with torch.no_grad():
@@ -162,9 +163,9 @@ def latents_of(model: Denoiser, steps: int, sampler: str = "ddim") -> torch.Tens
 
 def guided(model: Denoiser, z: torch.Tensor, time: float) -> torch.Tensor:
     """The raw output, its first half, with guidance 1.5 against the null class."""
-    t, null = torch.full((2,), time, dtype=torch.float64), torch.full((2,), model.config.num_classes)
+    t, one = torch.full((2,), time, dtype=torch.float64), Labels(torch.tensor([1, 2]), model.config.num_classes)
     with torch.no_grad():
-        with_label, without = (model.network(z.float(), t, None, label)[:, :4].double() for label in (torch.tensor([1, 2]), null))
+        with_label, without = (model.network(z.float(), t, None, label)[:, :4].double() for label in (one, one.null()))
     return without + 1.5 * (with_label - without)
 
 
@@ -198,7 +199,8 @@ def test_multistep_of_a_consistency_model(tmp_path):
     run(convert, path, tmp_path / "m.safetensors", *options)
     model = mmgen.load(tmp_path / "m.safetensors")
     chosen = sampling.plan(model.config, sampling.SampleSettings(steps=2, classes=[1, 2]))
-    label, fresh = torch.tensor([1, 2]), normal(keys(0, torch.arange(2), _NOISE + 1), model.image_shape, torch.float64)
+    label = Labels(torch.tensor([1, 2]), model.config.num_classes)
+    fresh = normal(keys(0, torch.arange(2), _NOISE + 1), model.image_shape, torch.float64)
     sigmas = [torch.full((2,), sigma, dtype=torch.float64) for sigma in chosen.times[:2]]
     with torch.no_grad():
         first = model.denoise(sigmas[0][0] * first_noise(model, 2), sigmas[0], label)

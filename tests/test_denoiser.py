@@ -19,6 +19,7 @@ from mmgen.errors import ConfigError, ModelError
 from mmgen.models.model import METADATA_KEY, Model, ModelConfig, load_model, read_config, save_model
 from mmgen.networks import UNetSettings, build_network
 from mmgen.diffusion.schedules import COSINE, FLOW
+from mmgen.networks.conditions import Labels
 
 TINY = UNetSettings(model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), dropout=0.0)
 MEAN, STD = 0.3, 0.4  # of Gaussian data, whose x_hat is known
@@ -37,11 +38,11 @@ class Ideal(nn.Module):
         self.output, self.num_classes, self.images = output, num_classes, 0
         self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))  # so that it is given float64
 
-    def forward(self, x, t, s=None, label=None, augment=None):
+    def forward(self, x, t, s=None, condition=None, augment=None):
         assert s is None and augment is None and t.dtype == torch.float64
         self.images += len(x)
         found = self.output(x, t[:, None, None, None])
-        return found if label is None else found + (label + 1)[:, None, None, None]
+        return found if condition is None else found + (condition.classes + 1)[:, None, None, None]
 
 
 def denoiser(given: DenoiserSettings, network: nn.Module, num_classes: int = 0) -> Denoiser:
@@ -223,12 +224,12 @@ def test_learned_variances_are_left_out():
 def test_guidance_on_the_output_is_guidance_on_x_hat(name):
     given, output = KINDS[name]
     network = Ideal(output, num_classes=5)
-    model, label = denoiser(given, network, 5), torch.tensor([0, 4])
+    model, label = denoiser(given, network, 5), Labels(torch.tensor([0, 4]), 5)
     y, sigma = (
         torch.randn(2, 3, 4, 4, dtype=torch.float64),
         sigma_at(given, network_time(given, torch.tensor([0.5, 3.0]).double())),
     )
-    null = model.denoise(y, sigma, torch.full((2,), 5))
+    null = model.denoise(y, sigma, label.null())
     one = model.denoise(y, sigma, label)
     network.images = 0
     assert torch.equal(model.denoise(y, sigma, label, 0.0), null) and network.images == 2

@@ -20,6 +20,7 @@ from mmgen.errors import ConfigError, ModelError
 from mmgen.models.flow_map import FlowMapSettings
 from mmgen.models.model import ModelConfig, load_model, save_model
 from mmgen.networks import DiTSettings, UNetSettings
+from mmgen.networks.conditions import Labels
 
 diffusers = pytest.importorskip("diffusers")
 PLAIN = ConvertOptions()
@@ -63,7 +64,7 @@ def denoiser(converted: Converted) -> Denoiser:
 
 def inputs(channels: int, classes: int = 0):
     generator = torch.Generator().manual_seed(1)
-    label = torch.tensor([0, 3, classes - 1]) if classes else None
+    label = Labels(torch.tensor([0, 3, classes - 1]), classes) if classes else None
     return torch.randn(3, channels, 8, 8, generator=generator), torch.tensor([0, 417, 999]), label
 
 

@@ -45,14 +45,14 @@ class Exact:
 
     settings = DenoiserSettings("edm")
 
-    def denoise(self, y, sigma, label=None, guidance=1.0):
+    def denoise(self, y, sigma, condition=None, guidance=1.0):
         return gaussian(y, sigma[:, None, None, None])
 
 
 class Bent(Exact):
     """An x_hat that is not linear, so that no error cancels."""
 
-    def denoise(self, y, sigma, label=None, guidance=1.0):
+    def denoise(self, y, sigma, condition=None, guidance=1.0):
         sigma = sigma[:, None, None, None]
         return torch.tanh(y / (1 + sigma)) * 0.7 + 0.1 * torch.sin(3 * sigma)
 
@@ -269,9 +269,9 @@ class Counting(nn.Module):
         super().__init__()
         self.num_classes, self.images, self.weight = num_classes, 0, nn.Parameter(torch.tensor(0.5))
 
-    def forward(self, x, t, s=None, label=None, augment=None):
+    def forward(self, x, t, s=None, condition=None, augment=None):
         self.images += len(x)
-        label = torch.full_like(t, self.num_classes) if label is None else label
+        label = self.num_classes if condition is None else condition.classes
         return torch.tanh(x * self.weight + (torch.sin(t) + 0.1 * label).reshape(-1, 1, 1, 1).float())
 
 

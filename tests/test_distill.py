@@ -175,7 +175,7 @@ def test_second_moments_are_the_mean_squares_of_gradients_on_the_data(place, mon
     expected = {}
     for first in (0, 8, 16):
         noised, x = used.noised_at_s(digits(first, 8))
-        loss = (used.weight(noised.s) * (used.teacher.x_hat(noised.z_t, noised.s, used.schedule, noised.label) - x)
+        loss = (used.weight(noised.s) * (used.teacher.x_hat(noised.z_t, noised.s, used.schedule, noised.condition) - x)
                 .square().sum((1, 2, 3))).mean()  # fmt: skip
         named = dict(teacher.model.network.named_parameters())
         for name, gradient in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True):

@@ -12,6 +12,7 @@ from mmgen.models.denoiser import Denoiser
 from mmgen.losses.moment_matching import finite_derivative, forward_derivative
 from mmgen.models.model import read_config, save_model
 from mmgen.networks import UNetSettings
+from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys
 from mmgen.methods.distill import instant, matching
 from mmgen.methods.distill.alternating import turn
@@ -44,14 +45,14 @@ def textbook(objective, batch, k):
     (a_s, s_s), (a_t, s_t) = at(s), at(t)
     x = batch.images.double() / 127.5 - 1
     z_t = a_t * x + s_t * matching.normal(keys(0, batch.index, matching._NOISE), x.shape[1:], torch.float64)
-    x_tilde = used.student.x_hat(z_t, t, used.schedule, batch.labels)
+    x_tilde = used.student.x_hat(z_t, t, used.schedule, batch.condition)
     ratio = a_t / a_s
     jump = s_t**2 - ratio**2 * s_s**2  # sigma_{t|s}^2
     variance = 1 / (1 / s_s**2 + ratio**2 / jump)
     mean = variance * (ratio / jump * z_t + a_s / s_s**2 * x_tilde)
     noise = matching.normal(keys(0, batch.index, matching._TARGET), x.shape[1:], torch.float64)
     sigma = (torch.tan(torch.pi / 2 * s)).clamp(0.002, 80.0)
-    return x_tilde, (mean + variance.sqrt() * noise).detach(), s, sigma**-2 + 1, batch.labels
+    return x_tilde, (mean + variance.sqrt() * noise).detach(), s, sigma**-2 + 1, batch.condition
 
 
 def close(a, b, tolerance=1e-4):
@@ -190,7 +191,7 @@ def test_a_student_begins_as_its_teacher_whatever_its_own_noise(place):
         teacher, config = find_teacher(config_for(place, **changes))
         student = copy_of(teacher.model, student_model_config(config, teacher))
         z, t = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
-        label = torch.arange(4)
+        label = Labels(torch.arange(4), 10)
         used = matching.make_schedule(COSINE)
         own = keys(0, torch.arange(4)) if student.is_random else None
         ours, theirs = student.x_hat(z, t, used, label, noise=own), teacher.model.x_hat(z, t, used, label)
@@ -229,10 +230,10 @@ def test_guidance_is_the_teachers_alone(place):
     used = task.parts["student"].objective.matching
     noised = used.noised(digits())
     z = noised.z_t
-    plain = teacher.model.x_hat(z, noised.s, used.schedule, noised.label)
-    none = teacher.model.x_hat(z, noised.s, used.schedule, torch.full_like(noised.label, 10))
+    plain = teacher.model.x_hat(z, noised.s, used.schedule, noised.condition)
+    none = teacher.model.x_hat(z, noised.s, used.schedule, noised.condition.null())
     torch.testing.assert_close(used.taught(z, noised), none + 2.5 * (plain - none), rtol=1e-4, atol=1e-4)
-    at_t = teacher.model.x_hat(z, noised.t, used.schedule, noised.label)
+    at_t = teacher.model.x_hat(z, noised.t, used.schedule, noised.condition)
     torch.testing.assert_close(used.answer(noised), at_t)
     assert task.model_config.sampling.guidance == 1 and task.model_config.training["distilled"]["guidance"] == 2.5
 

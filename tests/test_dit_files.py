@@ -16,6 +16,7 @@ from mmgen.formats.recognise import family_of
 from mmgen.models.denoiser import Denoiser, sigma_table
 from mmgen.errors import ConfigError, ModelError
 from mmgen.models.model import load_model, save_model
+from mmgen.networks.conditions import Labels
 from mmgen.networks.dit import DiT, DiTSettings
 
 HEADS = {"num_heads": 4}  # of the arrays' networks, whose 48 channels are of no published size
@@ -47,13 +48,13 @@ def test_dit():
     g, converted = arrays("dit_learn_sigma"), convert("dit_learn_sigma", "dit")
     model = denoiser(converted)
     assert converted.family == "dit" and converted.left_out == {}
-    assert error(model.network(g["z"], g["timestep"].double(), label=g["label"]), g["out"]) < 1e-5
+    assert error(model.network(g["z"], g["timestep"].double(), condition=Labels(g["label"], 10)), g["out"]) < 1e-5
     nothing = g["label"] == 10  # the null class
     without = model.network(g["z"][nothing], g["timestep"][nothing].double())
     assert error(without, g["out"][nothing]) < 1e-5
     bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[g["timestep"], None, None, None]
     a, s = bar.sqrt(), (1 - bar).sqrt()
-    found = model.denoise(g["z"].double() / a, (s / a).flatten(), g["label"])
+    found = model.denoise(g["z"].double() / a, (s / a).flatten(), Labels(g["label"], 10))
     assert error(found, (g["z"] - s * g["out"][:, :4]) / a) < 1e-5
 
 
@@ -62,9 +63,9 @@ def test_sit():
     g, converted = arrays("sit_learn_sigma"), convert("sit_learn_sigma", path_type="Linear", prediction="velocity")
     model = denoiser(converted)
     assert converted.family == "sit"
-    assert error(model.network(g["z"], g["timestep"].double(), label=g["label"])[:, :4], g["out"]) < 1e-5
+    assert error(model.network(g["z"], g["timestep"].double(), condition=Labels(g["label"], 10))[:, :4], g["out"]) < 1e-5
     inside = (g["timestep"] > 0) & (g["timestep"] < 1)
-    z, t, label, u = g["z"][inside].double(), g["timestep"][inside].double(), g["label"][inside], g["out"][inside]
+    z, t, label, u = g["z"][inside].double(), g["timestep"][inside].double(), Labels(g["label"][inside], 10), g["out"][inside]
     time = t[:, None, None, None]
     assert error(model.denoise(z / time, (1 - t) / t, label), z + (1 - time) * u) < 1e-5
 
@@ -87,7 +88,7 @@ def test_repa(arguments):
     assert not converted.config.network.learn_sigma
     g, model = arrays("sit_learn_sigma"), denoiser(converted)
     inside = (g["timestep"] > 0) & (g["timestep"] < 1)
-    z, t, label, u = g["z"][inside].double(), g["timestep"][inside].double(), g["label"][inside], g["out"][inside]
+    z, t, label, u = g["z"][inside].double(), g["timestep"][inside].double(), Labels(g["label"][inside], 10), g["out"][inside]
     time = t[:, None, None, None]
     assert error(model.denoise(z / (1 - time), t / (1 - t), label), z - time * u) < 1e-5
 
@@ -103,9 +104,8 @@ def test_there_and_back(tmp_path, name, type):
     loaded = load_model(tmp_path / "m.safetensors")
     assert loaded.config == converted.config
     y, sigma = torch.randn(2, 4, 8, 8, dtype=torch.float64), torch.tensor([0.5, 2.0], dtype=torch.float64)
-    assert torch.equal(
-        loaded.denoise(y, sigma, torch.tensor([1, 10])), denoiser(converted).denoise(y, sigma, torch.tensor([1, 10]))
-    )
+    label = Labels(torch.tensor([1, 10]), 10)
+    assert torch.equal(loaded.denoise(y, sigma, label), denoiser(converted).denoise(y, sigma, label))
 
 
 @pytest.mark.parametrize("layout", ["flat", "ema"])

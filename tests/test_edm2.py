@@ -14,6 +14,7 @@ import torch
 
 from mmgen.errors import ConfigError
 from mmgen.networks import EDM2Settings, build_network
+from mmgen.networks.conditions import Labels
 
 TINY = EDM2Settings(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8)
 
@@ -114,14 +115,14 @@ def test_against_the_equations():
     p = {key: value.double().numpy() for key, value in ours.state_dict().items()}
     generator = torch.Generator().manual_seed(1)
     x, t = torch.randn(4, 3, 8, 8, generator=generator), torch.tensor([-1.5, -0.3, 0.4, 1.1], dtype=torch.float64)
-    label = torch.tensor([0, 3, 4, 5])
-    output = ours(x, t, label=label)
+    label = Labels(torch.tensor([0, 3, 4, 5]), 5)
+    output = ours(x, t, condition=label)
     expected = np.stack(
         [reference(p, x[i].double().numpy(), t[i].item(), (0, 3, 4, None)[i], 5, TINY.channels_per_head) for i in range(4)]
     )
     wrong = np.sqrt(((output.double().numpy() - expected) ** 2).mean() / (expected**2).mean())
     assert wrong < 1e-5
-    assert torch.equal(ours(x, t), ours(x, t, label=torch.full((4,), 5)))
+    assert torch.equal(ours(x, t), ours(x, t, condition=label.null()))
 
 
 @pytest.mark.parametrize("width, millions", [(128, 125), (192, 280), (256, 498), (320, 777), (384, 1119), (448, 1523)])
@@ -141,7 +142,7 @@ def test_magnitudes_are_preserved():
     sizes = {}
     for name, module in [(f"{part}.{name}", m) for part in ("enc", "dec") for name, m in getattr(ours, part).items()]:
         module.register_forward_hook(lambda _, __, out, name=name: sizes.update({name: out.square().mean().sqrt().item()}))
-    ours(torch.randn(4, 3, 16, 16), torch.zeros(4, dtype=torch.float64), label=torch.arange(4))
+    ours(torch.randn(4, 3, 16, 16), torch.zeros(4, dtype=torch.float64), condition=Labels(torch.arange(4), 5))
     assert len(sizes) == 11 and all(0.75 < size < 1.25 for size in sizes.values()), sizes
     assert (ours(torch.randn(1, 3, 16, 16), torch.zeros(1)) == 0).all()  # out_gain starts as zero
 

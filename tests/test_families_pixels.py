@@ -19,6 +19,7 @@ from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, MmgenError, ModelError
 from mmgen.models.model import Model, ModelConfig, load_model, save_model
 from mmgen.networks import build_network
+from mmgen.networks.conditions import Labels
 
 IMM = {
     "imm_ddpmpp_simple_edm_fm": "SongUNet",
@@ -152,29 +153,29 @@ def test_golden_edm(name):
     assert model.settings.precondition == "edm" and model.range == (0.002, 80.0)
     sigma = g["sigma"].double()
     for z in (g["z"], g["z"].double()):
-        assert error(model.denoise(z, sigma, g["label"]), g["x_pred"]) < 2e-5
+        assert error(model.denoise(z, sigma, Labels(g["label"], 10)), g["x_pred"]) < 2e-5
     if "x_pred_uncond" in g:
-        assert error(model.denoise(g["z"], sigma, torch.full_like(g["label"], 10)), g["x_pred_uncond"]) < 2e-5
+        assert error(model.denoise(g["z"], sigma, Labels(g["label"], 10).null()), g["x_pred_uncond"]) < 2e-5
         assert model.config.augment_dim == 9  # the weights of the augmentation label are kept
 
 
 @torch.no_grad()
 def test_golden_adm():
     g, model = arrays("adm_unet_learn_sigma"), network_of(converted("adm"))
-    output = model.network(g["z"], g["timestep"].double(), label=g["label"])
+    output = model.network(g["z"], g["timestep"].double(), condition=Labels(g["label"], 10))
     assert output.shape == (6, 6, 8, 8) and error(output, g["out"]) < 2e-5
     # x_hat by the definition of the noise, with alpha-bar of the linear betas; y = z / a, sigma = s / a
     bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[g["timestep"]][:, None, None, None]
     expected = ((g["z"] - (1 - bar).sqrt() * g["out"][:, :3]) / bar.sqrt()).clamp(-1, 1)
     sigma = ((1 - bar) / bar).sqrt()
-    assert error(model.denoise(g["z"] / bar.sqrt(), sigma.flatten(), g["label"]), expected) < 2e-4
+    assert error(model.denoise(g["z"] / bar.sqrt(), sigma.flatten(), Labels(g["label"], 10)), expected) < 2e-4
 
 
 @torch.no_grad()
 def test_golden_weights_as_a_consistency_model():
     """The golden ADM outputs belong to these weights too: same order of the attention, half of the head."""
     g, model = arrays("adm_unet_learn_sigma"), network_of(converted("consistency"))
-    output = model.network(g["z"], g["timestep"].double(), label=g["label"])
+    output = model.network(g["z"], g["timestep"].double(), condition=Labels(g["label"], 10))
     assert error(output, g["out"][:, :3]) < 2e-5
 
 
@@ -184,11 +185,12 @@ def test_golden_imm(name):
     # Where DiT's error is, 4e-6, a GELU of the exact kind would be seen: 2e-5. The U-Nets' is 8e-6 at most.
     tolerance = 1e-5 if "dit" in name else 5e-5
     g, model, given = arrays(name), network_of(converted(name)), settings(name)
-    x, s, t, label = g["x"].double(), g["s"], g["t"], g.get("label")
+    x, s, t = g["x"].double(), g["s"], g["t"]
+    label = Labels(g["label"], given["num_classes"]) if "label" in g else None
     assert error(model.f(x, s, t, label), g["f"]) < tolerance
     if label is not None:
         assert error(model.f(x, s, t), g["f_uncond"]) < tolerance
-        assert error(model.f(x, s, t, torch.full_like(label, given["num_classes"])), g["f_uncond"]) < tolerance
+        assert error(model.f(x, s, t, label.null()), g["f_uncond"]) < tolerance
         assert error(model.f(x, s, t, label, 1.5), g["f_cfg1.5"]) < tolerance
     flow = model.config.flow
     assert (flow.schedule, flow.parametrization) == (given["schedule"], given["parametrization"])
@@ -370,7 +372,7 @@ def test_precision():
     assert {v.dtype for v in kept.state.values()} == {torch.float16}
     assert {v.dtype for v in wide.state.values()} == {torch.float32}
     x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 3.0], dtype=torch.float64)
-    assert torch.equal(*(network_of(result).denoise(x, sigma, torch.tensor([1, 10])) for result in (kept, wide)))
+    assert torch.equal(*(network_of(result).denoise(x, sigma, Labels(torch.tensor([1, 10]), 10)) for result in (kept, wide)))
     song = pickled("edm_ddpmpp_cond", "EDMPrecond", "SongUNet")
     assert {v.dtype for v in edm.convert(song, ConvertOptions(precision="fp16")).state.values()} == {torch.float16}
     song.tensors["model.map_label.bias"] = torch.full((32,), 1e5)
@@ -382,7 +384,7 @@ def test_precision():
 def test_class_models_of_adm_have_no_null_class():
     g, model = arrays("adm_unet_learn_sigma"), network_of(converted("adm"))
     sigma = torch.ones(6, dtype=torch.float64)
-    for label, guidance in ((None, 1.0), (torch.full((6,), 10), 1.0), (g["label"], 1.5)):
+    for label, guidance in ((None, 1.0), (Labels(g["label"], 10).null(), 1.0), (Labels(g["label"], 10), 1.5)):
         with pytest.raises(MmgenError, match="null class"):
             model.denoise(g["z"], sigma, label, guidance)
 

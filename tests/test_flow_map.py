@@ -11,6 +11,7 @@ from torch import nn
 from mmgen.diffusion.process import ddim_coefficients, diffuse
 from mmgen.models.flow_map import FlowMapSettings, coefficients, flow_map, guided_output, input_scale, network_times
 from mmgen.losses.imm import kernel_weight
+from mmgen.networks.conditions import Labels
 from mmgen.sampling.flow_map_samplers import pushforward, time_grid
 
 SCHEDULES = ("fm", "vp_cosine")
@@ -151,7 +152,7 @@ class ExactNetwork(nn.Module):
         self.flow, self.config = flow, self
         self.seen = []
 
-    def forward(self, scaled, time, second, label=None):
+    def forward(self, scaled, time, second, condition=None):
         assert scaled.dtype == torch.float32
         flow, path = self.flow, self.flow.get_schedule()
         t = time / flow.time_scale
@@ -225,10 +226,9 @@ class Labelled(nn.Module):
         super().__init__()
         self.calls = []
 
-    def forward(self, x, t, s, label=None):
-        self.calls.append(None if label is None else label.tolist())
-        label = torch.full((len(x),), self.num_classes) if label is None else label
-        return x * (1 + label).reshape(-1, 1, 1, 1) + s.reshape(-1, 1, 1, 1)
+    def forward(self, x, t, s, condition=None):
+        self.calls.append(condition.classes.tolist())
+        return x * (1 + condition.classes).reshape(-1, 1, 1, 1) + s.reshape(-1, 1, 1, 1)
 
 
 def test_guidance_on_the_raw_output():
@@ -245,12 +245,12 @@ def test_guidance_on_the_raw_output():
         (-1.0, [null + label.tolist()]),
     ):
         network.calls.clear()
-        found = guided_output(network, flow, x, S, T, label, w)
+        found = guided_output(network, flow, x, S, T, Labels(label, 3), w)
         expected = w * conditional + (1 - w) * unconditional
         assert found.dtype == torch.float32 and network.calls == calls
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
         c_skip, c_out = (c.reshape(-1, 1, 1, 1) for c in coefficients(flow, S, T))
-        jump = flow_map(network, flow, x, S, T, label, w)
+        jump = flow_map(network, flow, x, S, T, Labels(label, 3), w)
         torch.testing.assert_close(jump, c_skip * x + c_out * expected, rtol=1e-5, atol=1e-5)
 
 

@@ -13,6 +13,7 @@ from mmgen.formats import imm
 from mmgen.models.flow_map import FlowMapSettings
 from mmgen.models.model import Model, ModelConfig
 from mmgen.networks import DiTSettings, UNetSettings, build_network
+from mmgen.networks.conditions import Labels
 from mmgen.networks.dit import grid_embedding
 from mmgen.networks.unet import downsample, upsample
 
@@ -71,12 +72,13 @@ def test_golden_imm(name):
     network = golden_network(name, second_time=True)
     config = ModelConfig(network.settings, flow, given["resolution"], given["channels"], given["num_classes"])
     model = Model(config, network)
-    x, s, t, label = g["x"].double(), g["s"], g["t"], g.get("label")
+    x, s, t = g["x"].double(), g["s"], g["t"]
+    label = Labels(g["label"], given["num_classes"]) if "label" in g else None
     assert error(model.f(x, s, t, label), g["f"]) < tolerance
     if label is not None:
         assert error(model.f(x, s, t), g["f_uncond"]) < tolerance
         assert error(model.f(x, s, t, label, 0.0), g["f_uncond"]) < tolerance
-        assert error(model.f(x, s, t, torch.full_like(label, given["num_classes"])), g["f_uncond"]) < tolerance
+        assert error(model.f(x, s, t, label.null()), g["f_uncond"]) < tolerance
         assert error(model.f(x, s, t, label, 1.5), g["f_cfg1.5"]) < tolerance
         assert error(g["f_uncond"], g["f"]) > 1e-2  # the label matters
 
@@ -90,10 +92,10 @@ def test_golden_edm(name):
     root = (sigma**2 + 0.25).sqrt()
 
     def denoise(label):
-        output = network((g["z"] / root).float(), g["sigma"].double().log() / 4, label=label)
+        output = network((g["z"] / root).float(), g["sigma"].double().log() / 4, condition=label)
         return 0.25 / root**2 * g["z"] + 0.5 * sigma / root * output
 
-    assert error(denoise(g["label"]), g["x_pred"]) < 2e-5
+    assert error(denoise(Labels(g["label"], network.num_classes)), g["x_pred"]) < 2e-5
     if "x_pred_uncond" in g:
         assert error(denoise(None), g["x_pred_uncond"]) < 2e-5
 
@@ -145,7 +147,7 @@ def inputs(count: int = 6):
         torch.randn(count, 3, 8, 8, generator=generator),
         torch.rand(2, count, dtype=torch.float64, generator=generator),
     )
-    return x, 1000 * times[0], 1000 * times[1], torch.arange(count) % 6
+    return x, 1000 * times[0], 1000 * times[1], Labels(torch.arange(count) % 6, 5)
 
 
 both = pytest.mark.parametrize("kind", ["unet", "dit"])
@@ -169,7 +171,7 @@ def test_every_input_has_an_effect(kind):
     """Each of x, t, s and the label, by far more than rounding."""
     network, given = tiny(kind).eval(), inputs()
     output = network(*given)
-    for position, change in ((0, given[0].flip(0)), (1, given[1] + 20), (2, given[2] + 20), (3, (given[3] + 1) % 6)):
+    for position, change in ((0, given[0].flip(0)), (1, given[1] + 20), (2, given[2] + 20), (3, Labels((given[3].classes + 1) % 6, 5))):
         changed = [*given[:position], change, *given[position + 1 :]]
         assert (network(*changed) - output).abs().mean() > 1e-3 * output.abs().mean(), position
 
@@ -179,9 +181,9 @@ def test_every_input_has_an_effect(kind):
 def test_null_label(kind):
     """The null class is no label; and a network without classes takes no notice of labels."""
     network, (x, t, s, _) = tiny(kind).eval(), inputs()
-    assert torch.equal(network(x, t, s, torch.full((6,), 5)), network(x, t, s, None))
+    assert torch.equal(network(x, t, s, inputs()[3].null()), network(x, t, s, None))
     unconditional = tiny(kind, num_classes=0).eval()
-    assert torch.equal(unconditional(x, t, s, torch.zeros(6, dtype=torch.int64)), unconditional(x, t, s))
+    assert torch.equal(unconditional(x, t, s, inputs()[3]), unconditional(x, t, s))
 
 
 @both

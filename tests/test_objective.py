@@ -54,7 +54,7 @@ def textbook_loss(objective, batch):
     s, t = draw_times(loss, flow, keys(0, batch.index[:: loss.group_size], imm._TIME))
     r = earlier_time(loss, flow, s, t)
     schedule, total = flow.get_schedule(), 0.0
-    label, target_label = objective._labels(batch)
+    label, target_label = objective._conditions(batch)
     for group in range(len(s)):
         part = slice(group * loss.group_size, (group + 1) * loss.group_size)
         s_, r_, t_ = (time[group].expand(loss.group_size) for time in (s, r, t))
@@ -85,10 +85,10 @@ def test_hidden_labels_reach_the_target_only_if_wanted():
     losses = {}
     for target_labels in ("dropped", "undropped"):
         objective, batch = make(**{"data.label_dropout": 0.5, "loss.target_labels": target_labels})
-        student, target = objective._labels(batch)
+        student, target = (condition.classes for condition in objective._conditions(batch))
         hidden = student == 10
-        assert 0 < hidden.sum() < 16 and torch.equal(student[~hidden], batch.labels[~hidden])
-        assert torch.equal(target, student if target_labels == "dropped" else batch.labels)
+        assert 0 < hidden.sum() < 16 and torch.equal(student[~hidden], batch.condition.classes[~hidden])
+        assert torch.equal(target, student if target_labels == "dropped" else batch.condition.classes)
         losses[target_labels] = loss_of(objective, batch).item()
     assert losses["dropped"] != losses["undropped"]
 

@@ -178,10 +178,10 @@ class Point:
     def __init__(self, point: torch.Tensor, flow: FlowMapSettings, settings: DenoiserSettings) -> None:
         self.point, self.config, self.settings = point, SimpleNamespace(flow=flow), settings
 
-    def denoise(self, y, sigma, label=None, guidance=1.0):
+    def denoise(self, y, sigma, condition=None, guidance=1.0):
         return self.point.expand_as(y)
 
-    def f(self, x, s, t, label=None, guidance=1.0):
+    def f(self, x, s, t, condition=None, guidance=1.0):
         on_z, on_x = ddim_coefficients(self.config.flow.get_schedule(), s, t)
         return on_z[:, None] * x + on_x[:, None] * self.point
 

@@ -13,9 +13,10 @@ from mmgen.errors import ConfigError
 from mmgen.models.flow_map import FlowMapSettings
 from mmgen.models.model import Model, ModelConfig, SamplingSettings, to_uint8
 from mmgen.networks import UNetSettings
+from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys, normal
 from mmgen.sampling.flow_map_samplers import SAMPLERS, restart, time_grid
-from mmgen.sampling.drawing import SampleSettings, draw, draw_labels, plan
+from mmgen.sampling.drawing import SampleSettings, draw, draw_condition, plan
 
 CIFAR = FlowMapSettings(t_min=0.006, t_max=0.994)
 LATENT = FlowMapSettings(t_min=0.0, t_max=0.994)
@@ -29,9 +30,9 @@ class Counting(nn.Module):
         super().__init__()
         self.num_classes, self.images, self.weight = num_classes, 0, nn.Parameter(torch.tensor(0.5))
 
-    def forward(self, x, t, s=None, label=None, augment=None):
+    def forward(self, x, t, s=None, condition=None, augment=None):
         self.images += len(x)
-        label = torch.full_like(t, self.num_classes) if label is None else label
+        label = self.num_classes if condition is None else condition.classes
         return torch.tanh(x * self.weight + ((t - s) / 1000 + 0.1 * label).reshape(-1, 1, 1, 1)).float()
 
 
@@ -120,7 +121,7 @@ def test_the_stated_number_of_evaluations_is_what_happens(classes, guidance, eva
 def test_restart_by_hand():
     """Algorithm 5, written out for three steps."""
     m, x = model(5), 0.5 * torch.randn(4, 3, 4, 4, dtype=torch.float64)
-    label, fresh = torch.tensor([0, 1, 2, 3]), {i: torch.randn(4, 3, 4, 4, dtype=torch.float64) for i in (1, 2)}
+    label, fresh = Labels(torch.tensor([0, 1, 2, 3]), 5), {i: torch.randn(4, 3, 4, 4, dtype=torch.float64) for i in (1, 2)}
     path, eps = CIFAR.get_schedule(), torch.full((4,), 0.006, dtype=torch.float64)
     times = [torch.full((4,), t, dtype=torch.float64) for t in (0.994, 0.6, 0.3)]
     clean = m.f(x, eps, times[0], label, 1.5)
@@ -176,7 +177,7 @@ def test_random_labels_follow_the_training_data():
     counts = [0, 10, 30, 0, 60, 0]
     for given, shares in ((counts, [c / 100 for c in counts]), (None, [1 / 6] * 6)):
         config = model(6, class_counts=given).config
-        labels = draw_labels(config, plan(config, SampleSettings()), torch.arange(20000))
+        labels = draw_condition(config, plan(config, SampleSettings()), torch.arange(20000)).classes
         found = torch.bincount(labels, minlength=6) / 20000
         assert (found - torch.tensor(shares)).abs().max() < 0.014 and labels.dtype == torch.int64
         assert all(found[i] == 0 for i, share in enumerate(shares) if share == 0)
@@ -185,6 +186,6 @@ def test_random_labels_follow_the_training_data():
 def test_chosen_labels():
     config = model(5).config
     index = torch.tensor([0, 1, 6, 14, 3])
-    assert draw_labels(config, plan(config, SampleSettings(classes="balanced")), index).tolist() == [0, 1, 1, 4, 3]
-    assert draw_labels(config, plan(config, SampleSettings(classes=[4, 2])), index).tolist() == [4, 2, 4, 4, 2]
-    assert draw_labels(model().config, plan(model().config, SampleSettings()), index) is None
+    assert draw_condition(config, plan(config, SampleSettings(classes="balanced")), index).classes.tolist() == [0, 1, 1, 4, 3]
+    assert draw_condition(config, plan(config, SampleSettings(classes=[4, 2])), index).classes.tolist() == [4, 2, 4, 4, 2]
+    assert draw_condition(model().config, plan(model().config, SampleSettings()), index) is None

@@ -23,6 +23,7 @@ from mmgen.networks import (
     build_network,
     widen_input,
 )
+from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys, normal
 from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 
@@ -151,7 +152,7 @@ OWN = [{"noise_channels": 2}, {"noise_dropout": True}, {"noise_channels": 1, "no
 @pytest.mark.parametrize("options", OWN, ids=["channels", "dropout", "both"])
 @pytest.mark.parametrize("guidance", [1.0, 0.0, 1.5])
 def test_x_hat_depends_on_the_images_key_alone(options, guidance):
-    model, label = student(**options), torch.tensor([0, 1, 2, 3])
+    model, label = student(**options), Labels(torch.tensor([0, 1, 2, 3]), 5)
     y, sigma = torch.randn(4, 3, 4, 4, dtype=torch.float64), torch.tensor([0.1, 1.0, 5.0, 70.0], dtype=torch.float64)
     key = keys(0, range(4))
     with torch.no_grad():
@@ -174,7 +175,7 @@ def test_x_hat_depends_on_the_images_key_alone(options, guidance):
 def test_guidance_has_one_randomness_for_both():
     """Guided x_hat is the combination of the two with the same keys."""
     for options in OWN:
-        model, label, key = student(**options), torch.tensor([0, 3]), keys(0, range(2))
+        model, label, key = student(**options), Labels(torch.tensor([0, 3]), 5), keys(0, range(2))
         y, sigma = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0.5, 3.0], dtype=torch.float64)
         with torch.no_grad():
             null, one = (model.denoise(y, sigma, label, w, key) for w in (0.0, 1.0))
@@ -221,7 +222,7 @@ def test_a_widened_network_begins_as_the_other(name):
     for weight in plain.parameters():
         torch.nn.init.normal_(weight, std=0.2)
     wide.load_state_dict(widen_input(plain.state_dict(), wide))
-    x, t, label = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 700.0], dtype=torch.float64), torch.tensor([0, 4])
+    x, t, label = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 700.0], dtype=torch.float64), Labels(torch.tensor([0, 4]), 4)
     found = wide(torch.cat([x, torch.randn(2, 2, 8, 8)], 1), t, None, label)
     torch.testing.assert_close(found, plain(x, t, None, label), rtol=2e-4, atol=2e-4)
     found.square().sum().backward()

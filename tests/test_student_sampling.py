@@ -37,7 +37,7 @@ PROCESSES = {
 class Bent(Denoiser):
     """A denoiser whose x_hat is not linear, in float64, and depends on all that it is given; it has no trained weights."""
 
-    def denoise(self, y, sigma, label=None, guidance=1.0, noise=None, *, clip=True):
+    def denoise(self, y, sigma, condition=None, guidance=1.0, noise=None, *, clip=True):
         assert (sigma >= self.range[0]).all() and (sigma <= self.range[1]).all()
         sigma = sigma[:, None, None, None]
         own = 0.0 if noise is None else 0.1 * normal(noise, y.shape[1:], torch.float64)

@@ -17,6 +17,7 @@ from mmgen.formats.recognise import convert
 from mmgen.config.sections import OptimizerSettings, nest
 from mmgen.models.denoiser import Denoiser, DenoiserSettings
 from mmgen.errors import ConfigError, ModelError
+from mmgen.networks.conditions import Labels
 from mmgen.system.files import sha256_of
 from mmgen.models.model import SamplingSettings, load_model
 from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
@@ -29,10 +30,10 @@ from mmgen.training.optim import build_optimizer
 COSINE = ScheduleSettings("vp_cosine")
 
 
-def example(model: Denoiser) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def example(model: Denoiser) -> tuple[torch.Tensor, torch.Tensor, Labels | None]:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(3, *model.image_shape, generator=generator, dtype=torch.float64)
-    label = torch.tensor([0, 1, 2]) if model.config.num_classes else None
+    label = Labels(torch.tensor([0, 1, 2]), model.config.num_classes) if model.config.num_classes else None
     return z, torch.tensor([0.2, 0.7, 1.0], dtype=torch.float64), label
 
 

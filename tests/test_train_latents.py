@@ -24,6 +24,7 @@ from mmgen.data.resolve import resolve
 from mmgen.errors import ConfigError, DataError
 from mmgen.config.imm import ImmConfig
 from mmgen.models.model import read_config
+from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys, normal
 from mmgen.training.batches import data_indices, fetch
 from mmgen.methods.imm import ImmObjective, imm_model_config, imm_task
@@ -100,7 +101,7 @@ def test_what_the_network_sees_is_drawn_anew_and_normalised(place, tmp_path):
         raw = moments[rows, :4] + moments[rows, 4:] * noise
         mean, std = (np.array(v)[:, None, None] for v in (dataset.latents.mean, dataset.latents.std))
         torch.testing.assert_close(x.double(), torch.from_numpy((raw - mean) / std * 0.5), rtol=1e-4, atol=1e-5)
-        assert batch.labels.tolist() == (rows // 30).tolist()
+        assert batch.condition.classes.tolist() == (rows // 30).tolist()
         seen.append(x)
     assert not torch.equal(*seen)
     # over the whole data set the deviation is that of the noise
@@ -128,8 +129,8 @@ def test_labels_are_hidden_as_often_as_configured(place):
     config = tiny(place, **{"data.label_dropout": 0.25})
     objective = imm_task(config, imm_model_config(config, load_data(config.data).shape)).parts["model"].objective
     batch = replace(fetch(load_data(config.data), 0, 8, 0, torch.device("cpu")), index=torch.arange(4000))
-    batch.labels = torch.zeros(4000, dtype=torch.int64)
-    label, _ = objective._labels(batch)
+    batch.condition = Labels(torch.zeros(4000, dtype=torch.int64), 3)
+    label = objective._conditions(batch)[0].classes
     assert set(label.tolist()) == {0, 3} and (label == 3).double().mean() == pytest.approx(0.25, abs=0.03)
 
 

@@ -14,6 +14,7 @@ from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError
 from mmgen.losses.denoising import draw_sigma, weight
 from mmgen.models.model import build_model, load
+from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys, normal, uniform
 from mmgen.config.teacher import TeacherConfig, resolve
 from mmgen.methods import teacher
@@ -75,7 +76,7 @@ def test_the_loss_is_the_weighted_error_of_x_hat(changes):
     config = objective.config
     sigma = draw_sigma(config.loss, config.denoiser, draw)
     model = Denoiser(model_config, objective.network)
-    x_hat = model.denoise(x + sigma[:, None, None, None] * noise, sigma, torch.where(hidden, 10, batch.labels))
+    x_hat = model.denoise(x + sigma[:, None, None, None] * noise, sigma, Labels(torch.where(hidden, 10, batch.condition.classes), 10))
     each = weight(config.loss, config.denoiser, sigma) * (x - x_hat).square().mean((1, 2, 3))
     assert loss.item() == pytest.approx(each.mean().item(), rel=1e-4)
     parameters = list(objective.network.parameters())
@@ -107,7 +108,7 @@ def test_losses_of_v_eps_and_velocity_are_the_plain_ones():
                 t = ((0.01 + 39.8 * torch.log1p(sigma**2)).sqrt() - 0.1) / 19.9
             a, s = (1 + sigma**2) ** -0.5, sigma * (1 + sigma**2) ** -0.5
         a, s = a[:, None, None, None], s[:, None, None, None]
-        output = objective.network((a * x + s * e).float(), 100 * t, None, objective.inputs.labels(batch, 10))
+        output = objective.network((a * x + s * e).float(), 100 * t, None, objective.inputs.condition(batch))
         target = {"v": a * e - s * x, "eps": e, "velocity": e - x, "x": x}[prediction]
         assert objective(batch)[0].item() == pytest.approx(F.mse_loss(output.double(), target).item(), rel=1e-4), prediction
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmgen.errors import ConfigError
+from mmgen.networks.conditions import Labels
 from mmgen.networks.keyed_dropout import keyed_dropout
 from mmgen.networks import UViTSettings, build_network, widen_input
 from mmgen.networks.uvit import ConvBlock, TransformerBlock, UViT
@@ -43,7 +44,7 @@ def inputs(count: int = 6, channels: int = 3) -> tuple[Tensor, Tensor, Tensor, T
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(count, channels, 8, 8, generator=generator)
     t, s = 1000 * torch.rand(2, count, dtype=torch.float64, generator=generator)
-    return x, t, s, torch.arange(count) % (CLASSES + 1)
+    return x, t, s, Labels(torch.arange(count) % (CLASSES + 1), CLASSES)
 
 
 # The blocks, written out
@@ -215,7 +216,7 @@ def test_every_input_has_an_effect():
     """Each of x, t, s and the label, by far more than rounding."""
     network, given = tiny().eval(), inputs()
     output = network(*given)
-    for position, change in ((0, given[0].flip(0)), (1, given[1] + 20), (2, given[2] + 20), (3, (given[3] + 1) % 6)):
+    for position, change in ((0, given[0].flip(0)), (1, given[1] + 20), (2, given[2] + 20), (3, Labels((given[3].classes + 1) % 6, CLASSES))):
         changed = [*given[:position], change, *given[position + 1 :]]
         assert ((network(*changed) - output).abs().flatten(1).mean(1) > 1e-3 * output.abs().mean()).all(), position
 
@@ -241,11 +242,11 @@ def test_every_pixel_sees_every_pixel():
 def test_null_label():
     """The null class is no label; and a network without classes takes no notice of labels."""
     network, (x, t, s, label) = tiny().eval(), inputs()
-    null = network(x, t, s, torch.full((6,), CLASSES))
+    null = network(x, t, s, label.null())
     assert torch.equal(null, network(x, t, s, None))
     assert not torch.allclose(network(x, t, s, label)[:5], null[:5], rtol=1e-2)
     unconditional = tiny(num_classes=0).eval()
-    assert torch.equal(unconditional(x, t, s, torch.zeros(6, dtype=torch.int64)), unconditional(x, t, s))
+    assert torch.equal(unconditional(x, t, s, label), unconditional(x, t, s))
 
 
 @torch.no_grad()

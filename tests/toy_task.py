@@ -64,7 +64,7 @@ class StudentObjective(nn.Module):
         x = from_uint8(batch.images)
         noise = normal(keys(0, batch.index, 1), x.shape[1:])
         time = uniform(keys(0, batch.index, 2))
-        out = self.student(x + noise, time, None, batch.labels)
+        out = self.student(x + noise, time, None, batch.condition)
         ones = torch.ones_like(time)
         level = (3 * time).long()
         by_level = torch.zeros(2, 4, dtype=torch.float64).index_add_(1, level, torch.stack([batch.index.double(), ones]))
@@ -81,7 +81,7 @@ class AuxiliaryObjective(nn.Module):
     def forward(self, batch):
         x = from_uint8(batch.images)
         with torch.no_grad():
-            target = self.others[0](x, torch.zeros(len(x), dtype=torch.float64), None, batch.labels)
+            target = self.others[0](x, torch.zeros(len(x), dtype=torch.float64), None, batch.condition)
         return (self.auxiliary(x) - target).square().mean(), {}
 
 

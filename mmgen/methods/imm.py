@@ -17,6 +17,7 @@ from ..config.imm import ImmConfig
 from ..models.latents import LatentSettings
 from ..losses.imm import draw_times, earlier_time, imm_loss, jump_difference
 from ..models.model import Model, ModelConfig, check_weights
+from ..networks.conditions import Condition
 from ..system.random import keys, normal, torch_seed
 from ..sampling.drawing import check_defaults
 from ..training.batches import Batch
@@ -78,23 +79,24 @@ class ImmObjective(nn.Module):
         full_precision = torch.autocast(batch.images.device.type, enabled=False)
         with full_precision:
             x, augment_label = self.inputs.images(batch)
-            label, target_label = self._labels(batch)
+            condition, target_condition = self._conditions(batch)
             noise = flow.sigma_data * normal(keys(seed, batch.index, _NOISE), x.shape[1:])
             s, t = draw_times(loss, flow, keys(seed, batch.index[:: loss.group_size], _TIME))  # one draw a group
             r = earlier_time(loss, flow, s, t)
             each_s, each_r, each_t = (time.repeat_interleave(loss.group_size) for time in (s, r, t))
 
-        out_t = self._output(batch, x, noise, each_s, each_t, label, augment_label)
+        out_t = self._output(batch, x, noise, each_s, each_t, condition, augment_label)
         with full_precision:
             with torch.no_grad():  # the target: the current weights without gradient, no EMA
-                out_r = self._output(batch, x, noise, each_s, each_r, target_label, augment_label)
+                out_r = self._output(batch, x, noise, each_s, each_r, target_condition, augment_label)
             difference, y_r = jump_difference(flow, each_s, each_r, each_t, x, noise, out_t, out_r)
             return imm_loss(loss, flow, s, r, t, difference, y_r).mean(), {}
 
-    def _labels(self, batch: Batch) -> tuple[Tensor | None, Tensor | None]:
-        """Labels for the student and for the target; a hidden label is the null class, num_classes."""
-        label = self.inputs.labels(batch, self.network.num_classes)
-        return label, batch.labels if label is not None and self.config.loss.target_labels == "undropped" else label
+    def _conditions(self, batch: Batch) -> tuple[Condition | None, Condition | None]:
+        """For the student and for the target."""
+        condition = self.inputs.condition(batch)
+        undropped = condition is not None and self.config.loss.target_labels == "undropped"
+        return condition, batch.condition if undropped else condition
 
     def _output(
         self,
@@ -103,7 +105,7 @@ class ImmObjective(nn.Module):
         noise: Tensor,
         s: Tensor,
         t: Tensor,
-        label: Tensor | None,
+        condition: Condition | None,
         augment_label: Tensor | None,
     ) -> Tensor:
         """The network's raw output for x diffused to time t, to jump to s; float32 like x."""
@@ -112,4 +114,4 @@ class ImmObjective(nn.Module):
             torch.manual_seed(torch_seed(self.config.train.seed, batch.first))
         scaled = per_image(input_scale(flow, t), x) * diffuse(flow.get_schedule(), x, noise, t)
         time, second = network_times(flow, s, t)
-        return self.network(scaled, time, second, label, augment_label).float()
+        return self.network(scaled, time, second, condition, augment_label).float()

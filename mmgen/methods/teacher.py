@@ -91,7 +91,7 @@ class DenoisingObjective(nn.Module):
         full_precision = torch.autocast(batch.images.device.type, enabled=False)
         with full_precision:
             x, augment_label = self.inputs.images(batch)
-            label = self.inputs.labels(batch, self.network.num_classes)
+            condition = self.inputs.condition(batch)
             noise = normal(keys(seed, batch.index, _NOISE), x.shape[1:])
             draw = uniform(keys(seed, batch.index, _TIME))
             sigma = draw_sigma(loss, denoiser, draw)
@@ -101,7 +101,7 @@ class DenoisingObjective(nn.Module):
             of_output = weight(loss, denoiser, sigma) * c_out**2
         if self.has_dropout:  # a resumed run has the masks of an uninterrupted one
             torch.manual_seed(torch_seed(seed, batch.first))
-        output = self.network(scaled, c_noise, None, label, augment_label)
+        output = self.network(scaled, c_noise, None, condition, augment_label)
         with full_precision:
             each = of_output * (output.float() - target).square().flatten(1).mean(1)
             numbers = {"loss_by_noise": by_level(each.detach(), (LEVELS * draw).long())}

@@ -29,6 +29,7 @@ from ..errors import ConfigError
 from .guidance import guided, is_single
 from ..networks.keyed_dropout import dropouts, keyed_dropout
 from ..networks import build_network
+from ..networks.conditions import Condition
 from ..system.random import normal
 from ..diffusion.schedules import Schedule, ScheduleSettings, make_schedule
 
@@ -112,7 +113,7 @@ class Denoiser(nn.Module):
         self,
         y: Tensor,
         sigma: Tensor,
-        label: Tensor | None = None,
+        condition: Condition | None = None,
         guidance: float = 1.0,
         noise: Tensor | None = None,
         *,
@@ -120,8 +121,8 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """x_hat of y = x + sigma e, in y's dtype. `clip` False: not clipped, whatever the settings say.
 
-        y float [N, C, H, W]; sigma float64 [N], positive; label int64 [N] (num_classes: no class) or None. `guidance` w other
-        than 0 and 1 costs two evaluations. Outside `range` the formulas are continued, but timesteps and `schedule` end.
+        y float [N, C, H, W]; sigma float64 [N], positive. `guidance` w other than 0 and 1 costs two evaluations. Outside `range`
+        the formulas are continued, but timesteps and `schedule` end.
         noise: int64 [N], keys (`random.keys`) of a student's own randomness, one per image, the same for both evaluations of
         guidance. A model with such randomness raises ValueError without them, others do not look at them.
         """
@@ -135,11 +136,11 @@ class Denoiser(nn.Module):
             scaled = torch.cat([scaled, extra], dim=1)
         masks = contextlib.nullcontext()
         if self.settings.noise_dropout:
-            single = is_single(label, guidance, self.settings.guided_channels)
+            single = is_single(condition, guidance, self.settings.guided_channels)
             masks = keyed_dropout(self.network, noise if single else torch.cat([noise] * 2))
         with masks:
             limits = {"channels": y.shape[1], "guided_channels": self.settings.guided_channels}
-            output = guided(self.network, scaled, c_noise, None, label, guidance, **limits)
+            output = guided(self.network, scaled, c_noise, None, condition, guidance, **limits)
         x = per_image(c_skip, exact) * exact + per_image(c_out, exact) * output.double()
         return (x.clamp(-1, 1) if self.settings.clip and clip else x).to(y.dtype)
 
@@ -148,7 +149,7 @@ class Denoiser(nn.Module):
         z: Tensor,
         t: Tensor,
         schedule: Schedule,
-        label: Tensor | None = None,
+        condition: Condition | None = None,
         guidance: float = 1.0,
         noise: Tensor | None = None,
     ) -> Tensor:
@@ -157,14 +158,14 @@ class Denoiser(nn.Module):
         Where sigma_t / alpha_t is outside `range`, the nearest sigma inside is taken instead: above, with z's noise scaled down
         to it, so that t = 1, where alpha_t is 0, is the denoiser at its largest sigma. The rest as in `denoise`.
         """
-        return self.denoise_within(z, schedule.alpha(t), schedule.sigma(t), label, guidance, noise)
+        return self.denoise_within(z, schedule.alpha(t), schedule.sigma(t), condition, guidance, noise)
 
     def denoise_within(
         self,
         z: Tensor,
         alpha: Tensor,
         sigma: Tensor,
-        label: Tensor | None = None,
+        condition: Condition | None = None,
         guidance: float = 1.0,
         noise: Tensor | None = None,
         *,
@@ -175,7 +176,7 @@ class Denoiser(nn.Module):
         within = (sigma / alpha).clamp(low, high)
         scale = torch.where(sigma > high * alpha, high / sigma, 1 / alpha)
         y = per_image(scale, z.double()) * z.double()
-        return self.denoise(y, within, label, guidance, noise, clip=clip).to(z.dtype)
+        return self.denoise(y, within, condition, guidance, noise, clip=clip).to(z.dtype)
 
     def sample(self, num: int, **options: Any) -> Tensor:
         """Draws images, uint8 [num, C, H, W] on the CPU. Options: those of `sampling.SampleSettings` (steps, seed, classes,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..diffusion.process import ddim_coefficients, per_image
 from ..errors import ConfigError
 from .guidance import guided
+from ..networks.conditions import Condition
 from ..diffusion.schedules import SCHEDULES, Schedule
 
 
@@ -74,15 +75,14 @@ def network_times(flow: FlowMapSettings, s: Tensor, t: Tensor) -> tuple[Tensor, 
 
 
 def guided_output(
-    network: nn.Module, flow: FlowMapSettings, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None, guidance: float
+    network: nn.Module, flow: FlowMapSettings, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None, guidance: float
 ) -> Tensor:
     """The network's raw output with guidance: see `guidance.guided`.
 
-    x [N, C, H, W] float; s, t float64 [N]; label int64 [N] (the network's num_classes is the null class) or None. Returns
-    float32 [N, C, H, W].
+    x [N, C, H, W] float; s, t float64 [N]. Returns float32 [N, C, H, W].
     """
     scaled = (per_image(input_scale(flow, t), x) * x).float()
-    return guided(network, scaled, *network_times(flow, s, t), label, guidance)
+    return guided(network, scaled, *network_times(flow, s, t), condition, guidance)
 
 
 def flow_map(
@@ -91,10 +91,10 @@ def flow_map(
     x: Tensor,
     s: Tensor,
     t: Tensor,
-    label: Tensor | None = None,
+    condition: Condition | None = None,
     guidance: float = 1.0,
 ) -> Tensor:
     """f_{s,t}(x) in x's dtype; the network itself computes in its own precision. Shapes as in `guided_output`."""
     c_skip, c_out = coefficients(flow, s, t)
-    output = guided_output(network, flow, x, s, t, label, guidance)
+    output = guided_output(network, flow, x, s, t, condition, guidance)
     return per_image(c_skip, x) * x + per_image(c_out, x) * output.to(x.dtype)

@@ -5,26 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..networks.conditions import Condition, concatenate
+
 
 def guided(
-    network: nn.Module, x: Tensor, t: Tensor, s: Tensor | None, label: Tensor | None, guidance: float,
+    network: nn.Module, x: Tensor, t: Tensor, s: Tensor | None, condition: Condition | None, guidance: float,
     channels: int | None = None, guided_channels: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """G_w = G(null) + w (G(label) - G(null)) (IMM, eqs. 14, 85, 86).
+    """G_w = G(null) + w (G(condition) - G(null)) (IMM, eqs. 14, 85, 86).
 
-    x [N, C, H, W] and t, s float64 [N] as the network takes them; label int64 [N] (the network's num_classes is the null
-    class) or None. Both passes are one batch. With w = 1 the null class is not evaluated; with w = 0 it alone is. Of the
-    output's channels the first `channels` are kept: the others are learned variances. With `guided_channels` only the first so
-    many are guided, and the rest is G(label), as the code published for DiT and SiT has it. Returns float32
+    x [N, C, H, W] and t, s float64 [N] as the network takes them. Both passes are one batch. With w = 1 the null is not
+    evaluated; with w = 0 it alone is. Of the output's channels the first `channels` are kept: the others are learned variances. With `guided_channels` only the first so
+    many are guided, and the rest is G(condition), as the code published for DiT and SiT has it. Returns float32
     [N, channels, H, W], float64 where x is.
     """
-    if label is None or guidance == 1:
-        return _precise(network(x, t, s, label)[:, :channels], x)
-    null = torch.full_like(label, network.num_classes)
+    if condition is None or guidance == 1:
+        return _precise(network(x, t, s, condition)[:, :channels], x)
+    null = condition.null()
     if guidance == 0 and guided_channels is None:
         return _precise(network(x, t, s, null)[:, :channels], x)
     both_s = None if s is None else torch.cat([s] * 2)
-    both = network(torch.cat([x] * 2), torch.cat([t] * 2), both_s, torch.cat([null, label]))[:, :channels]
+    both = network(torch.cat([x] * 2), torch.cat([t] * 2), both_s, concatenate([null, condition]))[:, :channels]
     unconditional, conditional = _precise(both, x).chunk(2)
     result = unconditional + guidance * (conditional - unconditional)
     if guided_channels is not None:
@@ -32,9 +33,9 @@ def guided(
     return result
 
 
-def is_single(label: Tensor | None, guidance: float, guided_channels: int | None = None) -> bool:
+def is_single(condition: Condition | None, guidance: float, guided_channels: int | None = None) -> bool:
     """Whether `guided` gives the network the images as they are, and not twice."""
-    return label is None or guidance == 1 or (guidance == 0 and guided_channels is None)
+    return condition is None or guidance == 1 or (guidance == 0 and guided_channels is None)
 
 
 def _precise(output: Tensor, x: Tensor) -> Tensor:

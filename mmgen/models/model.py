@@ -20,6 +20,7 @@ from .flow_map import FlowMapSettings, flow_map
 from .flow_map import check_settings as check_flow
 from .latents import LatentSettings
 from ..networks import NetworkSettings, build_network
+from ..networks.conditions import Condition
 from ..networks.empty import fill, without_weights
 from ..networks.limits import check_sizes
 from ..diffusion.schedules import ScheduleSettings
@@ -100,9 +101,9 @@ class Model(nn.Module):
     def image_shape(self) -> tuple[int, int, int]:
         return self.config.channels, self.config.resolution, self.config.resolution
 
-    def f(self, x: Tensor, s: Tensor, t: Tensor, label: Tensor | None = None, guidance: float = 1.0) -> Tensor:
+    def f(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None, guidance: float = 1.0) -> Tensor:
         """f_{s,t}(x): see `flow_map.flow_map`."""
-        return flow_map(self.network, self.config.flow, x, s, t, label, guidance)
+        return flow_map(self.network, self.config.flow, x, s, t, condition, guidance)
 
     def sample(self, num: int, **options: Any) -> Tensor:
         """Draws images, uint8 [num, C, H, W] on the CPU. Options: those of `sampling.SampleSettings` (steps, seed, classes,
@@ -288,6 +289,6 @@ def load(place: str | os.PathLike, *, ema: str | None = None, device: str | torc
     >>> model = mmgen.load("runs/digits-imm")
     >>> images = model.sample(64, steps=2)  # uint8 [64, 1, 8, 8]
     >>> teacher = mmgen.load("teacher.safetensors")  # what `mmgen convert` wrote
-    >>> x = teacher.denoise(y, sigma, label)  # x_hat of y = x + sigma e
+    >>> x = teacher.denoise(y, sigma, condition)  # x_hat of y = x + sigma e
     """
     return load_model(find_model(place, ema), device)

@@ -1,7 +1,7 @@
-"""Networks: `network(x, t, s=None, label=None, augment=None)` with times already scaled. They know no schedule.
+"""Networks: `network(x, t, s=None, condition=None, augment=None)` with times already scaled. They know no schedule.
 
-`label` int64 [N], num_classes being the null class; a network that has none says so with `has_null_class = False`. Some give
-twice as many channels as they get: the second half is a learned variance.
+`condition` is a `conditions.Condition`, None for all null; a network that has no null says so with `has_null_class = False`. Some
+give twice as many channels as they get: the second half is a learned variance.
 """
 
 from __future__ import annotations

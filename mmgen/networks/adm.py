@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from .conditions import Condition, class_numbers
 from .keyed_dropout import checkpointed
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
@@ -116,7 +117,7 @@ class Block(nn.Module):
 class ADM(nn.Module):
     """x float [N, C, R, R], times float64 [N] -> float [N, C, R, R], or [N, 2 C, R, R] with `learn_sigma`.
 
-    `label` int64 [N], with num_classes as the null class, or None for all null. Without `null_class` in the settings these
+    `condition`: class labels, or None for all null. Without `null_class` in the settings these
     two raise ConfigError: such a network was only ever trained with classes. `augment` float [N, augment_dim] or None.
     With `extra_channels` more than C come in, behind those of the image.
     """
@@ -166,9 +167,9 @@ class ADM(nn.Module):
         self.out_conv = _zero(nn.Conv2d(current, channels * (2 if settings.learn_sigma else 1), 3, padding=1))
 
     def forward(
-        self, x: Tensor, t: Tensor, s: Tensor | None = None, label: Tensor | None = None, augment: Tensor | None = None
+        self, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Tensor:
-        emb = self._embed(t, s, label, augment)
+        emb = self._embed(t, s, condition, augment)
         skips = []
         for name, module in self.encoder.items():
             x = module(x) if name.endswith("_conv") else self._run(module, x, emb)
@@ -184,8 +185,8 @@ class ADM(nn.Module):
             return checkpointed(block, x, emb)
         return block(x, emb)
 
-    def _embed(self, t: Tensor, s: Tensor | None, label: Tensor | None, augment: Tensor | None) -> Tensor:
-        """[N, 4 model_channels] from the times, the label and the augmentation."""
+    def _embed(self, t: Tensor, s: Tensor | None, condition: Condition | None, augment: Tensor | None) -> Tensor:
+        """[N, 4 model_channels] from the times, the class and the augmentation."""
         emb = sinusoid(t, self.frequencies, sine_first=False)
         if augment is not None:
             if self.augment_embed is None:
@@ -195,13 +196,12 @@ class ADM(nn.Module):
         if self.second_time_mlp is not None:
             emb = emb + self.second_time_mlp(sinusoid(s, self.frequencies, sine_first=False))
         if self.label_embed is not None:
-            if not self.settings.null_class and (label is None or (label == self.num_classes).any()):
+            label = class_numbers(condition, self.num_classes, t)
+            if not self.settings.null_class and (label == self.num_classes).any():
                 raise ConfigError(
                     f"this network was trained with its {self.num_classes} classes only: it has no null class, so that every "
                     "image needs a class, and classifier-free guidance (other than 1) is not possible"
                 )
-            if label is None:
-                label = torch.full_like(t, self.num_classes, dtype=torch.int64)
             one_hot = F.one_hot(label, self.num_classes + 1)[:, :-1].to(emb.dtype)
             emb = emb + self.label_embed(one_hot)
         return F.silu(emb)

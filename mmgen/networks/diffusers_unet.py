@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from .conditions import Condition, class_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,7 @@ class DiffusersUNetSettings:
 class DiffusersUNet(nn.Module):
     """x float [N, C, R, R], times float64 [N] -> float [N, C or 2 C, R, R]: as many channels as the config has.
 
-    `label` int64 [N]. A UNet2DModel with classes has no null class (`has_null_class`), so that it can neither do without labels
+    `condition`: class labels. A UNet2DModel with classes has no null class (`has_null_class`), so that it can neither do without labels
     nor be guided. Its tensors are named as diffusers names them, after "unet.".
 
     Raises ConfigError where diffusers is not installed or does not know the architecture.
@@ -40,13 +41,15 @@ class DiffusersUNet(nn.Module):
             raise ConfigError(f"the UNet2DModel has {found[0]} channels and {found[1]} classes, not {channels} and {num_classes}")
 
     def forward(
-        self, x: Tensor, t: Tensor, s: Tensor | None = None, label: Tensor | None = None, augment: Tensor | None = None
+        self, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Tensor:
         if s is not None or augment is not None:
             raise ValueError("UNet2DModel takes neither a second time nor an augmentation label")
-        if self.num_classes and label is None:
+        if self.num_classes and condition is None:
             raise ConfigError("this UNet2DModel has classes and no null class: every image needs a class, and guidance must be 1")
-        output = self.unet(x, t, class_labels=label if self.num_classes else None, return_dict=False)[0]
+        output = self.unet(
+            x, t, class_labels=class_numbers(condition, self.num_classes, t) if self.num_classes else None, return_dict=False
+        )[0]
         return output.to(x.dtype)  # time_embedding_type "fourier" divides by the float64 time
 
 

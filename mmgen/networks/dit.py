@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from .conditions import Condition, class_numbers
 from .keyed_dropout import checkpointed
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 
@@ -49,7 +50,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the condition (adaLN-zero)."""
+    """Attention and MLP, each shifted, scaled and gated by the emb (adaLN-zero)."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, mlp_epsilon: float = EPSILON) -> None:
         super().__init__()
@@ -58,8 +59,8 @@ class Block(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, dim=1)
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb).chunk(6, dim=1)
         x = x + gate1[:, None] * self._attend(modulate(_layer_norm(x), shift1, scale1))
         hidden = F.gelu(self.fc1(modulate(_layer_norm(x, self.mlp_epsilon), shift2, scale2)), approximate="tanh")
         return x + gate2[:, None] * self.fc2(hidden)
@@ -77,7 +78,7 @@ def _layer_norm(x: Tensor, epsilon: float = EPSILON) -> Tensor:
 class DiT(nn.Module):
     """x float [N, C, R, R], times float64 [N] -> float [N, C, R, R], with `learn_sigma` [N, 2 C, R, R].
 
-    `label` int64 [N] with num_classes as the null class (the last row of the table), or None for all null. With `extra_channels`
+    `condition`: class labels, the null being the last row of the table, or None for all null. With `extra_channels`
     more than C come in, behind those of the image.
 
     Raises ConfigError for settings of denoisers together with a second time.
@@ -125,26 +126,25 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(
-        self, x: Tensor, t: Tensor, s: Tensor | None = None, label: Tensor | None = None, augment: Tensor | None = None
+        self, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Tensor:
         if augment is not None:
             raise ValueError("DiT takes no augmentation label")
         n, channels, patch = x.shape[0], self.out_channels, self.settings.patch_size
         t = 1 - t if self.settings.reversed_flow else t
-        condition = self.time_mlp(sinusoid(t, self.frequencies, sine_first=False))
+        emb = self.time_mlp(sinusoid(t, self.frequencies, sine_first=False))
         if self.second_time_mlp is not None:
-            condition = condition + self.second_time_mlp(sinusoid(s, self.frequencies, sine_first=False))
+            emb = emb + self.second_time_mlp(sinusoid(s, self.frequencies, sine_first=False))
         if self.label_embed is not None:
-            label = torch.full_like(t, self.num_classes, dtype=torch.int64) if label is None else label
-            condition = condition + self.label_embed(label)
-        condition = F.silu(condition)
+            emb = emb + self.label_embed(class_numbers(condition, self.num_classes, t))
+        emb = F.silu(emb)
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             if self.settings.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpointed(block, x, condition)
+                x = checkpointed(block, x, emb)
             else:
-                x = block(x, condition)
-        shift, scale = self.out_modulation(condition).chunk(2, dim=1)
+                x = block(x, emb)
+        shift, scale = self.out_modulation(emb).chunk(2, dim=1)
         x = self.out(modulate(_layer_norm(x), shift, scale))
         x = x.reshape(n, self.side, self.side, patch, patch, channels)
         x = x.permute(0, 5, 1, 3, 2, 4).reshape(n, channels, self.side * patch, self.side * patch)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from .conditions import Condition, class_numbers
 from .keyed_dropout import checkpointed
 from .dropout import Dropout
 
@@ -144,7 +145,7 @@ class Block(nn.Module):
 class EDM2(nn.Module):
     """x float [N, C, R, R], time float64 [N] -> float [N, C, R, R].
 
-    `label` int64 [N] with num_classes as the null class (a vector of zeros), or None for all null. No second time, no
+    `condition`: class labels, the null being a vector of zeros, or None for all null. No second time, no
     augmentation label. With `extra_channels` more than C come in, behind those of the image.
     """
 
@@ -192,13 +193,13 @@ class EDM2(nn.Module):
         self.out_conv = Layer(current, channels, 3)
 
     def forward(
-        self, x: Tensor, t: Tensor, s: Tensor | None = None, label: Tensor | None = None, augment: Tensor | None = None
+        self, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Tensor:
         if s is not None or augment is not None:
             raise ValueError("EDM2's network takes neither a second time nor an augmentation label")
         emb = self.emb_noise(self.emb_fourier(t))
         if self.emb_label is not None:
-            label = torch.full_like(t, self.num_classes, dtype=torch.int64) if label is None else label
+            label = class_numbers(condition, self.num_classes, t)
             one_hot = F.one_hot(label, self.num_classes + 1)[:, :-1].to(emb.dtype)
             emb = mp_sum(emb, self.emb_label(one_hot * math.sqrt(self.num_classes)), self.settings.label_balance)
         emb = mp_silu(emb)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .conditions import Condition, class_numbers
 from .keyed_dropout import checkpointed
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
@@ -140,7 +141,7 @@ class AuxiliaryDown(nn.Module):
 class UNet(nn.Module):
     """x float [N, C, R, R], times float64 [N] -> float [N, C, R, R].
 
-    `label` int64 [N] with num_classes as the null class, or None for all null. `augment` float [N, augment_dim] or None for
+    `condition`: class labels, or None for all null. `augment` float [N, augment_dim] or None for
     images that were not augmented. With `extra_channels` more than C come in, behind those of the image.
     """
 
@@ -203,9 +204,9 @@ class UNet(nn.Module):
         self.out_conv = _conv(current, channels, 3, gain=1e-5)
 
     def forward(
-        self, x: Tensor, t: Tensor, s: Tensor | None = None, label: Tensor | None = None, augment: Tensor | None = None
+        self, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Tensor:
-        emb = self._embed(t, s, label, augment)
+        emb = self._embed(t, s, condition, augment)
         image, skips = x, []
         for name, module in self.encoder.items():
             if name.endswith("_conv"):
@@ -227,13 +228,12 @@ class UNet(nn.Module):
             return checkpointed(block, x, emb)
         return block(x, emb)
 
-    def _embed(self, t: Tensor, s: Tensor | None, label: Tensor | None, augment: Tensor | None) -> Tensor:
-        """[N, 4 model_channels] from the times, the label and the augmentation."""
+    def _embed(self, t: Tensor, s: Tensor | None, condition: Condition | None, augment: Tensor | None) -> Tensor:
+        """[N, 4 model_channels] from the times, the class and the augmentation."""
         frequencies = self.frequencies * (2 * math.pi if self.settings.embedding == "fourier" else 1)
         emb = sinusoid(t, frequencies, sine_first=True)
         if self.label_embed is not None:
-            if label is None:
-                label = torch.full_like(t, self.num_classes, dtype=torch.int64)
+            label = class_numbers(condition, self.num_classes, t)
             one_hot = F.one_hot(label, self.num_classes + 1)[:, :-1].to(emb.dtype)
             emb = emb + self.label_embed(one_hot * math.sqrt(self.num_classes))
         if augment is not None:

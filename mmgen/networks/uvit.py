@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from .conditions import Condition, class_numbers
 from .keyed_dropout import checkpointed
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
@@ -143,7 +144,7 @@ class Resampling(nn.Module):
 class UViT(nn.Module):
     """x float [N, C + extra_channels, R, R], times float64 [N] -> float [N, C, R, R].
 
-    `label` int64 [N] with num_classes as the null class (the last row of the table), or None for all null. It takes no
+    `condition`: class labels, the null being the last row of the table, or None for all null. It takes no
     augmentation label. Raises ConfigError for settings that make no network.
     """
 
@@ -199,11 +200,11 @@ class UViT(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(
-        self, x: Tensor, t: Tensor, s: Tensor | None = None, label: Tensor | None = None, augment: Tensor | None = None
+        self, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Tensor:
         if augment is not None:
             raise ValueError("UViT takes no augmentation label")
-        emb, patch = self._embed(t, s, label), self.settings.patch_size
+        emb, patch = self._embed(t, s, condition), self.settings.patch_size
         x = self.in_conv(F.pixel_unshuffle(x, patch))
         skips = []
         for name, module in self.encoder.items():
@@ -226,15 +227,14 @@ class UViT(nn.Module):
             return checkpointed(block, *inputs)
         return block(*inputs)
 
-    def _embed(self, t: Tensor, s: Tensor | None, label: Tensor | None) -> Tensor:
-        """[N, emb_channels] from the times and the label."""
+    def _embed(self, t: Tensor, s: Tensor | None, condition: Condition | None) -> Tensor:
+        """[N, emb_channels] from the times and the class."""
         dtype = self.time_mlp.linear0.weight.dtype
         emb = self.time_mlp(sinusoid(t, self.frequencies, sine_first=False).to(dtype))
         if self.second_time_mlp is not None:
             emb = emb + self.second_time_mlp(sinusoid(s, self.frequencies, sine_first=False).to(dtype))
         if self.label_embed is not None:
-            label = torch.full_like(t, self.num_classes, dtype=torch.int64) if label is None else label
-            emb = emb + self.label_embed(label)
+            emb = emb + self.label_embed(class_numbers(condition, self.num_classes, t))
         return F.silu(emb)
 
 

@@ -1,9 +1,9 @@
-"""Samplers of denoisers, one function each and one signature: sampler(model, y, sigmas, label, guidance, noise) -> x.
+"""Samplers of denoisers, one function each and one signature: sampler(model, y, sigmas, condition, guidance, noise) -> x.
 
-    model     has denoise(y, sigma, label, guidance), which is x_hat, and settings
+    model     has denoise(y, sigma, condition, guidance), which is x_hat, and settings
     y         float64 [N, C, H, W], x + sigma e at sigmas[0]: see `start`
     sigmas    descending floats, the last 0 (for `restart` sigma_min): len(sigmas) - 1 steps
-    label     int64 [N] or None
+    condition a `Condition` or None
     guidance  w of classifier-free guidance; other than 1 costs two evaluations instead of one
     noise     noise(i) -> standard normal like y, for step i; only samplers that add noise call it
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..models.denoiser import TIMESTEPS, DenoiserSettings, network_time, rounded_sigma, sigma_at, sigma_range
 from ..errors import ConfigError
+from ..networks.conditions import Condition
 from .flow_map_samplers import Noise, full
 from ..diffusion.schedules import VARIANCE_PRESERVING, ScheduleSettings, make_schedule
 
@@ -47,21 +48,27 @@ class Churn:
         return min(self.amount / steps, math.sqrt(2) - 1) if inside else 0.0
 
 
-def ddim(model, y: Tensor, sigmas: Sequence[float], label: Tensor | None, guidance: float, noise: Noise) -> Tensor:
+def ddim(model, y: Tensor, sigmas: Sequence[float], condition: Condition | None, guidance: float, noise: Noise) -> Tensor:
     """Song et al., arXiv:2010.02502, eq. 12 with no noise: Euler's method for the ODE. Also that of a flow's own ODE."""
     own_eps = model.settings.clip and not model.settings.clip_eps
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         if own_eps:  # diffusers' scheduler: x_hat is clipped, and the noise is the network's
-            raw = model.denoise(y, full(y, sigma), label, guidance, clip=False)
+            raw = model.denoise(y, full(y, sigma), condition, guidance, clip=False)
             y = raw.clamp(-1, 1) + following / sigma * (y - raw)
             continue
-        x = model.denoise(y, full(y, sigma), label, guidance)
+        x = model.denoise(y, full(y, sigma), condition, guidance)
         y = x + following / sigma * (y - x)
     return y
 
 
 def ancestral(
-    model, y: Tensor, sigmas: Sequence[float], label: Tensor | None, guidance: float, noise: Noise, stochasticity: float = 1.0
+    model,
+    y: Tensor,
+    sigmas: Sequence[float],
+    condition: Condition | None,
+    guidance: float,
+    noise: Noise,
+    stochasticity: float = 1.0,
 ) -> Tensor:
     """DDPM's sampler: each y is drawn from its distribution given the y before and x_hat in the place of x.
 
@@ -70,7 +77,7 @@ def ancestral(
     that y has keeps the rest of the variance: 0 is `ddim` (see `diffusion.posterior`).
     """
     for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        x = model.denoise(y, full(y, sigma), label, guidance)
+        x = model.denoise(y, full(y, sigma), condition, guidance)
         ratio = (following / sigma) ** 2
         kept = ratio if stochasticity == 1 else following / sigma * math.sqrt(1 - stochasticity**2 * (1 - ratio))
         y = x + kept * (y - x)
@@ -80,7 +87,13 @@ def ancestral(
 
 
 def heun(
-    model, y: Tensor, sigmas: Sequence[float], label: Tensor | None, guidance: float, noise: Noise, churn: Churn = Churn()
+    model,
+    y: Tensor,
+    sigmas: Sequence[float],
+    condition: Condition | None,
+    guidance: float,
+    noise: Noise,
+    churn: Churn = Churn(),
 ) -> Tensor:
     """Karras et al., arXiv:2206.00364, algorithm 2 (with churn = 0 algorithm 1): second order, two evaluations a step but the
     last, which has one."""
@@ -90,21 +103,21 @@ def heun(
             y = y + math.sqrt(raised**2 - sigma**2) * churn.s_noise * noise(i + 1)
         else:
             raised = sigma
-        x = model.denoise(y, full(y, raised), label, guidance)
+        x = model.denoise(y, full(y, raised), condition, guidance)
         euler = x + following / raised * (y - x)
         if following == 0:
             return euler
         slope = (y - x) / raised
-        corrected = (euler - model.denoise(euler, full(y, following), label, guidance)) / following
+        corrected = (euler - model.denoise(euler, full(y, following), condition, guidance)) / following
         y = y + (following - raised) * 0.5 * (slope + corrected)
     return y
 
 
-def restart(model, y: Tensor, sigmas: Sequence[float], label: Tensor | None, guidance: float, noise: Noise) -> Tensor:
+def restart(model, y: Tensor, sigmas: Sequence[float], condition: Condition | None, guidance: float, noise: Noise) -> Tensor:
     """Of a consistency model: from each sigma jump to the end, then go back to the next with fresh noise (Song et al.,
     arXiv:2303.01469, algorithm 1)."""
     for i, sigma in enumerate(sigmas[:-1]):
-        x = model.denoise(y, full(y, sigma), label, guidance)
+        x = model.denoise(y, full(y, sigma), condition, guidance)
         if i < len(sigmas) - 2:
             y = x + math.sqrt(sigmas[i + 1] ** 2 - sigmas[-1] ** 2) * noise(i + 1)
     return x

@@ -17,6 +17,7 @@ from ..models.denoiser import Denoiser
 from .denoiser_samplers import Churn
 from ..errors import ConfigError, nearest
 from ..models.model import AnyModel, ModelConfig, SamplingSettings, drawn_shape, kind_of, to_uint8
+from ..networks.conditions import Condition, Labels
 from ..system.random import keys, normal, uniform
 from .flow_map_samplers import GRIDS, SAMPLERS, time_grid
 
@@ -234,16 +235,16 @@ def draw(
     images, labels = [], []
     for start in range(0, len(indices), chosen.batch_size):
         batch = torch.as_tensor(list(indices[start : start + chosen.batch_size]), device=model.device)
-        label = draw_labels(model.config, chosen, batch)
+        condition = draw_condition(model.config, chosen, batch)
         with _telling(model, chosen, start, len(batch), tell):
-            drawn = _draw_batch(model, chosen, batch, label)
+            drawn = _draw_batch(model, chosen, batch, condition)
         if model.config.latents is not None:
             from ..encoders.vae import decoder
 
             images.append(decoder(model.config.latents, model.device)(drawn).cpu())
         else:
             images.append(to_uint8(drawn).cpu())
-        labels.append(None if label is None else label.cpu())
+        labels.append(None if condition is None else condition.classes.cpu())
     if not images:
         empty = None if model.config.num_classes == 0 else torch.empty(0, dtype=torch.int64)
         return torch.empty(0, *drawn_shape(model.config), dtype=torch.uint8), empty
@@ -272,10 +273,12 @@ def _telling(model: AnyModel, chosen: Plan, done: int, count: int, tell: Tell | 
     tell(done + count)
 
 
-def draw_labels(config: ModelConfig, chosen: Plan, index: Tensor) -> Tensor | None:
-    """int64 [N] for images number `index` [N]; None for an unconditional model."""
-    if config.num_classes == 0:
-        return None
+def draw_condition(config: ModelConfig, chosen: Plan, index: Tensor) -> Labels | None:
+    """For images number `index` [N]; None for an unconditional model."""
+    return Labels(_classes(config, chosen, index), config.num_classes) if config.num_classes else None
+
+
+def _classes(config: ModelConfig, chosen: Plan, index: Tensor) -> Tensor:
     if chosen.classes == "balanced":
         return index % config.num_classes
     if chosen.classes == "random":
@@ -286,7 +289,7 @@ def draw_labels(config: ModelConfig, chosen: Plan, index: Tensor) -> Tensor | No
 
 
 @torch.no_grad()
-def _draw_batch(model: AnyModel, chosen: Plan, index: Tensor, label: Tensor | None) -> Tensor:
+def _draw_batch(model: AnyModel, chosen: Plan, index: Tensor, condition: Condition | None) -> Tensor:
     """Images or latents number `index`, float64 [N, C, H, W]."""
 
     def noise(step: int) -> Tensor:
@@ -298,12 +301,12 @@ def _draw_batch(model: AnyModel, chosen: Plan, index: Tensor, label: Tensor | No
     if chosen.sampler == "ancestral":
         sampler = partial(sampler, stochasticity=chosen.stochasticity)
     if config.denoiser is None:
-        return sampler(model, config.flow.sigma_data * noise(0), chosen.times, label, chosen.guidance, noise)
+        return sampler(model, config.flow.sigma_data * noise(0), chosen.times, condition, chosen.guidance, noise)
     schedule = config.sampling.schedule
     x = diffusion.start(config.denoiser, chosen.times[0], noise(0), schedule)
     ours = schedule is not None or config.denoiser.schedule is not None or model.is_random
     denoiser = _Bound(model, chosen.seed, index) if ours else model
-    return sampler(denoiser, x, chosen.times, label, chosen.guidance, noise)
+    return sampler(denoiser, x, chosen.times, condition, chosen.guidance, noise)
 
 
 class _Bound:
@@ -312,7 +315,7 @@ class _Bound:
     def __init__(self, model: Denoiser, seed: int, index: Tensor) -> None:
         self.model, self.settings, self.seed, self.index, self.calls = model, model.settings, seed, index, 0
 
-    def denoise(self, y: Tensor, sigma: Tensor, label: Tensor | None, guidance: float, *, clip: bool = True) -> Tensor:
+    def denoise(self, y: Tensor, sigma: Tensor, condition: Condition | None, guidance: float, *, clip: bool = True) -> Tensor:
         noise = keys(self.seed, self.index, _OWN + self.calls) if self.model.is_random else None
         self.calls += 1
-        return self.model.denoise_within(y, torch.ones_like(sigma), sigma, label, guidance, noise, clip=clip)
+        return self.model.denoise_within(y, torch.ones_like(sigma), sigma, condition, guidance, noise, clip=clip)

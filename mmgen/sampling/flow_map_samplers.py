@@ -1,9 +1,10 @@
-"""Samplers of flow maps, one function each and one signature: sampler(model, x, times, label, guidance, noise) -> x at times[-1].
+"""Samplers of flow maps, one function each and one signature: sampler(model, x, times, condition, guidance, noise) -> x at
+times[-1].
 
-    model     has f(x, s, t, label, guidance), the flow map, and config.flow
+    model     has f(x, s, t, condition, guidance), the flow map, and config.flow
     x         float64 [N, C, H, W], noise of standard deviation sigma_data at times[0]
     times     descending floats, times[0] = T to times[-1] = epsilon: len(times) - 1 evaluations
-    label     int64 [N] or None
+    condition a `Condition` or None
     guidance  w of classifier-free guidance; other than 1 costs two evaluations a step
     noise     noise(i) -> standard normal like x, for step i; only samplers that add noise call it
 
@@ -20,24 +21,25 @@ from torch import Tensor
 from ..diffusion.process import diffuse
 from ..errors import ConfigError
 from ..models.flow_map import FlowMapSettings
+from ..networks.conditions import Condition
 
 Noise = Callable[[int], Tensor]
 
 TWO_STEP_ETA = 1.4  # eta of the intermediate time of two-step sampling (IMM, section 6)
 
 
-def pushforward(model, x: Tensor, times: Sequence[float], label: Tensor | None, guidance: float, noise: Noise) -> Tensor:
+def pushforward(model, x: Tensor, times: Sequence[float], condition: Condition | None, guidance: float, noise: Noise) -> Tensor:
     """Algorithm 4: jump from each time to the next. Nothing random after the start."""
     for t, s in zip(times[:-1], times[1:], strict=True):
-        x = model.f(x, full(x, s), full(x, t), label, guidance)
+        x = model.f(x, full(x, s), full(x, t), condition, guidance)
     return x
 
 
-def restart(model, x: Tensor, times: Sequence[float], label: Tensor | None, guidance: float, noise: Noise) -> Tensor:
+def restart(model, x: Tensor, times: Sequence[float], condition: Condition | None, guidance: float, noise: Noise) -> Tensor:
     """Algorithm 5: from each time jump to the end, then go back to the next time with fresh noise."""
     flow = model.config.flow
     for i, t in enumerate(times[:-1]):
-        clean = model.f(x, full(x, times[-1]), full(x, t), label, guidance)
+        clean = model.f(x, full(x, times[-1]), full(x, t), condition, guidance)
         if i < len(times) - 2:
             x = diffuse(flow.get_schedule(), clean, flow.sigma_data * noise(i + 1), full(x, times[i + 1]))
     return clean

@@ -22,7 +22,7 @@ from ..models.model import AnyModel, ModelConfig, drawn_shape
 from ..system.process import cores
 from .missing import Progress, draw_missing
 from .record import Origin, make_record, may_continue, read_record
-from .drawing import Plan, SampleSettings, draw_labels, plan
+from .drawing import Plan, SampleSettings, draw_condition, plan
 from ..system.processes import Team, find_team
 
 RECORD = "samples.json"
@@ -165,8 +165,8 @@ def check_pictures(config: ModelConfig) -> None:
 
 def all_labels(config: ModelConfig, chosen: Plan, num: int) -> list[int] | None:
     """The labels of images 0 to num - 1, None for an unconditional model."""
-    labels = draw_labels(config, chosen, torch.arange(num))
-    return None if labels is None else labels.tolist()
+    condition = draw_condition(config, chosen, torch.arange(num))
+    return None if condition is None else condition.classes.tolist()
 
 
 def finish(path: Path, record: dict[str, Any], changed: bool) -> None:

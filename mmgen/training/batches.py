@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import ConfigError
+from ..networks.conditions import Condition, Labels
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Batch:
     """A part of the global batch, on the device. Consecutive `group_size` images are a group."""
 
     images: Tensor  # uint8 [N, C, H, W]; of latents their moments, float [N, 2C, h, w]
-    labels: Tensor | None  # int64 [N]
+    condition: Condition | None
     index: Tensor  # int64 [N], the number of each image in the whole training; 0 is the first image of the first step
     first: int  # index[0], known without asking the device
 
@@ -84,14 +85,14 @@ def fetch(dataset: Dataset | LatentDataset, first: int, count: int, seed: int, d
     """Images number first to first + count - 1 of the training, copied to the device."""
     rows = data_indices(len(dataset), first, count, seed)
     stored = dataset.moments if isinstance(dataset, LatentDataset) else dataset.images
-    images, labels = torch.from_numpy(stored[rows]), None
+    images, condition = torch.from_numpy(stored[rows]), None
     if dataset.labels is not None:
-        labels = torch.from_numpy(dataset.labels[rows])
+        condition = Labels(torch.from_numpy(dataset.labels[rows]), dataset.num_classes)
     if device.type == "cuda":  # pinned memory lets the copy overlap with the pass before
-        images, labels = images.pin_memory(), None if labels is None else labels.pin_memory()
+        images, condition = images.pin_memory(), None if condition is None else condition.pin_memory()
     return Batch(
         images.to(device, non_blocking=True),
-        None if labels is None else labels.to(device, non_blocking=True),
+        None if condition is None else condition.to(device, non_blocking=True),
         torch.arange(first, first + count, device=device),
         first,
     )

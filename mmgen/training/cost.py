@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config.sections import TrainSettings
 from ..models.model import ModelConfig, build_model
 from ..networks import blocks, checkpoint_blocks
+from ..networks.conditions import Labels
 from ..networks.empty import without_weights
 from .batches import Parts
 
@@ -109,15 +110,15 @@ def estimate(
     )
 
 
-def _inputs(config: ModelConfig, count: int) -> tuple[torch.Tensor | None, ...]:
+def _inputs(config: ModelConfig, count: int) -> tuple[torch.Tensor | Labels | None, ...]:
     """What a network of this model is called with; a denoiser has no second time."""
     own_noise = config.denoiser.noise_channels if config.denoiser is not None else 0
     with torch.device("meta"):
         x = torch.empty(count, config.channels + own_noise, config.resolution, config.resolution)
         t = torch.empty(count, dtype=torch.float64)
-        label = torch.zeros(count, dtype=torch.int64) if config.num_classes else None
+        condition = Labels(torch.zeros(count, dtype=torch.int64), config.num_classes) if config.num_classes else None
         augment = torch.empty(count, config.augment_dim) if config.augment_dim else None
-    return x, t, t if config.denoiser is None else None, label, augment
+    return x, t, t if config.denoiser is None else None, condition, augment
 
 
 def _forward_flops(network: nn.Module, config: ModelConfig, count: int) -> int:

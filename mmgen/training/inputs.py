@@ -1,4 +1,4 @@
-"""What a method learns from: the images of a batch as a network sees them, and their labels."""
+"""What a method learns from: the images of a batch as a network sees them, and their condition."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from .augment import AugmentSettings, augment
 from ..config.sections import DataSettings
 from ..models.latents import LatentSettings
 from ..models.model import from_uint8
+from ..networks.conditions import Condition
 from ..system.random import keys, uniform
 from ..encoders.vae import draw_latents
 from .batches import Batch
@@ -19,7 +20,7 @@ FLIP, AUGMENT, LABEL, LATENT = 100, 101, 102, 105
 
 
 class Inputs:
-    """Mirrored, augmented, drawn from their latents, labels hidden: as the data settings say, and the same for every method.
+    """Mirrored, augmented, drawn from their latents, conditions hidden: as the data settings say, and the same for every method.
 
     seed: of the training. latents: those of the model, None for pixels.
     """
@@ -46,9 +47,9 @@ class Inputs:
             return augment(x, keys(self.seed, batch.index, AUGMENT), AugmentSettings(probability=self.data.augment))
         return x, None
 
-    def labels(self, batch: Batch, null: int) -> Tensor | None:
-        """int64 [N], of which as many as `label_dropout` says are hidden: the null class `null`; None if unconditional."""
+    def condition(self, batch: Batch) -> Condition | None:
+        """The condition of each image, or the null for as many as `label_dropout` says; None if unconditional."""
         if not self.data.conditional:
             return None
         hidden = uniform(keys(self.seed, batch.index, LABEL)) < self.data.label_dropout
-        return torch.where(hidden, null, batch.labels)
+        return batch.condition.hidden(hidden)

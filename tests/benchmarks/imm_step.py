@@ -63,7 +63,8 @@ def plain(config: ImmConfig, device: str, steps: int) -> Run:
     def once() -> None:
         batch = next(iter(trainer._batches(0)))
         x, augment = inputs.images(batch)
-        step(x, inputs.labels(batch, trainer.network.num_classes), augment, 0)
+        condition = inputs.condition(batch)
+        step(x, None if condition is None else condition.classes, augment, 0)
 
     return _repeated(once, steps)
 

@@ -114,12 +114,12 @@ def plain(method: str, batch: int, size: Size, device: str) -> Run:
         batch = next(iter(run._batches(0)))
         x, _ = matching.inputs.images(batch)
         if method == "instant":
-            first, second = (plain_.draw(x[i::2], batch.labels[i::2], STEPS) for i in (0, 1))
+            first, second = (plain_.draw(x[i::2], batch.condition.classes[i::2], STEPS) for i in (0, 1))
             descend(plain_.instant_loss(x_student, x_teacher, teacher, first, second), student, of_student)
             return
         networks = x_student, x_auxiliary, x_teacher
-        descend(plain_.auxiliary_loss(*networks, plain_.draw(x, batch.labels, STEPS)), auxiliary, of_auxiliary)
-        descend(plain_.student_loss(*networks, plain_.draw(x, batch.labels, STEPS)), student, of_student)
+        descend(plain_.auxiliary_loss(*networks, plain_.draw(x, batch.condition.classes, STEPS)), auxiliary, of_auxiliary)
+        descend(plain_.student_loss(*networks, plain_.draw(x, batch.condition.classes, STEPS)), student, of_student)
 
     return once
 

@@ -43,7 +43,7 @@ class AuxiliaryObjective(nn.Module):
             x_tilde = matching.answer(noised)
             z_s = matching.target(noised, x_tilde)
             g_theta = matching.taught(z_s, noised)
-        g_phi = self.auxiliary.x_hat(z_s, noised.s, matching.schedule, noised.label)
+        g_phi = self.auxiliary.x_hat(z_s, noised.s, matching.schedule, noised.condition)
         loss = auxiliary_loss(x_tilde, g_phi, g_theta, matching.weight(noised.s), matching.loss.reduction)
         return loss.mean(), pass_numbers(matching, noised.s, x_tilde, g_phi, g_theta)
 
@@ -64,7 +64,7 @@ class StudentObjective(nn.Module):
         with full_precision(batch), torch.no_grad():
             z_s = matching.target(noised, x_tilde)
             g_theta = matching.taught(z_s, noised)
-            g_phi = auxiliary.x_hat(z_s, noised.s, matching.schedule, noised.label)
+            g_phi = auxiliary.x_hat(z_s, noised.s, matching.schedule, noised.condition)
         loss = student_loss(x_tilde, g_phi, g_theta, matching.weight(noised.s), matching.loss.reduction)
         return loss.mean(), pass_numbers(matching, noised.s, x_tilde, g_phi, g_theta)
 

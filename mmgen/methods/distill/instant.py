@@ -27,6 +27,7 @@ from ...losses.moment_matching import (
     preconditioned,
     teacher_gradient,
 )
+from ...networks.conditions import Labels
 from ...training.batches import Batch, fetch
 from .matching import Matching, Noised, full_precision
 from ...training.task import Part
@@ -103,7 +104,7 @@ class TeacherFunction:
     def at(self, z_s: Tensor, noised: Noised, guidance: float | None = None) -> Function:
         """parameters -> g_theta(z_s). guidance: another than that of the distillation."""
         guidance = self.matching.guidance if guidance is None else guidance
-        arguments = z_s, noised.s, self.matching.schedule, noised.label, guidance
+        arguments = z_s, noised.s, self.matching.schedule, noised.condition, guidance
         return lambda parameters: functional_call(
             self.module, {f"denoiser.network.{name}": value for name, value in parameters.items()}, arguments
         )
@@ -122,8 +123,8 @@ class _XHat(nn.Module):
 
 def minibatch(batch: Batch, which: int) -> Batch:
     """A (0), the images of even number, or B (1), those of odd number; a batch begins with an even one."""
-    labels = None if batch.labels is None else batch.labels[which::2]
-    return Batch(batch.images[which::2], labels, batch.index[which::2], batch.first)
+    condition = None if batch.condition is None else batch.condition[which::2]
+    return Batch(batch.images[which::2], condition, batch.index[which::2], batch.first)
 
 
 def choose_derivative(matching: Matching) -> tuple[Derivative, str | None]:
@@ -133,9 +134,10 @@ def choose_derivative(matching: Matching) -> tuple[Derivative, str | None]:
     teacher = matching.teacher
     z_s = torch.zeros(1, *teacher.image_shape, dtype=torch.float64, device=teacher.device)
     middle = torch.full((1,), 0.5, dtype=torch.float64, device=teacher.device)
-    label = torch.zeros(1, dtype=torch.int64, device=teacher.device) if teacher.config.num_classes else None
+    classes = teacher.config.num_classes
+    condition = Labels(torch.zeros(1, dtype=torch.int64, device=teacher.device), classes) if classes else None
     function = TeacherFunction(matching)
-    reason = lacks_forward_mode(function.at(z_s, Noised(z_s, middle, middle, label, label)), function.parameters)
+    reason = lacks_forward_mode(function.at(z_s, Noised(z_s, middle, middle, condition, torch.zeros(1))), function.parameters)
     if reason is None:
         return forward_derivative, None
     return finite_derivative, f"Jacobian-vector products by finite differences: the network has no forward mode ({reason})"

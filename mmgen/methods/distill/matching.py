@@ -12,6 +12,7 @@ from ...models.denoiser import Denoiser, DenoiserSettings
 from ...diffusion.process import diffuse
 from ...losses.denoising import DenoisingSettings, weight
 from ...losses.moment_matching import MomentSettings, draw_target, draw_times
+from ...networks.conditions import Condition
 from ...system.random import keys, normal, uniform
 from ...diffusion.schedules import ScheduleSettings, make_schedule
 from ...training.batches import Batch
@@ -31,7 +32,7 @@ class Noised:
     z_t: Tensor  # float64 [N, C, H, W]
     t: Tensor  # float64 [N]: the student is asked at t
     s: Tensor  # float64 [N]: and compared with the teacher at s
-    label: Tensor | None  # int64 [N]
+    condition: Condition | None
     index: Tensor  # int64 [N], the numbers of the images
 
 
@@ -59,23 +60,23 @@ class Matching:
     def noised(self, batch: Batch) -> Noised:
         """z_t of the images of a batch, each at times of its own."""
         x, _ = self.inputs.images(batch)
-        label = self.inputs.labels(batch, self.teacher.config.num_classes)
+        condition = self.inputs.condition(batch)
         s, t = draw_times(self.steps, keys(self.seed, batch.index, _TIME))
         noise = normal(keys(self.seed, batch.index, _NOISE), x.shape[1:], torch.float64)
-        return Noised(diffuse(self.schedule, x.double(), noise, t), t, s, label, batch.index)
+        return Noised(diffuse(self.schedule, x.double(), noise, t), t, s, condition, batch.index)
 
     def noised_at_s(self, batch: Batch) -> tuple[Noised, Tensor]:
         """Images noised to s as a denoiser is trained on them (z_t is at t = s), and the images x, float64 [N, C, H, W]."""
         x, _ = self.inputs.images(batch)
         s = uniform(keys(self.seed, batch.index, _MOMENT_TIME))
         noise = normal(keys(self.seed, batch.index, _MOMENT_NOISE), x.shape[1:], torch.float64)
-        label = self.inputs.labels(batch, self.teacher.config.num_classes)
-        return Noised(diffuse(self.schedule, x.double(), noise, s), s, s, label, batch.index), x.double()
+        condition = self.inputs.condition(batch)
+        return Noised(diffuse(self.schedule, x.double(), noise, s), s, s, condition, batch.index), x.double()
 
     def answer(self, noised: Noised) -> Tensor:
         """x~ = g_eta(z_t), the student's."""
         own = keys(self.seed, noised.index, _OWN) if self.student.is_random else None
-        return self.student.x_hat(noised.z_t, noised.t, self.schedule, noised.label, noise=own)
+        return self.student.x_hat(noised.z_t, noised.t, self.schedule, noised.condition, noise=own)
 
     def target(self, noised: Noised, x_tilde: Tensor) -> Tensor:
         """z_s, drawn given z_t and x~, without gradient."""
@@ -84,7 +85,7 @@ class Matching:
 
     def taught(self, z_s: Tensor, noised: Noised) -> Tensor:
         """g_theta(z_s), the teacher's x_hat, with its guidance."""
-        return self.teacher.x_hat(z_s, noised.s, self.schedule, noised.label, self.guidance)
+        return self.teacher.x_hat(z_s, noised.s, self.schedule, noised.condition, self.guidance)
 
     def weight(self, s: Tensor) -> Tensor:
         """w(s), float64 [N], at the noise that the teacher is asked at: within its trained range.
