@@ -56,7 +56,7 @@ class Network(nn.Module):
     """Its output is a function of whatever tensors the condition has."""
 
     def forward(self, x, t, s, condition):
-        return x + sum(value.double().flatten(1).sum(1) for value in condition.tensors().values())[:, None, None, None]
+        return x + sum(value.double().reshape(len(x), -1).sum(1) for value in condition.tensors().values())[:, None, None, None]
 
 
 @EXAMPLES

@@ -227,8 +227,9 @@ class Labelled(nn.Module):
         self.calls = []
 
     def forward(self, x, t, s, condition=None):
-        self.calls.append(condition.classes.tolist())
-        return x * (1 + condition.classes).reshape(-1, 1, 1, 1) + s.reshape(-1, 1, 1, 1)
+        self.calls.append(None if condition is None else condition.classes.tolist())
+        classes = torch.full((len(x),), self.num_classes) if condition is None else condition.classes
+        return x * (1 + classes).reshape(-1, 1, 1, 1) + s.reshape(-1, 1, 1, 1)
 
 
 def test_guidance_on_the_raw_output():

@@ -38,7 +38,7 @@ class ADMSettings:
     qkv_order: Literal["edm", "legacy", "new"] = "edm"  # outermost first: head channel qkv, head qkv channel, qkv head channel
     scale_shift_norm: bool = True  # the embedding scales and shifts; else it is added
     channels_per_group: int = 4  # of the norms, at least; there are 32 groups at most
-    null_class: bool = True  # num_classes as the label of an unconditional evaluation
+    null_class: bool = True  # it also knows images without a class
     learn_sigma: bool = False  # twice the channels out: the second half is the learned variance
     dropout: float = 0.1
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
