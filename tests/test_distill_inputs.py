@@ -5,6 +5,7 @@ import torch
 from tiny_model import make_denoiser
 from toy_distill import COSINE, V, digits, task_for
 
+from mmgen.networks.conditions import Labels
 from mmgen.diffusion.schedules import make_schedule
 from mmgen.networks import ADMSettings, DiTSettings, EDM2Settings, UNetSettings, UViTSettings
 
@@ -36,7 +37,7 @@ def test_augmentation_is_the_teachers_alone(tmp_path, kind):
     """Without its augmentation input a student is exactly its teacher, and so is an auxiliary."""
     task, teacher = task_for(teacher_of(kind, tmp_path))
     assert teacher.model.config.augment_dim == 9 and task.model_config.augment_dim == 0
-    schedule, label = make_schedule(COSINE), torch.arange(4)
+    schedule, label = make_schedule(COSINE), Labels(torch.arange(4), 10)
     z, t = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
     expected = teacher.model.x_hat(z, t, schedule, label)
     denoisers = task.parts["student"].objective.student, task.parts["auxiliary"].objective.auxiliary

@@ -15,9 +15,9 @@ def guided(
     """G_w = G(null) + w (G(condition) - G(null)) (IMM, eqs. 14, 85, 86).
 
     x [N, C, H, W] and t, s float64 [N] as the network takes them. Both passes are one batch. With w = 1 the null is not
-    evaluated; with w = 0 it alone is. Of the output's channels the first `channels` are kept: the others are learned variances. With `guided_channels` only the first so
-    many are guided, and the rest is G(condition), as the code published for DiT and SiT has it. Returns float32
-    [N, channels, H, W], float64 where x is.
+    evaluated; with w = 0 it alone is. Of the output's channels the first `channels` are kept: the others are learned variances. With
+    `guided_channels` only the first so many are guided, and the rest is G(condition), as the code published for DiT and SiT has
+    it. Returns float32 [N, channels, H, W], float64 where x is.
     """
     if condition is None or guidance == 1:
         return _precise(network(x, t, s, condition)[:, :channels], x)
