@@ -46,7 +46,7 @@ def test_a_loaded_network_is_the_one_that_was_saved(tmp_path, network):
     loaded = mmgen.load(tmp_path)
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(model.network.buffers(), loaded.network.buffers(), strict=True))
-    x, sigma, label = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 3.0], dtype=torch.float64), Labels(torch.tensor([0, 4]), 5)
+    x, sigma, label = torch.randn(2, 3, 8, 8), torch.tensor([0.3, 3.0], dtype=torch.float64), Labels(torch.tensor([0, 3]), 4)
     with torch.no_grad():
         assert torch.equal(loaded.denoise(x, sigma, label), model.denoise(x, sigma, label))
 
