@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import COUNT, DEVICE, NUMBER, check_device, choose_device, class_list, home, numbers
+from .options import COUNT, DEVICE, NUMBER, check_device, choose_device, home, numbers
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def fid(
     drawing |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
     drawing["steps"] = None if steps is None else numbers(steps, int, "--steps", "1,2,4,8")
     drawing["etas"] = None if eta is None else tuple(numbers(eta, float, "--eta", "1.4"))
-    drawing["classes"] = None if classes is None else partial(class_list, classes)
+    drawing["classes"] = classes
     wanted = None if metrics == "all" else tuple(dict.fromkeys(word.strip() for word in metrics.split(",")))
 
     from ..metrics.evaluate import FidSettings, evaluate

@@ -1,17 +1,14 @@
-"""What several subcommands understand alike: counts and numbers, lists of them, classes by name, devices."""
+"""What several subcommands understand alike: counts and numbers, lists of them, devices."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import typer
 
 from ..errors import ConfigError, nearest, shortened
-
-if TYPE_CHECKING:
-    from ..models.model import ModelConfig
 
 Place = TypeVar("Place", str, Path, None)
 DEVICES = ("auto", "cpu", "cuda")
@@ -60,35 +57,6 @@ def numbers(text: str, kind: type, option: str, example: str) -> list:
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise ConfigError(f"{option} must be {what} separated by commas, such as {example}, not {shortened(text)}") from None
-
-
-def class_list(text: str, config: ModelConfig) -> str | list[int]:
-    """`random`, `balanced`, or class numbers from a list of names and numbers. Raises ConfigError."""
-    if text in ("random", "balanced"):
-        return text
-    if config.num_classes == 0:
-        raise ConfigError("classes cannot be chosen: this model is unconditional")
-    names = config.class_names or []
-    number = {name.lower(): i for i, name in reversed(list(enumerate(names)))} | {name: i for i, name in enumerate(names)}
-    chosen = []
-    for word in [text] if text in number else [part.strip() for part in text.split(",")]:  # a name may have commas in it
-        found = number.get(word, number.get(word.lower()))
-        if found is None and word.isdecimal() and len(word) < 10 and int(word) < config.num_classes:
-            found = int(word)
-        if found is None:
-            raise ConfigError(f"unknown class {shortened(word)}: {_valid_classes(word, names, config.num_classes)}")
-        chosen.append(found)
-    return chosen
-
-
-def _valid_classes(word: str, names: list[str], count: int) -> str:
-    valid = f"random, balanced, or numbers from 0 to {count - 1}"
-    if not names:
-        return f"this model knows {valid}"
-    if len(names) <= 20:
-        return f"{nearest(word, names)}; also {valid}"
-    close = nearest(word, names).split("? Valid:")
-    return f"{close[0]}? " * (len(close) > 1) + f"it has {count} names; also {valid}"
 
 
 def home(place: Place) -> Place:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError, nearest
-from .options import COUNT, DEVICE, NUMBER, check_device, choose_device, class_list, numbers
+from .options import COUNT, DEVICE, NUMBER, check_device, choose_device, numbers
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def sample(
 
         origin = Origin.of(model, ema)
         config = read_config(origin.file)
-        common = {"seed": seed, "classes": class_list(classes, config), "guidance": guidance, "sampler": sampler}
+        common = {"seed": seed, "classes": classes, "guidance": guidance, "sampler": sampler}
         common |= {"grid": grid, "etas": etas, "batch_size": batch_size}
         common |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
         settings = [sampling.SampleSettings(steps=count, **common) for count in step_counts]

@@ -68,6 +68,15 @@ def checked_labels(
     return labels, class_names
 
 
+def _gaps(labels: np.ndarray, number: int) -> str:
+    """Which class numbers have no images, for people."""
+    empty = np.flatnonzero(np.bincount(labels, minlength=number) == 0)
+    if not len(empty):
+        return ""
+    more = ", ..." if len(empty) > 5 else ""
+    return f" ({len(empty):,} of them without images: {', '.join(map(str, empty[:5]))}{more})"
+
+
 def summary(layout: str, length: int, labels: np.ndarray | None, class_names: list[str] | None, *notes: str) -> str:
     """One line about a source.
 
@@ -78,5 +87,5 @@ def summary(layout: str, length: int, labels: np.ndarray | None, class_names: li
         classes = "no labels"
     else:
         number = max(int(labels.max()) + 1, len(class_names or []))
-        classes = f"{number:,} class" + ("" if number == 1 else "es")
+        classes = f"{number:,} class" + ("" if number == 1 else "es") + _gaps(labels, number)
     return ", ".join([f"{layout}: {length:,} image" + ("" if length == 1 else "s"), classes, *notes])

@@ -196,12 +196,8 @@ def _drawn(word: str, settings: FidSettings) -> list[Subject]:
 
     given = {key: value for key, value in settings.drawing.items() if value is not None}
     origin = Origin.of(word, given.pop("ema", None))
-    steps, classes = given.pop("steps", [None]), given.pop("classes", "random")
-    config = read_config(origin.file)
-    if callable(classes):  # names become numbers once the model is known
-        classes = classes(config)
-    common = {**given, "classes": classes, "batch_size": settings.batch_size}
-    each = [SampleSettings(steps=count, **common) for count in steps]
+    steps, config = given.pop("steps", [None]), read_config(origin.file)
+    each = [SampleSettings(steps=count, batch_size=settings.batch_size, **given) for count in steps]
     for one in each:  # before anything is loaded
         plan(config, one)
     return model_subjects(load_model(origin.file, settings.device), origin, each, settings.num or NUM, settings.repeat)

@@ -7,13 +7,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import denoiser_samplers as diffusion
 from ..models.denoiser import Denoiser
+from .classes import class_numbers, random_labels, with_images
 from .denoiser_samplers import Churn
 from ..errors import ConfigError, nearest
 from ..models.model import AnyModel, ModelConfig, SamplingSettings, drawn_shape, kind_of, to_uint8
@@ -31,7 +31,7 @@ class SampleSettings:
 
     steps: int | None = None  # of the sampler; `Plan.nfe` are the network evaluations that they cost
     seed: int = 0  # image i has the random numbers of (seed, i)
-    classes: Literal["random", "balanced"] | Sequence[int] = "random"  # random: as often as in the training data
+    classes: str | Sequence[int | str] = "random"  # as often as in the training data; balanced; or as `class_numbers` has it
     guidance: float | None = None  # w of classifier-free guidance; 1: none
     sampler: str | None = None  # of a flow map pushforward or restart, of a denoiser ddim, ancestral or heun
     grid: str | None = None  # default, uniform, edm, eta or schedule: see `samplers.time_grid`, `diffusion_samplers.sigma_grid`
@@ -82,18 +82,13 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         raise ConfigError(f"guidance must be a finite number, not {guidance}")
     if settings.batch_size < 1:
         raise ConfigError(f"the batch size must be at least 1, not {settings.batch_size}")
-    classes = settings.classes if isinstance(settings.classes, str) else list(settings.classes)
+    classes = class_numbers(settings.classes, config)
     if config.num_classes == 0:
         if guidance != 1 and settings.guidance is not None:
             raise ConfigError(f"guidance {guidance:g} needs a class-conditional model, and this one is unconditional")
         if classes != "random":
             raise ConfigError("classes cannot be chosen: this model is unconditional")
         guidance = 1.0
-    elif isinstance(classes, str):
-        if classes not in ("random", "balanced"):
-            raise ConfigError(f"classes = {classes!r} is not possible: random, balanced or a list of class numbers")
-    elif not classes or not all(0 <= c < config.num_classes for c in classes):
-        raise ConfigError(f"classes must be numbers from 0 to {config.num_classes - 1}, not {classes}")
     if guidance != 1 and not getattr(config.network, "null_class", config.network.kind != "diffusers_unet2d"):
         raise ConfigError(f"guidance {guidance:g} needs a network that also knows images without a class, and this one does not")
     steps = settings.steps
@@ -280,12 +275,14 @@ def draw_condition(config: ModelConfig, chosen: Plan, index: Tensor) -> Labels |
 
 def _classes(config: ModelConfig, chosen: Plan, index: Tensor) -> Tensor:
     if chosen.classes == "balanced":
-        return index % config.num_classes
+        return _in_turn(with_images(config), index)
     if chosen.classes == "random":
-        counts = torch.tensor(config.class_counts or [1] * config.num_classes, dtype=torch.float64, device=index.device)
-        position = uniform(keys(chosen.seed, index, _LABEL)) * counts.sum()
-        return torch.searchsorted(counts.cumsum(0), position, right=True).clamp(max=config.num_classes - 1)
-    return torch.tensor(chosen.classes, device=index.device)[index % len(chosen.classes)]
+        return random_labels(config, uniform(keys(chosen.seed, index, _LABEL)))
+    return _in_turn(chosen.classes, index)
+
+
+def _in_turn(classes: Sequence[int], index: Tensor) -> Tensor:
+    return torch.tensor(classes, device=index.device)[index % len(classes)]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from ..models.model import AnyModel, drawn_shape
 from .missing import Progress, contiguous, draw_missing
 from .folder import Written, all_labels, check_num, check_pictures, disk_errors, finish
 from .record import Origin, make_record, may_continue, read_record
+from .classes import with_images
 from .drawing import Plan, SampleSettings, plan
 from ..system.processes import Team, find_team
 from ..system.tensor_files import save_array
@@ -96,7 +97,7 @@ def write_grid(
 
     def assemble(target: Path) -> None:
         pixels = np.frombuffer(b"".join(_rows(file, num, shape)), dtype=np.uint8).reshape(num, *shape)
-        picture = grid(pixels.transpose(0, 3, 1, 2), columns or _columns(num, chosen, model.config.num_classes))
+        picture = grid(pixels.transpose(0, 3, 1, 2), columns or _columns(num, chosen, len(with_images(model.config))))
         picture.save(target, format="PNG")
 
     return _write(model, file, record, chosen, overwrite, progress, team, assemble)
@@ -241,10 +242,10 @@ def _remove_parts(file: Path) -> None:
         shutil.rmtree(parts)
 
 
-def _columns(num: int, chosen: Plan, num_classes: int) -> int:
+def _columns(num: int, chosen: Plan, classes: int) -> int:
     cycle = 1
-    if num_classes and chosen.classes != "random":
-        cycle = num_classes if chosen.classes == "balanced" else len(chosen.classes)
+    if classes and chosen.classes != "random":
+        cycle = classes if chosen.classes == "balanced" else len(chosen.classes)
     side = num**0.5
     columns = max(1, round(side / cycle)) * cycle if cycle <= 2 * side else round(side)
     return max(1, min(num, columns))
