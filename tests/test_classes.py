@@ -18,7 +18,7 @@ from mmgen.cli.sample import sample
 from mmgen.errors import ConfigError
 from mmgen.models.model import load_model, read_config
 from mmgen.sampling.classes import class_numbers, random_labels, with_images
-from mmgen.sampling.drawing import SampleSettings, draw, draw_labels, plan
+from mmgen.sampling.drawing import SampleSettings, draw, draw_condition, plan
 
 
 @pytest.fixture
@@ -86,9 +86,9 @@ def gappy(tmp_path):
 def test_a_class_without_images_is_never_drawn(gappy):
     assert with_images(gappy.config) == [1, 3]
     for classes in ("random", "balanced"):
-        labels = draw_labels(gappy.config, plan(gappy.config, SampleSettings(classes=classes)), torch.arange(500))
+        labels = draw_condition(gappy.config, plan(gappy.config, SampleSettings(classes=classes)), torch.arange(500)).classes
         assert set(labels.tolist()) == {1, 3}
-    balanced = draw_labels(gappy.config, plan(gappy.config, SampleSettings(classes="balanced")), torch.arange(4))
+    balanced = draw_condition(gappy.config, plan(gappy.config, SampleSettings(classes="balanced")), torch.arange(4)).classes
     assert balanced.tolist() == [1, 3, 1, 3]
     last = torch.tensor([1 - 2**-53, 1.0], dtype=torch.float64)  # rounded up to the sum of the counts
     assert random_labels(gappy.config, last).tolist() == [3, 3]
