@@ -95,7 +95,7 @@ def test_dry_run_trains_nothing(tmp_path):
     [
         (["--preset", "cifar-imm"], 2, "did you mean 'cifar10-imm'"),
         (["--set", "loss.kernal=rbf"], 2, "loss.kernel"),
-        (["--data", "absent/"], 2, "--preset"),
+        (["--data", "absent/"], 3, "no file or folder absent/"),
         (["--data", "absent/", "--preset", "digits-imm"], 3, "absent"),
         (["--max-time", "soon"], 2, "--max-time"),
         (["--precision", "fp8"], 2, "fp16"),

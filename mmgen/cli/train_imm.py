@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # The recipe that a data set has of its own.
 DATA_PRESETS = {"digits": "digits-imm", "cifar10": "cifar10-imm", "uoft-cs/cifar10": "cifar10-imm"}
+OWN_PRESETS = {32: "own32-imm", 64: "own64-imm"}  # for images of any other
 
 
 def train_imm(
@@ -59,8 +60,9 @@ def train_imm(
     from ..config.imm import ImmConfig, resolve
 
     chosen = training.choose(
-        "train-imm", ImmConfig, resolve, DATA_PRESETS, preset=preset, file=config, assignments=set_, changes=changes, out=out
-    )
+        "train-imm", ImmConfig, resolve, DATA_PRESETS, preset=preset, file=config, assignments=set_, changes=changes, out=out,
+        own_presets=OWN_PRESETS,
+    )  # fmt: skip
     if training.is_main():
         training.show_config(chosen, verbose or dry_run)
         _warn(chosen.config)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # The recipe that a data set has of its own.
 DATA_PRESETS = {"digits": "digits-teacher", "cifar10": "cifar10-teacher", "uoft-cs/cifar10": "cifar10-teacher"}
+OWN_PRESETS = {32: "own32-teacher", 64: "own64-teacher"}  # for images of any other
 
 
 def train_teacher(
@@ -61,7 +62,7 @@ def train_teacher(
 
     chosen = training.choose(
         "train-teacher", TeacherConfig, resolve, DATA_PRESETS, preset=preset, file=config, assignments=set_, changes=changes,
-        out=out,
+        out=out, own_presets=OWN_PRESETS,
     )  # fmt: skip
     if training.is_main():
         training.show_config(chosen, verbose or dry_run)

@@ -34,6 +34,7 @@ class Chosen:
     config: Any  # all settings
     base: Any  # the preset's own
     folder: Path  # of the run
+    note: str = ""  # why this preset was chosen
 
 
 def is_main() -> bool:
@@ -52,6 +53,7 @@ def choose(
     assignments: Sequence[str] | None,
     changes: dict[str, Any],
     out: Path | None,
+    own_presets: dict[int, str] | None = None,
 ) -> Chosen:
     """The settings and the folder. Precedence: preset, --config, --set, other options. Raises ConfigError.
 
@@ -61,21 +63,52 @@ def choose(
         data_presets: the preset of each data word that has one of its own; without --data it is that of digits.
         preset, file, assignments, out: --preset, --config, --set, --out.
         changes: what other options set, by dotted key.
+        own_presets: by resolution, those for data that have none of their own.
     """
     from ..config.sections import merge, nest, parse_assignment, preset_names, read_preset, read_toml
 
     over = read_toml(file, command) if file else {}
     over = merge(over, nest(dict(parse_assignment(text) for text in assignments or []), config_class))
     over = merge(over, nest(changes, config_class))
+    note = ""
     if preset is None:
         word = over.get("data", {}).get("name", "digits")
-        if not isinstance(word, str) or word not in data_presets:
+        if isinstance(word, str) and word in data_presets:
+            preset = data_presets[word]
+        elif isinstance(word, str) and own_presets and not is_latents(word):
+            preset, over, note = _for_own_images(over, own_presets)
+        else:
             names = ", ".join(preset_names(command))
             raise ConfigError(f"no preset belongs to the data {shortened(word)}: choose one with --preset, of {names}")
-        preset = data_presets[word]
     table = read_preset(preset, command)
     config, base = resolve(table, over), resolve(table)
-    return Chosen(preset, config, base, out or Path("runs") / default_name(preset, config, base))
+    return Chosen(preset, config, base, out or Path("runs") / default_name(preset, config, base), note)
+
+
+def is_latents(word: str) -> bool:
+    from ..data.resolve import find_latents
+
+    return find_latents(word) is not None
+
+
+def _for_own_images(over: dict[str, Any], own_presets: dict[int, str]) -> tuple[str, dict[str, Any], str]:
+    """The preset for images that have none of their own, the settings with class labels where there are some, and a note."""
+    from ..config.sections import DataSettings, merge
+    from ..data.survey import survey
+    from ..system.schema import from_dict
+
+    data = from_dict(DataSettings, over["data"], "data")
+    found = survey(data.name, split=data.split, image_column=data.image_column, label_column=data.label_column)
+    small, large = sorted(own_presets)
+    size = small if (data.resolution or found.side) < (small + large) / 2 else large
+    labels = found.classes > 1 and over["data"].get("conditional", True)
+    over = merge({"data": {"conditional": labels}}, over)
+    classes = f"{found.classes:,} classes" if found.classes > 1 else "no classes"
+    note = (
+        f"{data.name}: {found.images:,} images, {classes}, about {found.side:,} pixels: preset {own_presets[size]}, for "
+        f"{data.resolution or size}x{data.resolution or size} pixels{' and with class labels' if labels else ''}; another with --preset"
+    )
+    return own_presets[size], over, note
 
 
 def default_name(preset: str, config: Any, base: Any) -> str:
@@ -174,6 +207,8 @@ def show(content: Any, stderr: bool = False) -> None:
 def show_config(chosen: Chosen, whole: bool = False) -> None:
     """What will be trained, in a few lines; `whole`: all settings, a row per section, those that differ from the preset marked."""
     changed = differences(chosen.config, chosen.base)
+    if chosen.note:
+        show(chosen.note, stderr=True)
     if not whole:
         for line in _summary(chosen, changed):
             show(line, stderr=True)

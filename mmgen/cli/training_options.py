@@ -34,7 +34,7 @@ LabelColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the 
 OnCorrupt = Annotated[str | None, _images(metavar="WORD", help="Damaged images: stop or skip. Default: stop.")]
 
 Preset = Annotated[
-    str | None, _training(metavar="NAME", help="The recipe; an unknown name lists them all. Default: the one for the data.")
+    str | None, _training(metavar="NAME", help="The recipe; an unknown name lists them all. Default: by the data.")
 ]
 ConfigFile = Annotated[Path | None, _training(metavar="FILE", help="A TOML file of settings, over the preset's.")]
 Set = Annotated[
