@@ -133,13 +133,18 @@ def test_heun_of_edm(name, tmp_path):
     assert (found.int() - expected.int()).abs().max() <= 1 and (found == expected).float().mean() > 0.99
 
 
+def respaced(steps: int) -> list[int]:
+    """guided-diffusion's and DiT's `timestep_respacing`: so many of 1000, with a constant stride, both ends included."""
+    return [round(i * 999 / (steps - 1)) for i in reversed(range(steps))]
+
+
 def test_ddim_of_adm(tmp_path):
-    """Song et al. (2021), equation 12 with eta 0, in DDPM's own coordinates, at trailing timesteps of the linear betas."""
+    """Song et al. (2021), equation 12 with eta 0, in DDPM's own coordinates, at respaced timesteps of the linear betas."""
     path, options = write("adm", tmp_path)
     run(convert, path, tmp_path / "m.safetensors", *options)
     model, steps = mmgen.load(tmp_path / "m.safetensors"), 5
     bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    timesteps = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
+    timesteps = respaced(steps)
     label, z = Labels(torch.tensor([1, 2]), model.config.num_classes), first_noise(model, 2)
     for t, after in zip(timesteps, [*timesteps[1:], None], strict=True):
         a, s = math.sqrt(bars[t]), math.sqrt(1 - bars[t])
@@ -162,24 +167,43 @@ def latents_of(model: Denoiser, steps: int, sampler: str = "ddim") -> torch.Tens
 
 
 def guided(model: Denoiser, z: torch.Tensor, time: float) -> torch.Tensor:
-    """The raw output, its first half, with guidance 1.5 against the null class."""
+    """The raw output, its first half, with guidance 1.5 against the null class on the first three channels: as the code published
+    for DiT and SiT has it ("for exact reproducibility reasons")."""
     t, one = torch.full((2,), time, dtype=torch.float64), Labels(torch.tensor([1, 2]), model.config.num_classes)
     with torch.no_grad():
         with_label, without = (model.network(z.float(), t, None, label)[:, :4].double() for label in (one, one.null()))
-    return without + 1.5 * (with_label - without)
+    first = without[:, :3] + 1.5 * (with_label[:, :3] - without[:, :3])
+    return torch.cat([first, with_label[:, 3:]], dim=1)
 
 
-def test_ddim_of_dit(tmp_path):
+@pytest.mark.parametrize("steps", [3, 5])
+def test_ddim_of_dit(steps, tmp_path):
     path, options = write("dit", tmp_path)
-    run(convert, path, tmp_path / "m.safetensors", *options)
+    text = run(convert, path, tmp_path / "m.safetensors", *options)
+    assert "first 3 of 4 channels" in text and "--grid linspace" in text
     model, bars = mmgen.load(tmp_path / "m.safetensors"), np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-    z = first_noise(model, 2)
-    for t, after in ((999, 666), (666, 332), (332, None)):  # trailing
+    z, timesteps = first_noise(model, 2), respaced(steps)
+    for t, after in zip(timesteps, [*timesteps[1:], None], strict=True):
         a, s = math.sqrt(bars[t]), math.sqrt(1 - bars[t])
         eps = guided(model, z, t)
         x = (z - s * eps) / a
         z = x if after is None else math.sqrt(bars[after]) * x + math.sqrt(1 - bars[after]) * eps
-    torch.testing.assert_close(latents_of(model, 3), z, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(latents_of(model, steps), z, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_on_all_channels(tmp_path):
+    """--guide-all: as diffusers' pipeline has it."""
+    path, options = write("dit", tmp_path)
+    text = run(convert, path, tmp_path / "m.safetensors", *options, "--guide-all")
+    model, bars = mmgen.load(tmp_path / "m.safetensors"), np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    assert "channels, as the published code" not in text
+    z = first_noise(model, 2)
+    with torch.no_grad():
+        t = torch.full((2,), 999.0, dtype=torch.float64)
+        given, null = (model.network(z.float(), t, None, torch.tensor(c))[:, :4].double() for c in ([1, 2], [10, 10]))
+    eps = null + 1.5 * (given - null)
+    expected = (z - math.sqrt(1 - bars[999]) * eps) / math.sqrt(bars[999])
+    torch.testing.assert_close(latents_of(model, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_euler_of_sit(tmp_path):

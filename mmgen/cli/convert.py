@@ -12,6 +12,20 @@ _PLACE = "A file, a diffusers folder, or a hub repository user/name."
 _TYPE = "sit, dit or repa, where the tensors' names do not tell. Default: by the file."
 _PRESET = "ADM and consistency models: the published flags, which the file lacks. An unknown name lists them."
 _WEIGHTS = "ema (averaged) or model, where the file has both."
+Type = Annotated[str | None, typer.Option(metavar="NAME", help=_TYPE)]
+Preset = Annotated[str | None, typer.Option(metavar="NAME", help=_PRESET)]
+Weights = Annotated[str, typer.Option(metavar="NAME", help=_WEIGHTS)]
+Heads = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="DiT and its kin: attention heads. Default: by the file, else as published for the width."),
+]
+Classes = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="DiT and its kin: classes, without the one for no class. Default: by the file, else assumed."),
+]
+GuideAll = Annotated[
+    bool, typer.Option("--guide-all", help="DiT and SiT: guide all channels, not the first three as their code does.")
+]
 
 
 def convert(
@@ -25,10 +39,13 @@ def convert(
             "original names).",
         ),
     ] = "mmgen",
-    type: Annotated[str | None, typer.Option(metavar="NAME", help=_TYPE)] = None,
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help=_PRESET)] = None,
+    type: Type = None,
+    preset: Preset = None,
+    heads: Heads = None,
+    classes: Classes = None,
+    guide_all: GuideAll = False,
     precision: Annotated[str | None, typer.Option(metavar="TYPE", help="fp32 or fp16. Default: as in IN.")] = None,
-    weights: Annotated[str, typer.Option(metavar="NAME", help=_WEIGHTS)] = "ema",
+    weights: Weights = "ema",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
     """Convert a checkpoint of another project to mmgen's file, or back.
@@ -44,7 +61,8 @@ def convert(
     from ..formats.recognise import FAMILIES
     from ..formats.convert import convert_file
 
-    done = convert_file(place, out, ConvertOptions(type, preset, precision), to=to, weights=weights, overwrite=overwrite)
+    options = ConvertOptions(type, preset, precision, heads, classes, guide_all)
+    done = convert_file(place, out, options, to=to, weights=weights, overwrite=overwrite)
     config = done.config
     rows: dict[str, Any] = {
         "family": FAMILIES[done.family],
@@ -64,9 +82,12 @@ def convert(
 
 def inspect(
     place: Annotated[str, typer.Argument(metavar="FILE", help=_PLACE)],
-    type: Annotated[str | None, typer.Option(metavar="NAME", help=_TYPE)] = None,
-    preset: Annotated[str | None, typer.Option(metavar="NAME", help=_PRESET)] = None,
-    weights: Annotated[str, typer.Option(metavar="NAME", help=_WEIGHTS)] = "ema",
+    type: Type = None,
+    preset: Preset = None,
+    heads: Heads = None,
+    classes: Classes = None,
+    guide_all: GuideAll = False,
+    weights: Weights = "ema",
 ) -> None:
     """Show what a checkpoint is, what it holds and what mmgen can do with it.
 
@@ -78,7 +99,8 @@ def inspect(
     from ..formats.reading import read
     from ..formats.recognise import describe
 
-    _show(describe(read(place, weights=weights), ConvertOptions(type, preset)))
+    options = ConvertOptions(type, preset, None, heads, classes, guide_all)
+    _show(describe(read(place, weights=weights), options))
 
 
 def _show(rows: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..models.denoiser import DenoiserSettings
 from ..errors import ConfigError, ModelError, nearest
-from ..models.model import ModelConfig
+from ..models.model import ModelConfig, SamplingSettings
 from ..networks import ADMSettings
 from .family import Converted, ConvertOptions
 from .mapping import cast, expected_state, place
@@ -80,6 +80,10 @@ PRESETS = {  # README of guided-diffusion; scripts/launch.sh of consistency_mode
     "ct-bedroom256": _CM_LSUN + " --dropout 0.0" + _CT,
     "ct-cat256": _CM_LSUN + " --dropout 0.0" + _CT,
 }
+LINSPACE = (
+    "timesteps are respaced from 999 to 0 as guided-diffusion does (--grid linspace; ancestral has the posterior's variance, "
+    "not the learned one)"
+)
 CLASSES = 1000  # --class_cond True: both projects know ImageNet's only
 
 
@@ -138,7 +142,8 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
     kind, original = ("consistency", _wide) if flags.training_mode else ("adm", _narrow)
     names = original_names(config)
     state = place(found, config, names.__getitem__, ours=_ours, original=original)
-    return Converted(config, cast(state, options.precision), {}, kind)
+    sampled = (LINSPACE,) if kind == "adm" else ()
+    return Converted(config, cast(state, options.precision), {}, kind, sampled=sampled)
 
 
 def original_state(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -225,7 +230,7 @@ def _config(found: Found, flags: Flags, preset: str) -> ModelConfig:
     )  # fmt: skip
     return ModelConfig(
         network=network, flow=None, denoiser=_denoiser(flags), resolution=flags.image_size, channels=channels,
-        num_classes=classes,
+        num_classes=classes, sampling=SamplingSettings() if flags.training_mode else SamplingSettings(grid="linspace"),
     )  # fmt: skip
 
 

@@ -89,6 +89,7 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
         settings, None, resolution, channels, classes,
         denoiser=denoiser,
         sampling=sampling,
+        null_trained=True,  # diffusers hides a tenth of the labels in training
         latents=published_latents(resolution) if channels == 4 else None,
         class_names=[names[str(i)] for i in range(classes)] if names and len(names) == classes else None,
     )  # fmt: skip
@@ -178,6 +179,8 @@ def for_writing(config: ModelConfig, state: dict[str, Tensor]) -> tuple[dict[str
         reason = "it is trained on SiT's path, and diffusers has no pipeline that samples a DiTTransformer2DModel on it"
     elif config.num_classes == 0:
         reason = "it is unconditional, and DiTTransformer2DModel always has classes"
+    elif not settings.null_class:
+        reason = "it has no null class, and DiTTransformer2DModel always has one"
     elif not settings.time_endpoint:
         reason = (
             "diffusers' DiTTransformer2DModel spaces the frequencies of the time embedding by 10000^(1/127) instead of DiT's "

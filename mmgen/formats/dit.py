@@ -13,6 +13,7 @@ is taken to be.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from torch import Tensor
@@ -20,16 +21,22 @@ from torch import Tensor
 from ..models.denoiser import DenoiserSettings
 from ..errors import ConfigError, ModelError, nearest
 from ..models.latents import LatentSettings
-from ..models.model import ModelConfig
+from ..models.model import ModelConfig, SamplingSettings
 from ..networks.dit import DiTSettings
 from .family import Converted, ConvertOptions
 from .mapping import cast, place
 from .reading import Found
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # hidden size -> attention heads of S, B, L, XL (arXiv:2212.09748, table 1)
+SIZES = {"S": 6, "B": 12, "L": 16, "XL": 16}  # of names such as DiT-XL/2
+ROUND = (10, 100, 1000)  # numbers of classes that data sets have: so many embeddings are taken to have none for no class
 TYPES = ("dit", "sit", "repa")
 SCALING = 0.18215  # of Stable Diffusion's latents
 VAE_ASSUMED = "the autoencoder and the scale of its latents are those of the published models"
+LINSPACE = (
+    "timesteps are respaced from 999 to 0 as DiT's code does (--grid linspace; ancestral has the posterior's variance, not the "
+    "learned one)"
+)
 _PROJECTORS = "a projector of REPA's, used in training only"
 
 
@@ -75,13 +82,30 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
     if vae not in ("ema", "mse"):
         raise ModelError(f"{found.path} names the autoencoder {vae!r}; known are ema and mse, of stabilityai/sd-vae-ft-...")
     left_out = {key: _PROJECTORS for key in found.tensors if key.startswith("projectors.")}
-    settings, resolution, channels, classes = _architecture(found, arguments, family)
+    settings, resolution, channels, classes, assumed = _architecture(found, arguments, family, options)
     config = ModelConfig(
-        settings, None, resolution, channels, classes, denoiser=DenoiserSettings("discrete" if family == "dit" else "flow"),
+        settings, None, resolution, channels, classes, denoiser=_denoiser(family, channels, options),
         latents=published_latents(resolution, vae) if channels == 4 else None,
+        sampling=SamplingSettings(grid="linspace") if family == "dit" else SamplingSettings(),
+        null_trained=settings.null_class if classes else None,  # the row is there where labels were hidden
     )  # fmt: skip
+    if family == "dit":
+        assumed.append("1000 timesteps of linear betas from 0.0001 to 0.02, and the noise as the output, as published")
+    elif "path_type" not in arguments or "prediction" not in arguments:
+        assumed.append("the linear path and the velocity as the output, as published")
+    if channels == 4:
+        assumed.append(VAE_ASSUMED)
+    sampled = [LINSPACE] if family == "dit" else []
+    if config.denoiser.guided_channels is not None:
+        sampled.append(f"guidance acts on the first 3 of {channels} channels, as the published code has it (--guide-all: on all)")
     state = place(found, config, original_names(settings.depth, labels=classes > 0).__getitem__, left_out=left_out)
-    return Converted(config, cast(state, options.precision), left_out, family)
+    return Converted(config, cast(state, options.precision), left_out, family, tuple(assumed), tuple(sampled))
+
+
+def _denoiser(family: str, channels: int, options: ConvertOptions) -> DenoiserSettings:
+    """DiT's and SiT's published code guides the first three channels, whatever their number, REPA's all."""
+    three = family in ("dit", "sit") and channels > 3 and not options.guide_all
+    return DenoiserSettings("discrete" if family == "dit" else "flow", guided_channels=3 if three else None)
 
 
 def original_state(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,8 +158,10 @@ def _check_path(found: Found, arguments: dict[str, Any]) -> None:
         raise ModelError(f"{found.path} was trained to predict the {prediction}: only the velocity is supported")
 
 
-def _architecture(found: Found, arguments: dict[str, Any], family: str) -> tuple[DiTSettings, int, int, int]:
-    """(settings, resolution, channels, classes) from the shapes."""
+def _architecture(
+    found: Found, arguments: dict[str, Any], family: str, options: ConvertOptions
+) -> tuple[DiTSettings, int, int, int, list[str]]:
+    """(settings, resolution, channels, classes, what is assumed) from the shapes, the file's arguments and the options."""
     tensors = found.tensors
     for key in ("pos_embed", "blocks.0.mlp.fc1.weight"):
         if key not in tensors:
@@ -152,20 +178,10 @@ def _architecture(found: Found, arguments: dict[str, Any], family: str) -> tuple
         raise ModelError(
             f"{found.path} has {channels} channels in and {outputs:g} out: only as many or twice as many are supported"
         )
-    heads = arguments.get("num_heads", HEADS.get(hidden))
-    if not isinstance(heads, int) or heads < 1 or hidden % heads:
-        sizes = ", ".join(map(str, HEADS))
-        raise ModelError(
-            f"{found.path} does not say how many attention heads its {hidden} channels have, and no published size has so many "
-            f"(those are {sizes}): put num_heads into the file's args"
-        )
+    heads, assumed = _heads(found, arguments, hidden, options)
     table = tensors.get("y_embedder.embedding_table.weight")
-    classes = 0 if table is None else table.shape[0] - 1
-    if table is not None and arguments.get("num_classes", classes) != classes:
-        raise ModelError(
-            f"{found.path} was trained with {arguments['num_classes']} classes and has {table.shape[0]} class embeddings: "
-            "one more is expected, for no class"
-        )
+    dropout = next((arguments[key] for key in ("class_dropout_prob", "cfg_prob") if key in arguments), None)
+    classes, null, more = class_rows(found, table, arguments.get("num_classes"), dropout, options)
     settings = DiTSettings(
         hidden_size=hidden,
         depth=len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
@@ -174,5 +190,54 @@ def _architecture(found: Found, arguments: dict[str, Any], family: str) -> tuple
         mlp_ratio=tensors["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
         learn_sigma=outputs == 2 * channels,
         reversed_flow=family == "repa",
+        null_class=null,
     )
-    return settings, math.isqrt(position.shape[1]) * patch, channels, classes
+    return settings, math.isqrt(position.shape[1]) * patch, channels, classes, assumed + more
+
+
+def _heads(found: Found, arguments: dict[str, Any], hidden: int, options: ConvertOptions) -> tuple[int, list[str]]:
+    """The attention heads by the file, else by --heads, else by the published sizes, which is said."""
+    size = re.match(r"(?:DiT|SiT)-(S|B|L|XL)/\d+$", str(arguments.get("model", "")))
+    said = arguments.get("num_heads") or (SIZES[size[1]] if size else None)
+    if said and options.heads not in (None, said):
+        raise ConfigError(f"{found.path} says itself that it has {said} attention heads, not {options.heads}: leave out --heads")
+    heads = said or options.heads or HEADS.get(hidden)
+    if heads is None:
+        raise ConfigError(f"{found.path} does not say how many attention heads its {hidden} channels have: give --heads")
+    if not isinstance(heads, int) or heads < 1 or hidden % heads:
+        kind = ConfigError if heads == options.heads else ModelError
+        raise kind(f"{found.path} has {hidden} channels, which {heads} attention heads do not divide")
+    assumed = (
+        [f"{heads} attention heads, as published for width {hidden} (else give --heads)"] if not (said or options.heads) else []
+    )
+    return heads, assumed
+
+
+def class_rows(
+    found: Found, table: Tensor | None, said: int | None, dropout: float | None, options: ConvertOptions
+) -> tuple[int, bool, list[str]]:
+    """(classes, whether the table's last row is that of no class, what is assumed).
+
+    The row is there where labels were hidden in training (class_dropout_prob above 0). `said`: the number of classes by the
+    file; `dropout`: the probability of hiding a label by the file. Raises ConfigError and ModelError.
+    """
+    if table is None:
+        if options.classes:
+            raise ConfigError(f"{found.path} has no class embeddings: leave out --classes")
+        return 0, True, []
+    rows = len(table)
+    if said is not None and options.classes not in (None, said):
+        raise ConfigError(f"{found.path} says itself that it has {said} classes, not {options.classes}: leave out --classes")
+    classes = said if said is not None else options.classes
+    if classes is None and dropout is not None:
+        classes = rows - (dropout > 0)
+    if classes is not None:
+        if classes < 1 or rows not in (classes, classes + 1):
+            kind = ModelError if said is not None else ConfigError
+            raise kind(
+                f"{found.path} has {rows} class embeddings, which are not those of {classes} classes, or one more for no class"
+            )
+        return classes, rows > classes, []
+    null = rows > 1 and rows not in ROUND
+    what = "the last is that of no class" if null else "none is that of no class, so that it cannot be guided"
+    return rows - null, null, [f"of {rows} class embeddings {what} (else give --classes)"]

@@ -35,6 +35,7 @@ from .reading import Found
 
 FILTER_REASON = "a resampling filter, a constant of the architecture"
 TABLE_REASON = "the noise levels of iDDPM, which follow from its constants"
+SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # what EDM samples from where the network has no limits of its own
 TAPS = {"box": [1.0, 1.0], "fir": [1.0, 3.0, 3.0, 1.0]}
 
 # Arguments of the published classes, with their defaults
@@ -71,16 +72,17 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
     """The network and its preconditioner from the constructor arguments in the file. Raises ModelError."""
     inner = module(found, "model")
     network, shape = network_settings(found, inner)
-    denoiser, given = _denoiser(found, inner)
+    denoiser, given, assumed = _denoiser(found, inner)
     if any(given.get(name, shape[name]) != shape[name] for name in ("img_resolution", "img_channels", "label_dim")):
         raise ModelError(f"{found.path}: the network and its preconditioner were made for images of different shapes or classes")
     config = ModelConfig(
         network=network, flow=None, denoiser=denoiser, resolution=shape["img_resolution"], channels=shape["img_channels"],
         num_classes=shape["label_dim"], augment_dim=shape["augment_dim"],
+        null_trained=inner["init_kwargs"].get("label_dropout", 0) > 0 if shape["label_dim"] else None,
     )  # fmt: skip
     left_out = check_constants(found, config)
     state = place(found, config, lambda key: original_name(config, key), left_out=left_out)
-    return Converted(config, cast(state, options.precision), left_out, "edm")
+    return Converted(config, cast(state, options.precision), left_out, "edm", assumed)
 
 
 def original_state(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -126,16 +128,21 @@ def network_settings(found: Found, inner: dict[str, Any]) -> tuple[UNetSettings 
     return settings, {**shape, "img_channels": a["in_channels"]}
 
 
-def _denoiser(found: Found, inner: dict[str, Any]) -> tuple[DenoiserSettings, dict[str, Any]]:
-    """The preconditioner with its range of noise levels, and all arguments of it."""
+def _denoiser(found: Found, inner: dict[str, Any]) -> tuple[DenoiserSettings, dict[str, Any], tuple[str, ...]]:
+    """The preconditioner with its range of noise levels, all arguments of it, and what is assumed."""
     name = found.arguments.get("class_name")
     if name not in _WRAPPERS:
         raise ModelError(f"{found.path} holds a network within {name!r}; EDM's preconditioners are {', '.join(_WRAPPERS)}")
     given = dict(found.arguments["init_kwargs"])
     published = {"img_resolution", "img_channels", "label_dim", "use_fp16", "model_type", *inner["init_kwargs"]}
     own = known(found, {k: v for k, v in given.items() if k not in published}, _WRAPPERS[name], name)
-    if name == "EDMPrecond":  # its own range is unlimited; 0.002 to 80 is what EDM samples with
-        settings = DenoiserSettings("edm", sigma_data=float(own["sigma_data"]))
+    assumed: tuple[str, ...] = ()
+    if name == "EDMPrecond":  # its own range is unlimited unless it says otherwise; 0.002 to 80 is what EDM samples with
+        low, high = float(own["sigma_min"]), float(own["sigma_max"])
+        limits = low if low > 0 else SIGMA_MIN, high if math.isfinite(high) else SIGMA_MAX
+        settings = DenoiserSettings("edm", sigma_data=float(own["sigma_data"]), sigma_min=limits[0], sigma_max=limits[1])
+        unsaid = [f"sigma_min {SIGMA_MIN:g}"] * (low <= 0) + [f"sigma_max {SIGMA_MAX:g}"] * math.isinf(high)
+        assumed = (f"{' and '.join(unsaid)}, EDM's defaults for sampling",) if unsaid else ()
     elif name == "VEPrecond":
         settings = DenoiserSettings("ve", sigma_min=float(own["sigma_min"]), sigma_max=float(own["sigma_max"]))
     else:
@@ -146,7 +153,7 @@ def _denoiser(found: Found, inner: dict[str, Any]) -> tuple[DenoiserSettings, di
         else:
             table = noise_levels()
             settings = DenoiserSettings("iddpm", sigma_min=table[-2].item(), sigma_max=table[0].item())
-    return settings, given
+    return settings, given, assumed
 
 
 def noise_levels() -> Tensor:

@@ -57,10 +57,14 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
         network=network, flow=None, denoiser=DenoiserSettings("edm", sigma_data=float(wrapper["sigma_data"])),
         resolution=a["img_resolution"], channels=a["img_channels"], num_classes=a["label_dim"],
         latents=published_latents(a["img_resolution"]) if a["img_channels"] == 4 else None,
+        null_trained=False if a["label_dim"] else None,  # its classes are never hidden in training
     )  # fmt: skip
+    assumed = ["sigma_min 0.002 and sigma_max 80, EDM2's defaults for sampling"]
+    if config.latents is not None:
+        assumed.append("the autoencoder and the whitening of its latents are those of the published models")
     left_out = {key: LOGVAR_REASON for key in found.tensors if key.startswith(("logvar_fourier.", "logvar_linear."))}
     state = place(found, config, lambda key: f"unet.{key}", left_out=left_out)
-    return Converted(config, cast(state, options.precision), left_out, "edm2")
+    return Converted(config, cast(state, options.precision), left_out, "edm2", tuple(assumed))
 
 
 def published_latents(resolution: int) -> LatentSettings:

@@ -18,6 +18,9 @@ class ConvertOptions:
     type: str | None = None  # "sit" or "dit", where keys cannot tell
     preset: str | None = None  # names what an ADM file does not hold
     precision: str | None = None  # None: as in the file; "fp32", "fp16"
+    heads: int | None = None  # attention heads of a transformer, whose tensors do not tell
+    classes: int | None = None  # of a transformer: whether the last class embedding is that of no class
+    guide_all: bool = False  # DiT and SiT: guidance on all channels, not on the first three as their code has it
 
 
 @dataclass(frozen=True)

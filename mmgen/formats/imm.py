@@ -28,17 +28,19 @@ their published configuration. Arguments that EDM's class does not have, such as
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import ModelError, nearest
+from ..errors import ConfigError, ModelError, nearest
 from ..models.flow_map import FlowMapSettings
 from ..models.latents import LatentSettings
 from ..models.model import ModelConfig
 from ..networks import DiTSettings
 from ..encoders.vae import IMM_MEAN, IMM_STD, IMM_TARGET_STD
 from . import edm
+from .dit import class_rows
 from .family import Converted, ConvertOptions
 from .mapping import cast, check_sizes, module, place
 from .reading import Found
@@ -67,22 +69,32 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
     given = {**_WRAPPER, **found.arguments["init_kwargs"]}
     inner = found.arguments.get("modules", {}).get("model", {})
     if "model.x_embedder.proj.weight" in found.tensors:
-        network, shape = _dit(found, inner.get("init_kwargs", {}), given)
+        network, shape, assumed = _dit(found, inner.get("init_kwargs", {}), given, options)
+        null = network.null_class if shape["label_dim"] else None
     elif (inner := module(found, "model"))["class_name"] == "SongUNet":
         named = {key: value for key, value in inner["init_kwargs"].items() if key in edm.SONG_ARGUMENTS}
         network, shape = edm.network_settings(found, {**inner, "init_kwargs": named})
         augment = found.tensors.get("model.map_augment.weight")
         shape["augment_dim"] = 0 if augment is None else augment.shape[1]
+        dropout = inner["init_kwargs"].get("label_dropout")
+        null = dropout > 0 if isinstance(dropout, int | float) and shape["label_dim"] else None
+        assumed = []
     else:
         raise ModelError(f"{found.path} holds a network of class {inner['class_name']!r}; IMM's models have SongUNet or DiT")
     config = ModelConfig(
         network=network, flow=_flow(found, given), resolution=shape["img_resolution"], channels=shape["img_channels"],
         num_classes=shape["label_dim"], augment_dim=shape["augment_dim"],
         latents=published_latents(shape["img_resolution"]) if shape["img_channels"] == 4 else None,
+        null_trained=null,
     )  # fmt: skip
+    unsaid = [f"{key} {_WRAPPER[key]}" for key in _WRAPPER if key not in found.arguments["init_kwargs"] and key != "label_dim"]
+    if unsaid:
+        assumed.append(f"{', '.join(unsaid)}: the published defaults")
+    if config.latents is not None:
+        assumed.append("the autoencoder and the scale of its latents are those of the published models")
     left_out = edm.check_constants(found, config)
     state = place(found, config, lambda key: original_name(config, key), left_out=left_out)
-    return Converted(config, cast(state, options.precision), left_out, "imm")
+    return Converted(config, cast(state, options.precision), left_out, "imm", tuple(assumed))
 
 
 def published_latents(resolution: int) -> LatentSettings:
@@ -146,8 +158,10 @@ def _flow(found: Found, given: dict[str, Any]) -> FlowMapSettings:
     )  # fmt: skip
 
 
-def _dit(found: Found, own: dict[str, Any], given: dict[str, Any]) -> tuple[DiTSettings, dict[str, int]]:
-    """Sizes from the tensors, the number of heads from the arguments or the name of the size, such as DiT_XL_2."""
+def _dit(
+    found: Found, own: dict[str, Any], given: dict[str, Any], options: ConvertOptions
+) -> tuple[DiTSettings, dict[str, int], list[str]]:
+    """Sizes from the tensors, the number of heads from the arguments or the name of the size, such as DiT_XL_2; what is assumed."""
     patches, table = (
         found.tensors.get("model.x_embedder.proj.weight"),
         found.tensors.get("model.y_embedder.embedding_table.weight"),
@@ -156,9 +170,14 @@ def _dit(found: Found, own: dict[str, Any], given: dict[str, Any]) -> tuple[DiTS
         raise ModelError(f"{found.path} lacks model.x_embedder.proj.weight, the embedding of patches of a DiT")
     hidden, channels, patch, _ = patches.shape
     size = re.match(r"DiT_(S|B|L|XL)_\d+$", str(given.get("model_type", "")))
-    heads = own.get("num_heads") or (_HEADS[size[1]] if size else None)
+    said = own.get("num_heads") or (_HEADS[size[1]] if size else None)
+    if said and options.heads not in (None, said):
+        raise ConfigError(
+            f"{found.path} says itself that its DiT has {said} attention heads, not {options.heads}: leave out --heads"
+        )
+    heads = said or options.heads
     if heads is None:
-        raise ModelError(f"{found.path} does not say how many heads its DiT has: neither num_heads nor a size such as DiT_XL_2")
+        raise ConfigError(f"{found.path} does not say how many attention heads its DiT has: give --heads")
     depth = len({match[1] for key in found.tensors if (match := re.match(r"model\.blocks\.(\d+)\.", key))})
     resolution = given.get("img_resolution") or own.get("img_resolution")
     check_sizes(found, {"img_resolution": resolution, "num_heads": heads}, "its DiT")
@@ -171,5 +190,6 @@ def _dit(found: Found, own: dict[str, Any], given: dict[str, Any]) -> tuple[DiTS
         hidden_size=hidden, depth=depth, num_heads=heads, patch_size=patch,
         mlp_ratio=4.0 if fc1 is None else fc1.shape[0] / hidden,
     )  # fmt: skip
-    classes = 0 if table is None else len(table) - 1
-    return settings, {"img_resolution": resolution, "img_channels": channels, "label_dim": classes, "augment_dim": 0}
+    classes, null, assumed = class_rows(found, table, given.get("label_dim") or None, None, options)
+    shape = {"img_resolution": resolution, "img_channels": channels, "label_dim": classes, "augment_dim": 0}
+    return replace(settings, null_class=null), shape, assumed

@@ -82,6 +82,10 @@ def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Convert
         first = ", ".join(ascii(key[:60])[1:-1] for key in list(found.tensors)[:3])
         known = ", ".join(text for word, text in FAMILIES.items() if word != "mmgen")
         raise ModelError(f"{found.path} is of no family that mmgen knows (its tensors: {first} ...); known: {known}")
+    if options.guide_all and family not in ("dit", "sit"):
+        raise ConfigError(f"--guide-all is for DiT and SiT files, and {found.path} is none: leave it out")
+    if (options.heads or options.classes) and family not in ("dit", "sit", "repa", "imm"):
+        raise ConfigError(f"--heads and --classes are for DiT and its kin, and {found.path} says these itself: leave them out")
     try:
         return family_module(family).convert(found, options)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from ..networks.conditions import Condition, concatenate
+
+if TYPE_CHECKING:
+    from .model import ModelConfig
 
 
 def guided(
@@ -40,3 +45,16 @@ def is_single(condition: Condition | None, guidance: float, guided_channels: int
 
 def _precise(output: Tensor, x: Tensor) -> Tensor:
     return output if x.dtype == torch.float64 else output.float()
+
+
+def knows_null(config: ModelConfig) -> bool | None:
+    """Whether a model also learned images without a class, as guidance needs; None where nothing says.
+
+    Not where the network has no null class, and not where it was trained with label dropout 0.
+    """
+    if config.num_classes == 0 or not getattr(config.network, "null_class", config.network.kind != "diffusers_unet2d"):
+        return False
+    if config.null_trained is not None:
+        return config.null_trained
+    data = config.training.get("config", {}).get("data", {})
+    return data["label_dropout"] > 0 if isinstance(data.get("label_dropout"), int | float) else None

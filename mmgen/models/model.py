@@ -69,6 +69,7 @@ class ModelConfig:
     resolution: int  # of images; of the latents where there are `latents`
     channels: int
     num_classes: int = 0  # 0: unconditional
+    null_trained: bool | None = None  # trained on images without a class too, as guidance needs; None: see `guidance.knows_null`
     augment_dim: int = 0  # width of the augmentation label that the network was trained with; 0: none
     class_names: list[str] | None = None
     class_counts: list[int] | None = None  # images per class in the training data

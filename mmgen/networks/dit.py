@@ -32,6 +32,7 @@ class DiTSettings:
     learn_sigma: bool = False  # twice the channels come out, of which the second half is DiT's variance: [N, 2 C, R, R]
     reversed_flow: bool = False  # REPA: its time 1 is noise and its output e - x, both turned round here to be SiT's
     time_endpoint: bool = False  # diffusers' DiT: the last frequency of the time embedding is 1/10000 itself
+    null_class: bool = True  # a row of the class table for no class; without it neither guidance nor unlabelled images
     mlp_epsilon: float = EPSILON  # of the layer norm before the MLP: diffusers' DiT has 1e-5
 
 
@@ -91,7 +92,7 @@ class DiT(nn.Module):
         super().__init__()
         if second_time and (settings.learn_sigma or settings.reversed_flow):
             raise ConfigError("learn_sigma and reversed_flow are settings of denoisers: a flow map's network has neither")
-        self.settings, self.num_classes = settings, num_classes
+        self.settings, self.num_classes, self.has_null_class = settings, num_classes, settings.null_class
         dim, patch = settings.hidden_size, settings.patch_size
         self.side = resolution // patch
         frequencies = positional_frequencies(SINUSOID_DIM, endpoint=settings.time_endpoint)
@@ -100,7 +101,7 @@ class DiT(nn.Module):
         self.patch_embed = nn.Conv2d(channels + extra_channels, dim, patch, stride=patch)
         self.time_mlp = TimeMLP(SINUSOID_DIM, dim)
         self.second_time_mlp = TimeMLP(SINUSOID_DIM, dim) if second_time else None
-        self.label_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
+        self.label_embed = nn.Embedding(num_classes + settings.null_class, dim) if num_classes else None
         self.blocks = nn.ModuleList(
             Block(dim, settings.num_heads, settings.mlp_ratio, settings.mlp_epsilon) for _ in range(settings.depth)
         )
@@ -136,7 +137,10 @@ class DiT(nn.Module):
         if self.second_time_mlp is not None:
             emb = emb + self.second_time_mlp(sinusoid(s, self.frequencies, sine_first=False))
         if self.label_embed is not None:
-            emb = emb + self.label_embed(class_numbers(condition, self.num_classes, t))
+            label = class_numbers(condition, self.num_classes, t)
+            if not self.has_null_class and (label == self.num_classes).any():
+                raise ConfigError("this DiT has no null class: every image needs a class, and guidance must be 1")
+            emb = emb + self.label_embed(label)
         emb = F.silu(emb)
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:

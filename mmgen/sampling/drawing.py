@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import denoiser_samplers as diffusion
 from ..models.denoiser import Denoiser
+from ..models.guidance import knows_null
 from .classes import class_numbers, random_labels, with_images
 from .denoiser_samplers import Churn
 from ..errors import ConfigError, nearest
@@ -89,8 +90,12 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         if classes != "random":
             raise ConfigError("classes cannot be chosen: this model is unconditional")
         guidance = 1.0
-    if guidance != 1 and not getattr(config.network, "null_class", config.network.kind != "diffusers_unet2d"):
-        raise ConfigError(f"guidance {guidance:g} needs a network that also knows images without a class, and this one does not")
+    null = knows_null(config)
+    if guidance != 1 and null is False:
+        raise ConfigError(
+            f"guidance {guidance:g} needs a model that also learned images without a class (label dropout), and this one did not: "
+            "leave guidance at 1"
+        )
     steps = settings.steps
     if steps is None:
         steps = len(settings.etas) + 1 if grid == "eta" else _default_steps(config, sampler)
@@ -111,7 +116,7 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         churn=_churn(config.sampling, settings, sampler),
         batch_size=settings.batch_size,
         stochasticity=_stochasticity(config, settings, sampler),
-        notes=_notes(config, steps, sampler, grid),
+        notes=_notes(config, steps, sampler, grid, guidance if null is None else 1.0),
     )
 
 
@@ -181,12 +186,17 @@ def _stochasticity(config: ModelConfig, settings: SampleSettings, sampler: str) 
     return chosen
 
 
-def _notes(config: ModelConfig, steps: int, sampler: str, grid: str) -> tuple[str, ...]:
-    """Where a student is sampled otherwise than it was distilled for."""
+def _notes(config: ModelConfig, steps: int, sampler: str, grid: str, doubtful: float) -> tuple[str, ...]:
+    """Where a student is sampled otherwise than it was distilled for, or a `doubtful` guidance may not be possible."""
     own = config.sampling.student_steps
-    if own is None:
-        return ()
     notes = []
+    if doubtful != 1:
+        notes.append(
+            f"guidance {doubtful:g} needs a model that also learned images without a class (label dropout), and nothing says "
+            "whether this one did"
+        )
+    if own is None:
+        return tuple(notes)
     if steps != own:
         notes.append(f"this student was distilled for {own} step{'s' * (own > 1)}, and its images of {steps} may be worse")
     if sampler != "ancestral":

@@ -80,6 +80,7 @@ def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more:
         "s_noise": None if churn is None else churn.s_noise,
         "stochasticity": None if chosen.stochasticity == 1 else chosen.stochasticity,
         "notes": list(chosen.notes),
+        "assumed": config.training.get("converted", {}).get("assumed", []),  # of a converted model: what no file says
         "guidance": chosen.guidance,
         "classes": chosen.classes if config.num_classes else None,
         "seed": chosen.seed,

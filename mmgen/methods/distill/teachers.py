@@ -12,6 +12,7 @@ from torch import Tensor
 from ...formats.family import ConvertOptions
 from ...formats.reading import read
 from ...formats.recognise import convert, family_of
+from ...models.guidance import knows_null
 from ...models.denoiser import Denoiser, DenoiserSettings, sigma_range
 from ...errors import ConfigError, ModelError
 from ...models.model import ModelConfig, check_state, read_config
@@ -32,8 +33,8 @@ class Teacher:
 
     @property
     def has_null_class(self) -> bool:
-        """Whether it can denoise an image without a class, beside those with one: guidance needs that."""
-        return self.model.config.num_classes > 0 and getattr(self.model.network, "has_null_class", True)
+        """Whether it also learned images without a class, as guidance needs; taken to be so where nothing says."""
+        return self.model.config.num_classes > 0 and knows_null(self.model.config) is not False
 
 
 def load_teacher(
