@@ -163,7 +163,7 @@ def latents_of(model: Denoiser, steps: int, sampler: str = "ddim") -> torch.Tens
     """What is drawn before an autoencoder, which is not at hand, decodes it."""
     chosen = sampling.plan(model.config, sampling.SampleSettings(steps=steps, sampler=sampler, classes=[1, 2], guidance=1.5))
     with torch.no_grad():
-        return sampling._draw_batch(model, chosen, torch.arange(2), torch.tensor([1, 2]))
+        return sampling._draw_batch(model, chosen, torch.arange(2), Labels(torch.tensor([1, 2]), model.config.num_classes))
 
 
 def guided(model: Denoiser, z: torch.Tensor, time: float) -> torch.Tensor:
@@ -200,7 +200,7 @@ def test_guidance_on_all_channels(tmp_path):
     z = first_noise(model, 2)
     with torch.no_grad():
         t = torch.full((2,), 999.0, dtype=torch.float64)
-        given, null = (model.network(z.float(), t, None, torch.tensor(c))[:, :4].double() for c in ([1, 2], [10, 10]))
+        given, null = (model.network(z.float(), t, None, Labels(torch.tensor(c), 10))[:, :4].double() for c in ([1, 2], [10, 10]))
     eps = null + 1.5 * (given - null)
     expected = (z - math.sqrt(1 - bars[999]) * eps) / math.sqrt(bars[999])
     torch.testing.assert_close(latents_of(model, 1), expected, rtol=1e-4, atol=1e-4)
