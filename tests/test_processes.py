@@ -158,3 +158,11 @@ def test_nobody_waits_in_a_collective_for_one_that_works_alone(tmp_path):
     for what in ("_write", "picture", "write_state"):
         assert result.stdout.count(f"alone: {what}") == 1, result.stdout
     assert (tmp_path / "run/results.json").is_file()
+
+
+def test_accelerate_launch_on_a_cpu_starts_one(tmp_path):
+    """`--num_processes 2` or not: so the README shows torchrun for several processes on CPUs."""
+    make_denoiser(tmp_path / "teacher.safetensors", channels=1, num_classes=10)
+    launch(tmp_path, ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"], [[*SAMPLE, "--out", "a.npz"]], "cache")
+    assert [json.loads(file.read_text())["size"] for file in tmp_path.glob("process-*.json")] == [1]
+    assert len(np.load(tmp_path / "a.npz")["arr_0"]) == 13

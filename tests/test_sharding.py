@@ -36,6 +36,7 @@ def run(cwd: Path, *command: str, launcher=(), fsdp: dict | None = None) -> subp
 def sharded(cwd: Path, *command: str) -> None:
     result = run(cwd, *command, launcher=TWO, fsdp={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
     assert result.returncode == 0, result.stderr
+    assert "= 2 device" in result.stderr  # the batch is shared by two
 
 
 def assert_close(found: Path, expected: Path, relative: float = 1e-5) -> None:

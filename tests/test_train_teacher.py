@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from exact import exactly
 from torch.nn import functional as F
 from toy_task import Quiet
 
@@ -67,7 +68,7 @@ CASES = [
 @pytest.mark.parametrize("changes", CASES, ids=lambda case: "-".join(str(v) for v in case.values()))
 def test_the_loss_is_the_weighted_error_of_x_hat(changes):
     objective, model_config, batch = make(**changes)
-    loss, numbers = objective(batch)
+    loss, numbers = exactly(objective)(batch)
     x = batch.images.double() / 127.5 - 1
     noise = normal(keys(0, batch.index, teacher._NOISE), x.shape[1:]).double()
     draw = uniform(keys(0, batch.index, teacher._TIME))
@@ -96,6 +97,7 @@ def test_losses_of_v_eps_and_velocity_are_the_plain_ones():
     for name, prediction, weighting in cases:
         changes = {"denoiser.schedule.name": name, "denoiser.prediction": prediction, "loss.weighting": weighting}
         objective, _, batch = make(**changes)
+        exactly(objective)
         x = batch.images.double() / 127.5 - 1
         e = normal(keys(0, batch.index, teacher._NOISE), x.shape[1:]).double()
         sigma = draw_sigma(objective.config.loss, objective.config.denoiser, uniform(keys(0, batch.index, teacher._TIME)))
@@ -125,6 +127,7 @@ def test_augmentation_comes_with_its_label():
 
 def test_draws_depend_on_the_number_of_the_image_only():
     objective, _, batch = make()
+    exactly(objective)
     whole, numbers = objective(batch)
     parts = [objective(fetch(data.load("digits"), start, 8, 0, torch.device("cpu"))) for start in (0, 8)]
     assert whole.item() == pytest.approx(sum(loss.item() for loss, _ in parts) / 2, rel=1e-6)
