@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from .. import __version__
-from . import cache_latents, convert, distill, fid, push, sample, train_imm, train_teacher
+from . import cache_latents, compare, convert, distill, fid, push, sample, train_imm, train_teacher
 from .help import Command, Group
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ def _mmgen(
 COMMANDS = {
     "train-imm": train_imm.train_imm, "train-teacher": train_teacher.train_teacher, "distill": distill.distill,
     "sample": sample.sample, "fid": fid.fid, "convert": convert.convert, "inspect": convert.inspect,
-    "cache-latents": cache_latents.cache_latents, "push": push.push,
+    "cache-latents": cache_latents.cache_latents, "push": push.push, "compare": compare.compare,
 }  # fmt: skip
 for name, function in COMMANDS.items():
     app.command(name, cls=Command)(function)
