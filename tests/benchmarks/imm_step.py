@@ -57,7 +57,11 @@ def ours(config: ImmConfig, device: str, steps: int) -> Run:
 
 def plain(config: ImmConfig, device: str, steps: int) -> Run:
     """The same data, the same initial weights."""
-    trainer = imm_trainer(config, device)
+    return plain_steps(imm_trainer(config, device), config, steps)
+
+
+def plain_steps(trainer: Trainer, config: ImmConfig, steps: int) -> Run:
+    """The textbook's steps on the batches of a trainer."""
     step, inputs = plain_step(trainer, config), trainer.task.parts["model"].objective.inputs
 
     def once() -> None:

@@ -20,9 +20,10 @@ from mmgen.methods.imm import imm_model_config, imm_task
 from mmgen.methods.teacher import teacher_model_config, teacher_task
 from mmgen.models.model import build_model, save_model
 from mmgen.training.loop import Trainer
+from mmgen.training.task import Reporter
 
 from ..benchmarks.measuring import temporary_folder
-from ..benchmarks.runs import Silent, noise_latents, trainer
+from ..benchmarks.runs import noise_latents, trainer
 
 QUIET = {"run.eval_num": 0, "run.batch_per_device": "auto"}
 # One network of each kind, small: numerics only
@@ -107,7 +108,7 @@ def distill_case(preset: str, teacher_preset: str, method: str = "alternating", 
         )))  # fmt: skip
         model = student_model_config(config, found, dataset)
         return trainer(
-            config, dataset, lambda accelerator: distill_task(config, found, model, dataset, Silent(), accelerator), device
+            config, dataset, lambda accelerator: distill_task(config, found, model, dataset, Reporter(), accelerator), device
         )
 
     return Case(f"{preset}, {method}", make)

@@ -55,7 +55,6 @@ def loss_and_gradient(case: Case, device: str, precision: str) -> dict[str, tupl
         gradients = [p.grad.double().flatten().cpu() / scale for p in part.network.parameters() if p.grad is not None]
         found[name] = loss.item(), torch.cat(gradients)
         part.network.zero_grad(set_to_none=True)
-    del trainer
     gc.collect()
     return found
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from mmgen.training.cost import Work, estimate
-from mmgen.training.loop import Trainer
 
-from ..benchmarks.imm_step import plain_step
+from ..benchmarks.imm_step import plain_steps
 from .cases import Case, imm_case
 from .memory import preset_cases
 
@@ -97,15 +96,8 @@ def measured(
 
 def plain(case: Case, device: str, batch: int) -> Callable[[], Any]:
     """The textbook's step of IMM on the same data; `tests/benchmarks/plain_imm.py`."""
-    trainer: Trainer = case.make(device, "tf32", batch)
-    step, inputs = plain_step(trainer, trainer.task.parts["model"].objective.config), trainer.task.parts["model"].objective.inputs
-
-    def once() -> None:
-        part = next(iter(trainer._batches(0)))
-        x, augment = inputs.images(part)
-        step(x, inputs.labels(part, trainer.network.num_classes), augment, 0)
-
-    return once
+    trainer = case.make(device, "tf32", batch)
+    return plain_steps(trainer, trainer.task.parts["model"].objective.config, 1)
 
 
 def release(device: str) -> None:
