@@ -105,7 +105,7 @@ def toy_task(accelerator):
         "student": Part(student, StudentObjective(student), prepare),
         "auxiliary": Part(auxiliary, AuxiliaryObjective(auxiliary, student)),
     }
-    task = Task(parts, model_config(), turn=lambda step: ("auxiliary", "student")[step % 2], picture=lambda model, seed: None)
+    task = Task(parts, model_config(), turn=lambda step: ("auxiliary", "student")[step % 2], picture=lambda model, seed, scores: None)
     task.seen = seen
     return task
 

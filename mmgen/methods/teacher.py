@@ -17,7 +17,7 @@ from ..models.denoiser import Denoiser, preconditioning
 from ..diffusion.process import per_image
 from ..errors import ConfigError
 from ..models.latents import LatentSettings
-from ..losses.denoising import LEVELS, draw_sigma, weight
+from ..losses.denoising import LEVELS, draw_sigma, level_edges, weight
 from ..models.model import ModelConfig, check_weights
 from ..system.random import keys, normal, torch_seed, uniform
 from ..sampling.drawing import check_defaults
@@ -61,7 +61,8 @@ def teacher_task(config: TeacherConfig, model_config: ModelConfig) -> Task:
     """A freshly initialised network with the loss of a denoiser."""
     check_weights(model_config)
     network = Denoiser(model_config).network
-    return Task({"model": Part(network, DenoisingObjective(network, config, model_config.latents))}, model_config)
+    parts = {"model": Part(network, DenoisingObjective(network, config, model_config.latents))}
+    return Task(parts, model_config, levels=level_edges(config.loss, config.denoiser))
 
 
 class DenoisingObjective(nn.Module):

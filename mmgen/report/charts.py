@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Okabe and Ito's colours, told apart by people who see colours differently, the darker ones first.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# For series in an order, such as noise levels: viridis without its palest end, dark to light.
+ORDERED = ("#440154", "#46327E", "#365C8D", "#277F8E", "#1FA187", "#4AC16D", "#A0DA39", "#E3B505")
 _INK, _SOFT, _LINES, _AXIS = "#222222", "#666666", "#E6E6E6", "#999999"
 _DRAWN = 2  # drawn at twice the size and reduced: smooth lines
 _DOTTED = 24  # series of at most so many points show each
@@ -27,12 +29,19 @@ class Panel:
         series: name -> (x, y). Points that are not finite (or beyond 1e290), and on a logarithmic axis those not above
             zero, are left out.
         log_y: a logarithmic vertical axis.
+        ordered: the series are in an order, which their colours show.
     """
 
     title: str
     xlabel: str
     series: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
     log_y: bool = False
+    ordered: bool = False
+
+    def colours(self) -> dict[str, str]:
+        palette = ORDERED if self.ordered else COLOURS
+        spread = (len(ORDERED) - 1) / max(len(self.series) - 1, 1) if self.ordered and len(self.series) < len(ORDERED) else 1
+        return {name: palette[round(i * spread) % len(palette)] for i, name in enumerate(self.series)}
 
 
 @dataclass(frozen=True)
@@ -53,26 +62,30 @@ class _Axis:
         return self.start + part * (self.end - self.start)
 
 
-def line_chart(panels: list[Panel], width: int = 1000, height: int = 360) -> Image.Image:
-    """Draws the panels side by side, or one above the other where the picture is higher than wide: RGB, width x height.
+def line_chart(panels: list[Panel], width: int = 1000, height: int = 360, across: int | None = None) -> Image.Image:
+    """Draws the panels, `across` in a row: RGB, width x height.
+
+    across: None draws all side by side, or one above the other where the picture is higher than wide.
 
     Raises ValueError for no panels, less than 160 x 120 pixels for one of them, or an x and y of different lengths.
     """
     if not panels:
         raise ValueError("a chart needs at least one panel")
-    across, down = (len(panels), 1) if width >= height else (1, len(panels))
+    if across is None:
+        across = len(panels) if width >= height else 1
+    down = -(-len(panels) // across)
     if width < 160 * across or height < 120 * down:
         raise ValueError(f"{len(panels)} panels need more room than {width} x {height} pixels")
     canvas = Image.new("RGB", (width * _DRAWN, height * _DRAWN), "white")
     draw = ImageDraw.Draw(canvas)
     font = _font(12)
     legends = [_legend(panel, font, (width / across - 44) * _DRAWN) for panel in panels]
-    lines = max(map(len, legends)) if across > 1 else None  # axes side by side begin at the same height
     for i, (panel, legend) in enumerate(zip(panels, legends, strict=True)):
         column, row = i % across, i // across
         left, right = (width * _DRAWN * c // across for c in (column, column + 1))
         top, bottom = (height * _DRAWN * r // down for r in (row, row + 1))
-        head = (34 + 18 * (len(legend) if lines is None else lines)) * _DRAWN
+        lines = max(map(len, legends[row * across : (row + 1) * across]))  # axes side by side begin at the same height
+        head = (34 + 18 * lines) * _DRAWN
         _draw_panel(draw, panel, legend, head, (left, top, right, bottom))
     return canvas.reduce(_DRAWN)
 
@@ -195,7 +208,7 @@ def _draw_panel(
     draw.text((inner, top + 10 * u), panel.title, fill=_INK, font=large, anchor="la")
     draw.text(((inner + outer) / 2, bottom - 8 * u), panel.xlabel, fill=_SOFT, font=normal, anchor="md")
 
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(points)}
+    colour = panel.colours()
     for row, names in enumerate(legend):
         x, y = inner, top + (40 + 18 * row) * u
         for name in names:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..system.files import replacing
 
 READABLE = 64  # pixels: smaller tiles are enlarged to at least about this
+_INK, _SOFT = "#222222", "#666666"
 
 
 def save_png(path: str | os.PathLike, image: Tensor | np.ndarray | Image.Image) -> None:
@@ -90,37 +91,58 @@ def labelled_rows(
     rows: Sequence[tuple[str, Tensor | np.ndarray]],
     *,
     columns: int = 10,
+    names: Sequence[str] = (),
     scale: int | None = None,
     padding: int = 2,
 ) -> Image.Image:
     """Rows of images with a caption at the left of each: samples of 1, 2, 4, 8 steps above real images, say.
 
     Args:
-        rows: captions with images uint8 [N, C, H, W]; a row of more than `columns` images goes on in the next line.
+        rows: captions with images uint8 [N, C, H, W]; a row of more than `columns` images goes on in the next line. What
+            follows a caption's first line is written smaller.
         columns, scale, padding: as for `grid`.
+        names: of the columns, written above them, and cut where they are wider.
 
     Raises ValueError for no rows, and what `grid` raises.
     """
     if not rows:
         raise ValueError("a picture needs at least one row")
     pictures = [grid(images, columns, scale=scale, padding=padding) for _, images in rows]
-    tile = max(_array(images).shape[2] * (scale or _scale(_array(images))) for _, images in rows)
+    tile = max(_array(images).shape[3] * (scale or _scale(_array(images))) for _, images in rows)
     size = min(max(tile // 4, 14), 28)  # the captions grow with the tiles, within what is readable and not loud
-    font = ImageFont.load_default(size)
+    large, small = ImageFont.load_default(size), ImageFont.load_default(max(size * 7 // 8, 12))
     margin, gap = size, max(size // 2, 3 * padding)
 
-    boxes = [font.getbbox(caption) for caption, _ in rows]
-    left = margin + max(math.ceil(box[2]) for box in boxes) + margin // 2
+    captions = [[(line, small if i else large) for i, line in enumerate(caption.split("\n"))] for caption, _ in rows]
+    widest = max(font.getlength(line) for caption in captions for line, font in caption)
+    left = margin + math.ceil(widest) + margin // 2
+    first = margin + (size + gap if names else 0)
     width = left + max(picture.width for picture in pictures) + margin
-    height = 2 * margin + sum(picture.height for picture in pictures) + gap * (len(rows) - 1)
+    height = first + margin + sum(picture.height for picture in pictures) + gap * (len(rows) - 1)
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    top = margin
-    for (caption, _), picture in zip(rows, pictures, strict=True):
+    for i, name in enumerate(names[:columns]):
+        middle = left + padding + i * (tile + padding) + tile / 2
+        draw.text((middle, margin + size), _fitting(name, small, tile), fill=_INK, font=small, anchor="ms")
+    top = first
+    for caption, picture in zip(captions, pictures, strict=True):
         canvas.paste(picture, (left, top))
-        draw.text((left - margin // 2, top + picture.height / 2), caption, fill="#333333", font=font, anchor="rm")
+        y = top + picture.height / 2 - 0.65 * size * (len(caption) - 1)
+        for i, (line, font) in enumerate(caption):
+            draw.text((left - margin // 2, y), line, fill=_SOFT if i else _INK, font=font, anchor="rm")
+            y += 1.3 * size
         top += picture.height + gap
     return canvas
+
+
+def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """As much of a text as is not wider, with an ellipsis where it is cut."""
+    text = text.split(",")[0]  # ImageNet's names are lists of synonyms
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "\u2026") > width:
+        text = text[:-1]
+    return text.rstrip() + "\u2026"
 
 
 def _scale(array: np.ndarray) -> int:

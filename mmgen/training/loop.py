@@ -307,7 +307,7 @@ class Trainer:
         save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.accelerator.scaler, self.progress, self.team)
         if main:
             remove_old(folder, self.run_settings.keep_checkpoints)
-            save_png(self.folder.path / "curves.png", evaluation.curves(self.history.lines))
+            save_png(self.folder.path / "curves.png", evaluation.curves(self.history.lines, levels=self.task.levels))
 
     def _save_model(self, file: Path, name: str | None, **more: Any) -> None:
         """One model file, by the main process; all give it their pieces, and wait for it."""
@@ -331,11 +331,12 @@ class Trainer:
         if not self.shows:
             return {}
         variance: dict[str, float] = {}
+        scores = evaluation.scores_of(self.history.figures_at(self.progress.images))
         if self.task.picture is not None:
-            image = self.task.picture(model, self.train.seed)
+            image = self.task.picture(model, self.train.seed, scores)
         else:
             image, variance = evaluation.picture(
-                model, self.dataset, self.run_settings.eval_steps, self.train.seed, self.reporter.work
+                model, self.dataset, self.run_settings.eval_steps, self.train.seed, scores, self.reporter.work
             )
         if image is not None:
             save_png(file, image)
@@ -360,7 +361,7 @@ class Trainer:
         halves = None
         if self.scorer is not None and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4:
             halves = halves_distance(self.dataset.images)
-        save_png(self.folder.path / "curves.png", evaluation.curves(self.history.lines, halves))
+        save_png(self.folder.path / "curves.png", evaluation.curves(self.history.lines, halves, self.task.levels))
         last = self.history.figures_at(self.progress.images)
         results = {
             "images": images,

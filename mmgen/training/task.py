@@ -53,10 +53,11 @@ class Task:
         model_config: what the saved model says of itself; the entries of its `training` are kept beside the loop's.
         frozen: networks that are evaluated and not trained; where networks are sharded, these are too.
         group_size: images that must stay together in one pass: the parts of a batch are multiples of it.
-        picture: picture(model, seed) takes the place of the sample grid, in previews and at the end; called by the main
-            process. None: no picture, now.
+        picture: picture(model, seed, scores) takes the place of the sample grid, in previews and at the end; called by the main
+            process. `scores`: number of steps -> its score as a text. None: no picture, now.
         finish: finish(model, folder, scorer) at the end of a run, in all processes: more entries for results.json, of which
             those of the main process count. `scorer` is None where nothing is measured.
+        levels: the edges of the noise levels that numbers are logged for, in sigma, ascending.
         advice: what to try where training collapses, besides what helps every method; ends with a comma and a blank.
     """
 
@@ -65,8 +66,9 @@ class Task:
     turn: Callable[[int], str] = always_first
     frozen: Sequence[nn.Module] = ()
     group_size: int = 1
-    picture: Callable[[AnyModel, int], Image.Image | None] | None = None
+    picture: Callable[[AnyModel, int, dict[str, str]], Image.Image | None] | None = None
     finish: Callable[[AnyModel, Path, Scorer | None], dict[str, Any] | None] | None = None
+    levels: Sequence[float] = ()
     advice: str = ""
 
 

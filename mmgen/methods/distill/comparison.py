@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from ...report.images import labelled_rows
 from ...models.model import SamplingSettings
 from ...sampling.drawing import SampleSettings, draw, plan
 from ...diffusion.schedules import ScheduleSettings
-from ...training.evaluation import SHOWN, real_images
+from ...training.evaluation import COLUMNS, layout, real_images, with_score
 from ...training.task import Reporter, Work
 
 if TYPE_CHECKING:
@@ -104,19 +103,22 @@ def as_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def side_by_side(
-    ways: Sequence[Drawn], dataset: Dataset | LatentDataset, seed: int, shown: dict[str, Tensor], work: Work = Reporter().work
-) -> Image.Image:
-    """Images of each, from the same noise and of the same classes, above real ones.
+    ways: Sequence[Drawn], dataset: Dataset | LatentDataset, seed: int, drawn: dict[str, Tensor],
+    scores: Mapping[str, str] = {}, work: Work = Reporter().work,
+) -> Image.Image:  # fmt: skip
+    """Images of each, from the same noise and of the same classes, above real ones of these classes.
 
-    shown: caption -> images of the teacher, kept from one call to the next: in many steps they take their time.
+    Args:
+        drawn: caption -> images of the teacher, kept from one call to the next: in many steps they take their time.
+        scores: by caption, and of the student by its number of steps.
     """
-    rows = []
+    shown, rows = layout(ways[0].model.config, dataset, seed), []
     for way in ways:
-        if way.who == "student" or way.caption not in shown:
-            classes = "balanced" if way.model.config.num_classes else "random"
-            with work(f"picture: {way.caption}", SHOWN) as update:
-                settings = SampleSettings(way.steps, seed=seed, classes=classes)
-                shown[way.caption] = draw(way.model, settings, range(SHOWN), update)[0]
-        rows.append((way.caption, shown[way.caption]))
-    chosen = np.sort(np.random.default_rng(seed).choice(len(dataset), min(SHOWN, len(dataset)), replace=False))
-    return labelled_rows([*rows, real_images(ways[0].model, dataset, chosen)], columns=15, padding=4)
+        if way.who == "student" or way.caption not in drawn:
+            with work(f"picture: {way.caption}", len(shown.real)) as update:
+                settings = SampleSettings(way.steps, seed=seed, classes=shown.classes)
+                drawn[way.caption] = draw(way.model, settings, range(len(shown.real)), update)[0]
+        score = scores.get(str(way.steps)) if way.who == "student" else scores.get(way.caption)
+        rows.append((with_score(way.caption, score), drawn[way.caption]))
+    real = real_images(ways[0].model, dataset, shown.real)
+    return labelled_rows([*rows, real], columns=len(shown.names) or COLUMNS, names=shown.names, padding=4)

@@ -191,7 +191,10 @@ def distill_task(
         steps=config.student.steps, guidance=config.teacher.guidance, seed=config.train.seed,
     )  # fmt: skip
     comparison = Comparison(teacher, config, schedule, dataset, reporter, accelerator.device)
-    shown = {"model_config": model_config, "picture": comparison.picture, "finish": comparison.finish}
+    shown = {
+        "model_config": model_config, "picture": comparison.picture, "finish": comparison.finish,
+        "levels": matching.edges.exp().tolist(),
+    }  # fmt: skip
     if config.loss.method == "alternating":
         auxiliary = copy_of(
             teacher.model,
@@ -254,6 +257,7 @@ class Comparison:
         self.few = report.few_step_ways(teacher.model, schedule, steps, guidance)
         self.many = report.many_step_ways(teacher.model, schedule, teacher_steps, guidance) if teacher_steps else []
         self.best = 0  # of `many`
+        self.scores: dict[str, str] = {}  # of the teacher's ways, by caption, once they are measured
         self.shown: dict[str, Any] = {}  # the teacher's images, which are always the same ones
 
     @contextlib.contextmanager
@@ -273,12 +277,14 @@ class Comparison:
         with self._teacher_at_hand():
             many = report.measured(self.many, scorer, self.seed)
             self.best = report.best(many)
+            self.scores = {way.caption: f"{scorer.name} {row.value:.3g}" for way, row in zip(self.many, many, strict=True)}
             rest = report.measured([*self.few, report.Drawn("student", model, self.steps)], scorer, self.seed)
+        self.scores |= {way.caption: f"{scorer.name} {row.value:.3g}" for way, row in zip(self.few, rest)}
         return {"comparison": {"figure": scorer.name, "best": self.best, "rows": report.as_table([*many, *rest])}}
 
-    def picture(self, model: AnyModel, seed: int) -> Image.Image:
+    def picture(self, model: AnyModel, seed: int, scores: dict[str, str] = {}) -> Image.Image:
         """The best many-step teacher, the teacher in k steps as the student, and the student, from the same noise."""
         many = self.many[self.best : self.best + 1]
         ways = [*many, self.few[0], report.Drawn("student", model, self.steps)]
         with self._teacher_at_hand():
-            return report.side_by_side(ways, self.dataset, seed, self.shown, self.work)
+            return report.side_by_side(ways, self.dataset, seed, self.shown, scores | self.scores, self.work)
