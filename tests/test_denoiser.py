@@ -14,7 +14,8 @@ from tiny_model import make_denoiser, make_model
 from torch import nn
 
 import mmgen
-from mmgen.models.denoiser import Denoiser, DenoiserSettings, network_time, rounded_sigma, sigma_at, sigma_range, sigma_table
+from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
+from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
 from mmgen.models.model import METADATA_KEY, Model, ModelConfig, load_model, read_config, save_model
 from mmgen.networks import UNetSettings, build_network
@@ -151,10 +152,10 @@ def test_one_x_hat_in_all_coordinates(name):
     """The ideal networks of all kinds give the same x_hat, but for sigma times float32's rounding: 1.1e-7 measured."""
     given, output = KINDS[name]
     torch.manual_seed(0)
-    low, high = sigma_range(given)
+    low, high = preconditioning(given).range
     sigma = torch.tensor([0.0321, 0.11, 0.5, 2.2, 13.3, 79.0], dtype=torch.float64).clamp(low, high)
     if given.precondition in ("discrete", "iddpm"):
-        sigma = sigma_at(given, network_time(given, sigma))  # their timesteps
+        sigma = preconditioning(given).sigma(preconditioning(given).time(sigma))  # their timesteps
     model = denoiser(given, Ideal(output))
     y = MEAN + STD * torch.randn(6, 3, 4, 4, dtype=torch.float64) + sigma[:, None, None, None] * torch.randn(6, 3, 4, 4)
     found, expected = model.denoise(y, sigma), gaussian(y, sigma[:, None, None, None])
@@ -172,14 +173,14 @@ def test_published_ranges():
         (2.92e-2, 14.61, 0.0683): DenoiserSettings("discrete", **SD),
     }
     for (low, high, alpha), given in tables.items():
-        ends = sigma_range(given)
+        ends = preconditioning(given).range
         assert ends == pytest.approx((low, high), rel=1.5e-2) and 1 / math.hypot(1, ends[1]) == pytest.approx(alpha, rel=1e-2)
-    table = sigma_table(DenoiserSettings("iddpm"), torch.device("cpu"))
+    table = preconditioning(DenoiserSettings("iddpm")).table(torch.device("cpu"))
     np.testing.assert_allclose(table, iddpm_levels()[-2::-1], rtol=1e-12)
     assert table[0].item() == pytest.approx(0.0064, rel=1e-2) and 1.9e4 < table[-1] < 2.1e4
     vp = DenoiserSettings("vp")
-    assert sigma_at(vp, torch.tensor(999.0).double()).item() == pytest.approx(152.17, abs=0.01)
-    assert sigma_at(vp, torch.tensor(999e-5).double()).item() == pytest.approx(1.0e-3, rel=1e-2)
+    assert preconditioning(vp).sigma(torch.tensor(999.0).double()).item() == pytest.approx(152.17, abs=0.01)
+    assert preconditioning(vp).sigma(torch.tensor(999e-5).double()).item() == pytest.approx(1.0e-3, rel=1e-2)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -187,27 +188,27 @@ def test_times_and_sigmas_are_inverse(name):
     given = KINDS[name][0]
     if given.precondition in ("discrete", "iddpm"):
         time = torch.arange(1000, dtype=torch.float64)
-        assert torch.equal(network_time(given, sigma_at(given, time)), time)  # exactly, so that whole timesteps stay whole
+        assert torch.equal(preconditioning(given).time(preconditioning(given).sigma(time)), time)  # exactly, so that whole timesteps stay whole
         return
     sigma = torch.logspace(-1.5, 1, 40, dtype=torch.float64)
-    torch.testing.assert_close(sigma_at(given, network_time(given, sigma)), sigma, rtol=2e-12, atol=0)
+    torch.testing.assert_close(preconditioning(given).sigma(preconditioning(given).time(sigma)), sigma, rtol=2e-12, atol=0)
 
 
 def test_between_timesteps():
     """Linear in log sigma, or the nearest; beyond the ends the last."""
     given = DenoiserSettings("discrete")
-    table = sigma_table(given, torch.device("cpu"))
+    table = preconditioning(given).table(torch.device("cpu"))
     middle = (table[500] ** 0.75 * table[501] ** 0.25)[None]
-    assert network_time(given, middle).item() == pytest.approx(500.25, abs=1e-9)
+    assert preconditioning(given).time(middle).item() == pytest.approx(500.25, abs=1e-9)
     rounding = dataclasses.replace(given, round_time=True)
-    assert network_time(rounding, middle).item() == 500 and rounded_sigma(rounding, middle.item()) == table[500]
-    assert rounded_sigma(given, middle.item()) == middle.item()
+    assert preconditioning(rounding).time(middle).item() == 500 and preconditioning(rounding).rounded(middle.item()) == table[500]
+    assert preconditioning(given).rounded(middle.item()) == middle.item()
     outside = torch.tensor([1e-5, 1e5], dtype=torch.float64)
-    assert network_time(given, outside).tolist() == [0, 999]
+    assert preconditioning(given).time(outside).tolist() == [0, 999]
     iddpm = DenoiserSettings("iddpm")
-    levels = sigma_table(iddpm, torch.device("cpu"))
+    levels = preconditioning(iddpm).table(torch.device("cpu"))
     near = levels[300:302].mean() + torch.tensor([-1e-9, 1e-9], dtype=torch.float64)
-    assert network_time(iddpm, near).tolist() == [300, 301]
+    assert preconditioning(iddpm).time(near).tolist() == [300, 301]
 
 
 def test_learned_variances_are_left_out():
@@ -215,7 +216,7 @@ def test_learned_variances_are_left_out():
         return torch.cat([vp_output(alpha_bars("linear"), "eps")(z, time), torch.full_like(z, 1e3)], 1)
 
     given, y = DenoiserSettings("discrete"), torch.randn(2, 3, 4, 4, dtype=torch.float64)
-    sigma = sigma_at(given, torch.tensor([100.0, 900.0]))
+    sigma = preconditioning(given).sigma(torch.tensor([100.0, 900.0]))
     expected = denoiser(given, Ideal(vp_output(alpha_bars("linear"), "eps"))).denoise(y, sigma)
     assert torch.equal(denoiser(given, Ideal(output)).denoise(y, sigma), expected)
 
@@ -227,7 +228,7 @@ def test_guidance_on_the_output_is_guidance_on_x_hat(name):
     model, label = denoiser(given, network, 5), Labels(torch.tensor([0, 4]), 5)
     y, sigma = (
         torch.randn(2, 3, 4, 4, dtype=torch.float64),
-        sigma_at(given, network_time(given, torch.tensor([0.5, 3.0]).double())),
+        preconditioning(given).sigma(preconditioning(given).time(torch.tensor([0.5, 3.0]).double())),
     )
     null = model.denoise(y, sigma, label.null())
     one = model.denoise(y, sigma, label)

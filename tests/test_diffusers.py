@@ -15,7 +15,8 @@ from mmgen.formats.diffusers_scheduler import DISCRETE, read_scheduler
 from mmgen.formats.family import Converted, ConvertOptions
 from mmgen.formats.reading import Found, read
 from mmgen.formats.recognise import family_of
-from mmgen.models.denoiser import Denoiser, DenoiserSettings, sigma_table
+from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
+from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
 from mmgen.models.flow_map import FlowMapSettings
 from mmgen.models.model import ModelConfig, load_model, save_model
@@ -161,7 +162,7 @@ def test_schedulers(tmp_path, prediction, schedule):
         scheduler = kind(**given)
         diffusers.DDPMPipeline(theirs, scheduler).save_pretrained(tmp_path / kind.__name__)
         model = denoiser(ours.convert(read(tmp_path / kind.__name__), PLAIN))
-        table = sigma_table(model.settings, torch.device("cpu"))
+        table = preconditioning(model.settings).table(torch.device("cpu"))
         scheduler.set_timesteps(1000)
         for t in (3, 500, 900):
             z = inputs(3)[0].double()
@@ -193,7 +194,7 @@ def test_scheduler_defaults_are_those_of_diffusers():
     for kind in DISCRETE:
         settings = read_scheduler({"_class_name": kind}, "x")
         betas = getattr(diffusers, kind)().betas.double()
-        table = sigma_table(settings, torch.device("cpu"))
+        table = preconditioning(settings).table(torch.device("cpu"))
         torch.testing.assert_close((1 + table**2).reciprocal(), torch.cumprod(1 - betas, 0), rtol=1e-4, atol=0)
         assert settings.clip == getattr(diffusers, kind)().config.get("clip_sample", False)
     assert read_scheduler({"_class_name": "DDPMScheduler", "predict_epsilon": False}, "x").prediction == "x"
@@ -245,7 +246,7 @@ def test_dit_there_and_back(tmp_path):
     agree(model.network(x, t.double(), label=label), expected)
     original = denoiser(ours.convert(given, ConvertOptions(type="dit")))  # with DiT's own frequencies: another network
     assert error(original.network(x[1:], t[1:].double(), label=label[1:]), expected[1:]) > 0.1
-    table = sigma_table(model.settings, torch.device("cpu"))[t[1:]]
+    table = preconditioning(model.settings).table(torch.device("cpu"))[t[1:]]
     scheduler.set_timesteps(1000)
     for i in (1, 2):
         right = scheduler.step(expected[i : i + 1, :4].double(), int(t[i]), x[i : i + 1].double()).pred_original_sample

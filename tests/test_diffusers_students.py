@@ -15,11 +15,12 @@ from mmgen.errors import ConfigError
 from mmgen.formats.convert import convert_file
 from mmgen.formats.diffusers import write_diffusers
 from mmgen.formats.diffusers_scheduler import write_scheduler
-from mmgen.methods.distill.teachers import Teacher, default_schedule, load_teacher
+from mmgen.methods.distill.teachers import Teacher, load_teacher
 from mmgen.methods.distill.method import student_model_config
 from mmgen.config.distill import DistillConfig, resolve
 from mmgen.config.sections import nest
-from mmgen.models.denoiser import Denoiser, DenoiserSettings
+from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
+from mmgen.models.denoiser import Denoiser
 from mmgen.models.model import SamplingSettings, save_model
 from mmgen.sampling.drawing import _NOISE, SampleSettings, _draw_batch, plan
 from mmgen.system.random import keys, normal
@@ -135,7 +136,7 @@ def test_students_that_diffusers_would_sample_otherwise(tmp_path, changes, words
 @pytest.mark.parametrize("betas", ["linear", "scaled_linear", "cosine"])
 def test_the_grid_is_the_trailing_timesteps(betas):
     """Alpha-bar written out; Stable Diffusion's betas end at sigma 14.6, far from ddpm_linear's 152."""
-    settings = default_schedule(DenoiserSettings("discrete", betas=betas, beta_start=0.00085, beta_end=0.012))
+    settings = preconditioning(DenoiserSettings("discrete", betas=betas, beta_start=0.00085, beta_end=0.012)).process
     assert settings.name == "discrete" and settings.betas == betas
     schedule = make_schedule(settings)
     model = type("Model", (), {"settings": DenoiserSettings("discrete", betas=betas, beta_start=0.00085, beta_end=0.012)})
@@ -177,7 +178,7 @@ def test_a_discrete_schedule_has_the_teachers_betas():
 
     teacher = DenoiserSettings("discrete", betas="scaled_linear", beta_start=0.00085, beta_end=0.012)
     named = student_schedule(StudentSettings(schedule=ScheduleSettings("discrete"), shift=2.0), teacher)
-    assert named == replace(default_schedule(teacher), shift=2.0)
+    assert named == replace(preconditioning(teacher).process, shift=2.0)
 
 
 @pytest.mark.parametrize("wrong", [{"beta_start": 0.0}, {"beta_start": 0.03}, {"beta_end": 1.0}, {"num_timesteps": 1}])

@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 import mmgen
 from mmgen.cli.fid import fid
 from mmgen.cli.sample import sample
-from mmgen.models.denoiser import Denoiser, DenoiserSettings, sigma_range
+from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
+from mmgen.models.denoiser import Denoiser
 from mmgen.sampling.denoiser_samplers import (
     CONSISTENCY_SAMPLERS,
     SAMPLERS,
@@ -28,11 +29,11 @@ from mmgen.sampling.denoiser_samplers import (
     ddim,
     heun,
     restart,
-    sigma_grid,
     start,
 )
 from mmgen.errors import ConfigError
 from mmgen.models.model import ModelConfig, SamplingSettings, to_uint8
+from mmgen.sampling.sigma_grids import sigma_grid
 from mmgen.system.random import keys, normal
 from mmgen.sampling.drawing import SampleSettings, draw, plan
 
@@ -110,7 +111,7 @@ def test_uniform_in_the_models_own_time():
 @pytest.mark.parametrize("grid", ["default", "uniform", "edm"])
 def test_grids_descend_within_the_range(name, grid):
     given = KINDS[name][0]
-    low, high = sigma_range(given)
+    low, high = preconditioning(given).range
     for steps in (1, 2, 3, 18, 100):
         sigmas = sigma_grid(given, steps, grid)
         assert len(sigmas) == steps + 1 and all(b < a or (b == a and name == "iddpm") for a, b in pairwise(sigmas))
@@ -253,7 +254,7 @@ def test_restart_of_a_consistency_model():
 def test_models_with_timesteps_start_from_pure_noise():
     """z = alpha y = noise, of standard deviation 1; y of the others has sigma."""
     noise = noises(0)[0]
-    sigma = sigma_range(DenoiserSettings("discrete", betas="scaled_linear", beta_start=0.00085, beta_end=0.012))[1]
+    sigma = preconditioning(DenoiserSettings("discrete", betas="scaled_linear", beta_start=0.00085, beta_end=0.012)).range[1]
     y = start(DenoiserSettings("discrete"), sigma, noise)
     torch.testing.assert_close(y / math.sqrt(1 + sigma**2), noise)
     assert torch.equal(start(DenoiserSettings(), 80.0, noise), 80 * noise)

@@ -13,7 +13,8 @@ from mmgen.formats import dit
 from mmgen.formats.family import Converted, ConvertOptions
 from mmgen.formats.reading import Found, read
 from mmgen.formats.recognise import family_of
-from mmgen.models.denoiser import Denoiser, sigma_table
+from mmgen.diffusion.preconditioning import preconditioning
+from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
 from mmgen.models.model import load_model, save_model
 from mmgen.networks.conditions import Labels
@@ -220,5 +221,5 @@ def test_settings_of_the_goldens():
         given["num_classes"],
         given["depth"],
     )
-    table = sigma_table(config.denoiser, torch.device("cpu"))
+    table = preconditioning(config.denoiser).table(torch.device("cpu"))
     assert table[0].item() == pytest.approx(0.0100005, rel=1e-5) and table[-1].item() == pytest.approx(157.4, rel=1e-3)

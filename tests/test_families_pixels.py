@@ -358,9 +358,9 @@ def test_ranges_of_edms_preconditioners():
 
 def test_noise_levels_are_those_of_the_denoiser():
     """EDM's float32 recursion against the denoiser's in float64."""
-    from mmgen.models.denoiser import sigma_table
+    from mmgen.diffusion.preconditioning import preconditioning
 
-    table = sigma_table(converted("iddpm").config.denoiser, torch.device("cpu"))
+    table = preconditioning(converted("iddpm").config.denoiser).table(torch.device("cpu"))
     torch.testing.assert_close(edm.noise_levels()[:-1].flip(0).double(), table, rtol=2e-3, atol=0)
 
 

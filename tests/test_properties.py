@@ -13,11 +13,12 @@ from properties import examples
 
 from mmgen.sampling import denoiser_samplers as diffusion_samplers, flow_map_samplers as samplers
 from mmgen.data.resolve import find_latents, resolve
-from mmgen.models.denoiser import DenoiserSettings, network_time, preconditioning, sigma_at, sigma_range
+from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
 from mmgen.diffusion.process import ddim_coefficients, diffuse, posterior
 from mmgen.errors import ConfigError, DataError
 from mmgen.models.flow_map import FlowMapSettings, coefficients
 from mmgen.losses.imm import ImmSettings, documented_times, draw_times, earlier_time
+from mmgen.sampling.sigma_grids import sigma_grid
 from mmgen.system.random import keys, normal
 from mmgen.diffusion.schedules import SCHEDULES, VARIANCE_PRESERVING, ScheduleSettings, make_schedule
 from mmgen.training.batches import data_indices, split_batch
@@ -118,7 +119,7 @@ def test_predictions(settings, t, prediction, seed):
     output = {"eps": e, "x": x, "v": alpha * e - sigma * x, "velocity": schedule.d_alpha(time) * x + schedule.d_sigma(time) * e}
     denoiser = DenoiserSettings(precondition="schedule", prediction=prediction, schedule=settings)
     eta = schedule.eta(time)
-    c_skip, c_out, c_in, _ = preconditioning(denoiser, eta)
+    c_skip, c_out, c_in, _ = preconditioning(denoiser)(eta)
     y = x + eta * e
     assert torch.allclose(c_in * y, alpha * x + sigma * e, rtol=1e-6, atol=1e-6)
     assert torch.allclose(c_skip * y + c_out * output[prediction], x, rtol=1e-5, atol=1e-5 * (1 + float(eta)))
@@ -131,12 +132,12 @@ OTHERS = [DenoiserSettings(kind) for kind in ("edm", "vp", "ve", "edm_cm", "cm",
 @given(st.sampled_from(OTHERS), st.floats(0.01, 0.99))
 def test_network_times(settings, position):
     """sigma to the network's time and back; where there are timesteps, from those."""
-    low, high = sigma_range(settings)
+    low, high = preconditioning(settings).range
     low, high = max(low, 1e-3), min(high, 1e3)
     sigma = at(math.exp(math.log(low) + position * math.log(high / low)))
     if settings.precondition == "discrete":
-        sigma = sigma_at(settings, network_time(settings, sigma))
-    assert torch.allclose(sigma_at(settings, network_time(settings, sigma)), sigma, rtol=1e-6)
+        sigma = preconditioning(settings).sigma(preconditioning(settings).time(sigma))
+    assert torch.allclose(preconditioning(settings).sigma(preconditioning(settings).time(sigma)), sigma, rtol=1e-6)
 
 
 flows = st.builds(
@@ -194,7 +195,7 @@ def test_denoiser_samplers_give_the_point(settings, steps, sampler, grid, seed):
     known = diffusion_samplers.samplers_of(settings)
     name = sampler if sampler in known else next(iter(known))
     try:
-        sigmas = diffusion_samplers.sigma_grid(settings, steps, grid, (), name)
+        sigmas = sigma_grid(settings, steps, grid, (), name)
     except ConfigError:  # a grid that this sampler cannot walk
         assert name == "heun" or grid == "edm"
         return

@@ -10,7 +10,8 @@ from test_denoiser import MEAN, STD, TINY, Ideal, denoiser, gaussian
 from tiny_model import make_denoiser
 
 import mmgen
-from mmgen.models.denoiser import Denoiser, DenoiserSettings, network_time, preconditioning, sigma_at, sigma_range
+from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
+from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
 from mmgen.models.model import ModelConfig, SamplingSettings, load_model
 from mmgen.networks import (
@@ -78,11 +79,11 @@ def test_times_range_and_input(name):
     given, schedule = settings_of(name, "v", time_scale=250.0), make_schedule(SCHEDULES[name])
     t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
     sigma = schedule.eta(t)
-    torch.testing.assert_close(network_time(given, sigma), 250 * t, rtol=1e-12, atol=0)
-    torch.testing.assert_close(sigma_at(given, 250 * t), sigma, rtol=1e-12, atol=0)
-    torch.testing.assert_close(preconditioning(given, sigma)[2], schedule.alpha(t), rtol=1e-12, atol=0)
-    assert sigma_range(given) == pytest.approx((0.002, 80.0), rel=1e-9)
-    wide = sigma_range(dataclasses.replace(given, sigma_min=1e-6, sigma_max=1e6))
+    torch.testing.assert_close(preconditioning(given).time(sigma), 250 * t, rtol=1e-12, atol=0)
+    torch.testing.assert_close(preconditioning(given).sigma(250 * t), sigma, rtol=1e-12, atol=0)
+    torch.testing.assert_close(preconditioning(given)(sigma)[2], schedule.alpha(t), rtol=1e-12, atol=0)
+    assert preconditioning(given).range == pytest.approx((0.002, 80.0), rel=1e-9)
+    wide = preconditioning(dataclasses.replace(given, sigma_min=1e-6, sigma_max=1e6)).range
     expected = {"ddpm_linear": (1e-6, 152.2), "edm": (0.002, 80.0)}.get(name, (1e-6, 1e6))
     assert wide == pytest.approx(expected, rel=1e-3)
 
@@ -92,7 +93,7 @@ def test_times_range_and_input(name):
 def test_the_ends(name, prediction):
     """t = 0 and t = 1 of all schedules are finite; pure noise is the largest sigma, and c_skip y + c_out F keeps float64."""
     model = denoiser(settings_of(name, prediction), Ideal(output_of(name, "x")))
-    high = sigma_range(model.settings)[1]
+    high = preconditioning(model.settings).range[1]
     z = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     for other in SCHEDULES.values():
         schedule, t = make_schedule(other), torch.tensor([0.0, 1.0], dtype=torch.float64)

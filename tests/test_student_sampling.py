@@ -18,7 +18,8 @@ from mmgen.cli import app
 from mmgen.cli.sample import sample
 from mmgen.models.denoiser import Denoiser, DenoiserSettings
 from mmgen.diffusion.process import posterior
-from mmgen.sampling.denoiser_samplers import PURE_NOISE, sigma_grid, start
+from mmgen.sampling.denoiser_samplers import start
+from mmgen.sampling.sigma_grids import PURE_NOISE, sigma_grid
 from mmgen.errors import ConfigError
 from mmgen.models.model import ModelConfig, SamplingSettings
 from mmgen.networks import UNetSettings

@@ -15,13 +15,14 @@ from mmgen.formats.family import ConvertOptions
 from mmgen.formats.reading import read
 from mmgen.formats.recognise import convert
 from mmgen.config.sections import OptimizerSettings, nest
-from mmgen.models.denoiser import Denoiser, DenoiserSettings
+from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
+from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
 from mmgen.networks.conditions import Labels
 from mmgen.system.files import sha256_of
 from mmgen.models.model import SamplingSettings, load_model
 from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
-from mmgen.methods.distill.teachers import adam_second_moments, default_schedule, load_teacher, range_note
+from mmgen.methods.distill.teachers import adam_second_moments, load_teacher, range_note
 from mmgen.training.checkpoint import Progress, save_checkpoint
 from mmgen.methods.distill.method import find_teacher, student_model_config
 from mmgen.training.ema import EMA
@@ -48,7 +49,7 @@ def test_files_of_others(name, tmp_path):
     model = Denoiser(converted.config).eval()
     model.network.load_state_dict(converted.state)
     z, t, label = example(model)
-    schedule = make_schedule(default_schedule(model.settings))
+    schedule = make_schedule(preconditioning(model.settings).process)
     with torch.no_grad():
         expected = model.x_hat(z, t, schedule, label)
     found = teacher.model.x_hat(z, t, schedule, label)
@@ -68,7 +69,7 @@ def test_folder_of_diffusers(tmp_path):
     unet = small_unet(diffusers)
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
     teacher = load_teacher(tmp_path / "pipeline")
-    assert default_schedule(teacher.model.settings) == ScheduleSettings("discrete") and not teacher.has_null_class
+    assert preconditioning(teacher.model.settings).process == ScheduleSettings("discrete") and not teacher.has_null_class
     z, _, _ = example(teacher.model)
     time = 400
     bar = diffusers.DDPMScheduler().alphas_cumprod[time].double()
@@ -138,12 +139,12 @@ def test_schedules_of_students():
         DenoiserSettings("flow"): ScheduleSettings("fm"),
         DenoiserSettings("schedule", schedule=own): own,
     }
-    assert {settings: default_schedule(settings) for settings in expected} == expected
+    assert {settings: preconditioning(settings).process for settings in expected} == expected
 
 
 def test_range_note():
     edm = DenoiserSettings("edm")
-    assert range_note(edm, default_schedule(edm)) is None
+    assert range_note(edm, preconditioning(edm).process) is None
     assert range_note(DenoiserSettings("flow"), ScheduleSettings("fm")) is None
     note = range_note(edm, COSINE)  # sigma 80 at t = 2/pi atan(80) = 0.99204, sigma 0.002 at 0.00127
     assert "below sigma 0.002, at t < 0.0013" in note and "above sigma 80, at t > 0.9920" in note

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from .sections import DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, require, require_positive
-from ..models.denoiser import DenoiserSettings
+from ..diffusion.preconditioning import DenoiserSettings, preconditioning
 from ..errors import ConfigError
 from ..losses.moment_matching import MomentSettings
 from ..models.model import ModelConfig
 from ..networks import NetworkSettings
 from ..diffusion.schedules import ScheduleSettings
 from ..system.schema import from_dict
-from ..methods.distill.teachers import default_schedule
 
 # Adam as the paper has it (arXiv:2406.04103): no momentum, since the student's loss changes its direction with the auxiliary
 _ADAM = OptimizerSettings(
@@ -149,9 +148,10 @@ def _as_the_teacher(data: DataSettings, teacher: ModelConfig) -> DataSettings:
 
 def student_schedule(student: StudentSettings, teacher: DenoiserSettings) -> ScheduleSettings:
     """The schedule that a student is trained and sampled on; `discrete` has the teacher's timesteps where it has any."""
-    schedule = student.schedule or default_schedule(teacher)
-    if schedule.name == "discrete" and teacher.precondition == "discrete":
-        schedule = dataclasses.replace(default_schedule(teacher), shift=schedule.shift)
+    process = preconditioning(teacher).process
+    schedule = student.schedule or process
+    if schedule.name == process.name == "discrete":
+        schedule = dataclasses.replace(process, shift=schedule.shift)
     return dataclasses.replace(schedule, shift=schedule.shift * student.shift)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .sections import DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, require, require_positive
-from ..models.denoiser import DenoiserSettings, sigma_range
+from ..diffusion.preconditioning import DenoiserSettings, preconditioning
 from ..losses.denoising import DenoisingSettings
 from ..models.model import SamplingSettings
 from ..networks import NetworkSettings, UNetSettings
@@ -43,7 +43,7 @@ def resolve(*tables: dict[str, Any]) -> TeacherConfig:
     if denoiser.precondition == "schedule":
         schedule = denoiser.schedule or ScheduleSettings()
         _check_schedule(schedule)
-        low, high = sigma_range(dataclasses.replace(denoiser, schedule=schedule))
+        low, high = preconditioning(dataclasses.replace(denoiser, schedule=schedule)).range
         denoiser = dataclasses.replace(denoiser, schedule=schedule, sigma_min=low, sigma_max=high)
         sampling = dataclasses.replace(sampling, schedule=sampling.schedule or denoiser.schedule)
     elif denoiser.precondition == "edm":

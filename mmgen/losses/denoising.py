@@ -18,8 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..models.denoiser import DenoiserSettings, preconditioning, sigma_range
-from ..diffusion.schedules import Schedule, ScheduleSettings, make_schedule
+from ..diffusion.preconditioning import DenoiserSettings, preconditioning
+from ..diffusion.schedules import Schedule, make_schedule
 
 LEVELS = 8  # parts of the noise levels that the loss is logged for
 
@@ -47,10 +47,7 @@ class DenoisingSettings:
 
 def time_schedule(denoiser: DenoiserSettings) -> Schedule:
     """The schedule in which `times` are drawn: that of the process; for EDM the one whose uniform times are EDM's grid."""
-    if denoiser.precondition == "schedule":
-        return make_schedule(denoiser.schedule)
-    low, high = sigma_range(denoiser)
-    return make_schedule(ScheduleSettings("edm", sigma_min=low, sigma_max=high))
+    return make_schedule(preconditioning(denoiser).process)
 
 
 def draw_sigma(settings: DenoisingSettings, denoiser: DenoiserSettings, uniform: Tensor) -> Tensor:
@@ -59,7 +56,7 @@ def draw_sigma(settings: DenoisingSettings, denoiser: DenoiserSettings, uniform:
     The distribution is `settings.times`, cut to the trained range exactly: a uniform draw between the cumulative
     probabilities of the ends.
     """
-    low, high = sigma_range(denoiser)
+    low, high = preconditioning(denoiser).range
     ends = torch.tensor([low, high], dtype=torch.float64)  # on the CPU: what is computed from them are numbers
     mean, std = settings.time_mean, settings.time_std
     if settings.times == "lognormal":
@@ -84,7 +81,7 @@ def _normal_between(ends: Tensor, uniform: Tensor) -> Tensor:
 def level_edges(settings: DenoisingSettings, denoiser: DenoiserSettings, count: int = LEVELS) -> list[float]:
     """The count + 1 values of sigma, ascending, that part the draws into equal shares."""
     inner = draw_sigma(settings, denoiser, torch.arange(1, count, dtype=torch.float64) / count).tolist()
-    low, high = sigma_range(denoiser)
+    low, high = preconditioning(denoiser).range
     return [low, *inner, high]
 
 
@@ -108,7 +105,7 @@ def weight(settings: DenoisingSettings, denoiser: DenoiserSettings, sigma: Tenso
     if settings.weighting == "eps":
         return snr
     if settings.weighting == "output":
-        return preconditioning(denoiser, sigma)[1] ** -2
+        return preconditioning(denoiser)(sigma)[1] ** -2
     if settings.weighting == "sigmoid":
         bias = settings.sigmoid_bias
         of_x = 0.5 * math.exp(bias) * torch.sigmoid(-2 * sigma.log() - bias)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..training.augment import AUGMENT_DIM
 from ..config.sections import check_network
 from ..data import DataShape
-from ..models.denoiser import Denoiser, preconditioning
+from ..models.denoiser import Denoiser
+from ..diffusion.preconditioning import preconditioning
 from ..diffusion.process import per_image
 from ..errors import ConfigError
 from ..models.latents import LatentSettings
@@ -35,8 +36,7 @@ def teacher_model_config(config: TeacherConfig, shape: DataShape) -> ModelConfig
     check_network(config.network, shape.resolution, shape.channels)
     conditional, latents = config.data.conditional, shape.latents
     if latents is not None:  # EDM's coefficients are for data of this standard deviation, those of a process for 1
-        edm = config.denoiser.precondition == "edm"
-        latents = replace(latents, target_std=config.denoiser.sigma_data if edm else 1.0)
+        latents = replace(latents, target_std=preconditioning(config.denoiser).data_std)
     if conditional and shape.num_classes == 0:
         raise ConfigError("data.conditional needs class labels, and the data have none: train --unconditional")
     model_config = ModelConfig(
@@ -96,7 +96,7 @@ class DenoisingObjective(nn.Module):
             noise = normal(keys(seed, batch.index, _NOISE), x.shape[1:])
             draw = uniform(keys(seed, batch.index, _TIME))
             sigma = draw_sigma(loss, denoiser, draw)
-            c_skip, c_out, c_in, c_noise = preconditioning(denoiser, sigma)
+            c_skip, c_out, c_in, c_noise = preconditioning(denoiser)(sigma)
             scaled = per_image(c_in, x) * x + per_image(c_in * sigma, x) * noise
             target = per_image((1 - c_skip) / c_out, x) * x - per_image(c_skip * sigma / c_out, x) * noise
             of_output = weight(loss, denoiser, sigma) * c_out**2

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 from .. import __version__
+from ..diffusion.preconditioning import preconditioning
 from ..models.model import ModelConfig
 
 # Licence of the published weights of a family: (the hub's word, in words). Each folder of diffusers has its own.
@@ -85,9 +86,9 @@ def _sampling(config: ModelConfig, name: str) -> str:
     )
     if config.flow:
         options, python = "--steps 1,2,4", "steps=2"
-    elif config.denoiser.precondition == "cm":
+    elif preconditioning(config.denoiser).is_consistency:
         options, python = "--steps 1,2", "steps=2"
-    elif config.denoiser.precondition in ("discrete", "iddpm", "flow"):
+    elif preconditioning(config.denoiser).sampler == "ddim":
         options, python = "--sampler ddim --steps 50", 'sampler="ddim", steps=50'
     else:
         options, python = "--sampler heun --steps 18", 'sampler="heun", steps=18'

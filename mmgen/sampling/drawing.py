@@ -16,6 +16,8 @@ from ..models.denoiser import Denoiser
 from ..models.guidance import knows_null
 from .classes import class_numbers, random_labels, with_images
 from .denoiser_samplers import Churn
+from .sigma_grids import RESPACED, sigma_grid
+from ..diffusion.preconditioning import preconditioning
 from ..errors import ConfigError, nearest
 from ..models.model import AnyModel, ModelConfig, SamplingSettings, drawn_shape, kind_of, to_uint8
 from ..networks.conditions import Condition, Labels
@@ -35,7 +37,7 @@ class SampleSettings:
     classes: str | Sequence[int | str] = "random"  # as often as in the training data; balanced; or as `class_numbers` has it
     guidance: float | None = None  # w of classifier-free guidance; 1: none
     sampler: str | None = None  # of a flow map pushforward or restart, of a denoiser ddim, ancestral or heun
-    grid: str | None = None  # default, uniform, edm, eta or schedule: see `samplers.time_grid`, `diffusion_samplers.sigma_grid`
+    grid: str | None = None  # default, uniform, edm, eta or schedule: see `time_grid`, `sigma_grids`
     etas: tuple[float, ...] = ()  # intermediate eta values of the grid `eta`
     churn: float | None = None  # S_churn of heun, and what else it has: see `diffusion_samplers.Churn`
     s_tmin: float | None = None
@@ -73,10 +75,10 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         raise ConfigError(f"eta values need the grid 'eta', not {grid!r}")
     check_defaults(config)
     sampler = choose_sampler(config, config.sampling.sampler if settings.sampler is None else settings.sampler)
-    if settings.grid is None and grid in diffusion.RESPACED and sampler == "heun":  # which cannot start from pure noise
+    if settings.grid is None and grid in RESPACED and sampler == "heun":  # which cannot start from pure noise
         grid = "default"
     grids = GRIDS if config.sampling.schedule is None else (*GRIDS, "schedule")
-    grids = (*grids, *diffusion.RESPACED) if config.denoiser is not None else grids
+    grids = (*grids, *RESPACED) if config.denoiser is not None else grids
     if grid not in grids:
         raise ConfigError(f"unknown grid {grid!r}: {nearest(grid, grids)}")
     if not math.isfinite(guidance):
@@ -102,7 +104,7 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
     if config.denoiser is None:
         times, calls = time_grid(config.flow, steps, grid, settings.etas), steps
     else:
-        times = diffusion.sigma_grid(config.denoiser, steps, grid, settings.etas, sampler, config.sampling.schedule)
+        times = sigma_grid(config.denoiser, steps, grid, settings.etas, sampler, config.sampling.schedule)
         calls = diffusion.evaluations(sampler, steps)
     return Plan(
         steps=steps,
@@ -141,7 +143,7 @@ def choose_sampler(config: ModelConfig, word: str) -> str:
         return word
     if word in SAMPLERS or word in diffusion.SAMPLERS:
         kind = "a flow map" if config.denoiser is None else "a diffusion model"
-        if config.denoiser is not None and config.denoiser.precondition == "cm":
+        if config.denoiser is not None and preconditioning(config.denoiser).is_consistency:
             kind = "a consistency model"
         raise ConfigError(f"the sampler {word!r} is not for {kind}, which this model is: take {' or '.join(valid)}")
     raise ConfigError(f"unknown sampler {word!r}: {nearest(word, valid)}")

@@ -12,8 +12,9 @@ from torch import Tensor
 from ...formats.family import ConvertOptions
 from ...formats.reading import read
 from ...formats.recognise import convert, family_of
+from ...diffusion.preconditioning import DenoiserSettings, preconditioning
 from ...models.guidance import knows_null
-from ...models.denoiser import Denoiser, DenoiserSettings, sigma_range
+from ...models.denoiser import Denoiser
 from ...errors import ConfigError, ModelError
 from ...models.model import ModelConfig, check_state, read_config
 from ...networks.empty import fill, without_weights
@@ -80,7 +81,7 @@ def _check(config: ModelConfig, place: str | os.PathLike) -> None:
         raise ModelError(
             f"{place} is a flow map of IMM, a few-step generator already: a teacher must be a denoiser, by `mmgen train-teacher`"
         )
-    if config.denoiser.precondition == "cm":
+    if preconditioning(config.denoiser).is_consistency:
         raise ModelError(f"{place} is a consistency model, which gives no means of noisy images: a teacher must be a denoiser")
     if steps is not None:
         raise ModelError(
@@ -92,37 +93,12 @@ def _check(config: ModelConfig, place: str | os.PathLike) -> None:
 # ---------------------------------------------------------------------- coordinates
 
 
-def default_schedule(settings: DenoiserSettings) -> ScheduleSettings:
-    """The schedule of a student: the process that its teacher was trained on, so that every time of it is known to both.
-
-    EDM's grid, from the ends of the trained range, for what was trained on y = x + sigma e; the teacher's own timesteps for
-    discrete ones, whatever their betas, so that diffusers' schedulers draw from the student as mmgen does; straight lines for
-    flows. VP's process is that of `ddpm_linear`, iDDPM's nearly that of `vp_cosine` (Karras et al., arXiv:2206.00364, table 1).
-    """
-    kind = settings.precondition
-    if kind == "schedule":
-        return settings.schedule
-    if kind == "flow":
-        return ScheduleSettings("fm")
-    if kind == "discrete":
-        return ScheduleSettings(
-            "discrete", betas=settings.betas, beta_start=settings.beta_start, beta_end=settings.beta_end,
-            num_timesteps=settings.num_timesteps,
-        )  # fmt: skip
-    if kind == "vp":
-        return ScheduleSettings("ddpm_linear")
-    if kind == "iddpm":
-        return ScheduleSettings("vp_cosine")
-    low, high = sigma_range(settings)
-    return ScheduleSettings("edm", sigma_min=low, sigma_max=high)
-
-
 def range_note(settings: DenoiserSettings, schedule: ScheduleSettings) -> str | None:
     """One sentence on the part of a student's schedule that its teacher was not trained at; None where there is none.
 
     `Denoiser.x_hat` takes the nearest sigma inside. Parts of less than a thousandth of the times are passed over.
     """
-    low, high = sigma_range(settings)
+    low, high = preconditioning(settings).range
     made = make_schedule(schedule)
     first, last = made.eta_inverse(torch.tensor([low, high], dtype=torch.float64)).tolist()
     outside = [f"below sigma {low:.4g}, at t < {first:.4f}"] if first > NEGLIGIBLE else []
