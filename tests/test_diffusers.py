@@ -122,7 +122,8 @@ def test_unet_there_and_back(tmp_path, name):
     ours.write_diffusers(model.config, model.network.state_dict(), tmp_path / "out")
     again = diffusers.UNet2DModel.from_pretrained(tmp_path / "out", subfolder="unet")
     assert plain(again.config) == plain(theirs.config)
-XX = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
+    agree(again(x, t, class_labels=label).sample, expected, 1e-12)
+    pipeline = diffusers.DDPMPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert torch.equal(pipeline.scheduler.betas, scheduler.betas)
     if not classes:
