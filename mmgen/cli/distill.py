@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -139,11 +140,11 @@ def distill(
 
     from ..methods.distill.method import distill as run
 
-    folder, count = chosen.folder, chosen.config.student.steps
+    folder = shlex.quote(str(chosen.folder))
     alternating = chosen.config.loss.method == "alternating"
     training.run(
         run, chosen, device=device, max_seconds=seconds, watch="moment_gap" if alternating else "loss", more=_show_comparison,
-        next_commands=[f"mmgen sample {folder} --num 64 --out samples/", f"mmgen fid {folder} --steps {count}"],
+        next_commands=[f"mmgen sample {folder} --num 64 --out samples/"],
     )  # fmt: skip
 
 

@@ -48,9 +48,10 @@ def fid(
         str,
         _scores(
             metavar="NAME",
-            help="inception, pixels (tiny images), dinov2, or a path: a TorchScript or exported program, or a folder of DINOv2.",
+            help="inception, pixels, dinov2, or a path: a TorchScript or exported program, or a folder of DINOv2. Default: "
+            "inception, and pixels of images below 32 x 32.",
         ),
-    ] = "inception",
+    ] = "auto",
     mode: Annotated[
         str | None,
         _scores(metavar="NAME", help="Inception's protocol: tf (EDM, ADM, IMM), clean (clean-fid) or torch (pytorch-fid). Default: tf."),

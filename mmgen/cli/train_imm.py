@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from . import training
@@ -75,7 +76,7 @@ def train_imm(
 
     training.run(
         train, chosen, device=device, max_seconds=seconds,
-        next_commands=[f"mmgen sample {chosen.folder} --steps 1,2,4 --num 64 --out samples/"],
+        next_commands=[f"mmgen sample {shlex.quote(str(chosen.folder))} --steps 1,2,4 --num 64 --out samples/"],
     )  # fmt: skip
 
 

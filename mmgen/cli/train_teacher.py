@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from . import training
@@ -73,7 +74,7 @@ def train_teacher(
 
     from ..methods.teacher import train_teacher as train
 
-    folder = chosen.folder
+    folder = shlex.quote(str(chosen.folder))
     training.run(
         train, chosen, device=device, max_seconds=seconds,
         next_commands=[f"mmgen sample {folder} --num 64 --out samples/", f"mmgen distill --teacher {folder} --steps 8"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from .progress import progress_bar
 from .training_report import TrainingReport
 
 if TYPE_CHECKING:
+    from ..config.sections import RunSettings
     from ..data import DataShape
     from ..models.model import ModelConfig
     from ..training.cost import Work
@@ -201,7 +203,7 @@ def show(content: Any, stderr: bool = False) -> None:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    Console(stderr=stderr, width=None if stream.isatty() else 200).print(content, highlight=False, markup=False)
+    Console(stderr=stderr, width=None if stream.isatty() else 200).print(content, highlight=False, markup=False, soft_wrap=isinstance(content, str))
 
 
 def show_config(chosen: Chosen, whole: bool = False) -> None:
@@ -323,8 +325,16 @@ def show_outcome(
     pictures = [folder / name for name in ("samples.png", "curves.png") if (folder / name).is_file()]
     show(f"pictures:  {'  '.join(map(str, pictures))}")
     show(f"model:     {folder / 'model.safetensors'}")
-    for i, line in enumerate(next_commands):
+    for i, line in enumerate([*next_commands, fid_command(folder, results, chosen.config.run)]):
         show(f"{'next:' if i == 0 else '':11}{line}")
+
+
+def fid_command(folder: Path, results: dict[str, Any], run: RunSettings) -> str:
+    """What measures the run again: the same numbers of steps and, where the metric is none of the papers', as many samples."""
+    options = [f"--steps {','.join(results['values'])}"] if results.get("values") else []
+    options += [f"--features {shlex.quote(run.eval_features)}"] if run.eval_features != "auto" else []
+    options += [f"--num {results['num']}"] if str(results.get("figure")).startswith("FD-") else []
+    return " ".join(["mmgen fid", shlex.quote(str(folder)), *options])
 
 
 def _show_figures(results: dict[str, Any]) -> None:

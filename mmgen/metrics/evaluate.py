@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, ModelError, nearest
+from ..errors import ConfigError, nearest
+from ..system.files import at_home
 from ..system.processes import Team
 from .captions import read_captions
-from .features import Extractor, build_extractor
+from .features import Extractor, auto_extractor, build_extractor
 from .image_sets import ImageSet
 from .pretrained import ClipScore, build_clip
 from .reference_sets import ReferenceSet, collect_reference, file_reference
-from .references import write_statistics
+from .references import features_in, is_statistics, write_statistics
 from .results import earlier
 from .score import SINGLE, Score, ScoreSettings, check_metrics, score, summary
 from .subjects import Subject, image_subjects, is_model, model_subjects, own_reference, reference_images
 
-SMALLEST_FOR_INCEPTION = 32  # side of images; it has not seen smaller ones
 NUM = 50_000  # samples drawn from a model, as behind every published FID
 MODES = ("tf", "clean", "torch")
 METRICS = ("fid", "kid", "is", "pr", "dc", "clip")
@@ -47,7 +47,7 @@ class FidSettings:
     resolution: int | None = None  # of the reference's images
     channels: int | None = None  # of the reference's images
     mode: str | None = None  # None: tf
-    features: str = "inception"
+    features: str = "auto"  # as while training: see `features.auto_extractor`
     inception: Path | None = None
     metrics: tuple[str, ...] | None = ("fid",)  # None: all that are possible
     num: int | None = None
@@ -70,7 +70,7 @@ class FidSettings:
             if metric not in METRICS:
                 raise ConfigError(f"unknown metric {metric!r}: {nearest(metric, METRICS)}; or all")
         for option, value in (("--mode", self.mode), ("--inception", self.inception)):
-            if value is not None and self.features != "inception":
+            if value is not None and self.features not in ("auto", "inception"):
                 raise ConfigError(f"{option} is for Inception, and --features is {self.features}: leave one of them out")
         for option, value in (
             ("--repeat", self.repeat),
@@ -160,10 +160,9 @@ def evaluate(
     compared = any(metric in COMPARING for metric in metrics)
     if compared and settings.ref is None and settings.save_stats is None:
         own_reference(subjects)  # nothing is downloaded if it is missing
-    if metrics == ("clip",) and settings.save_stats is None:
-        extractor = _NO_FEATURES
-    else:
-        extractor = _extractor(subjects, settings, bar)
+    extractor, why = _NO_FEATURES, None
+    if metrics != ("clip",) or settings.save_stats is not None:
+        extractor, why = _extractor(subjects, settings, bar)
     reference = None
     if compared and (settings.ref is not None or settings.save_stats is None):
         reference = _reference(subjects, settings, extractor, any(metric in SINGLE for metric in metrics), team, bar)
@@ -174,6 +173,7 @@ def evaluate(
     rows = [_score(subject, settings, extractor, metrics, reference, clip, team, bar) for subject in subjects]
     if settings.save_stats is not None and team.is_main:
         _save(settings.save_stats, rows[0], extractor)
+    notes += [] if why is None else [why]
     return Report(rows, reference, extractor, notes, None if clip is None else {"network": clip.name, "sha256": clip.sha256})
 
 
@@ -203,15 +203,20 @@ def _drawn(word: str, settings: FidSettings) -> list[Subject]:
     return model_subjects(load_model(origin.file, settings.device), origin, each, settings.num or NUM, settings.repeat)
 
 
-def _extractor(subjects: Sequence[Subject], settings: FidSettings, bar: Bar) -> Extractor:
+def _extractor(subjects: Sequence[Subject], settings: FidSettings, bar: Bar) -> tuple[Extractor, str | None]:
+    """The network that is asked for, or that suits the images, and a note where it is not the usual one."""
     options = {"inception": settings.inception, "device": settings.device}
-    try:
-        with bar("downloading Inception", 0) as update:
-            return build_extractor(settings.features, settings.mode or "tf", **options, progress=update)
-    except ModelError as error:
-        if settings.features == "inception" and max(subjects[0].draws[0].shape(True)[1:]) < SMALLEST_FOR_INCEPTION:
-            raise ModelError(f"{error}; or take --features pixels, which suits images as small as these") from error
-        raise
+    word = settings.features
+    if word == "auto" and (settings.mode is not None or settings.inception is not None or "is" in (settings.metrics or ())):
+        word = "inception"
+    if word == "auto" and settings.ref is not None and is_statistics(at_home(settings.ref)):
+        word = features_in(at_home(settings.ref))
+    with bar("downloading Inception", 0) as update:
+        if word != "auto":
+            return build_extractor(word, settings.mode or "tf", **options, progress=update), None
+        images = subjects[0].draws[0]  # if a model draws them, their shape is known without
+        shape = subjects[0].record["image"] if images.fingerprint is None else images.shape(False)
+        return auto_extractor(shape, **options, progress=update)
 
 
 def _reference(

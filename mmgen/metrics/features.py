@@ -7,24 +7,28 @@ distances of other features and are named after them.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ModelError, nearest
+from ..errors import ConfigError, MmgenError, ModelError, nearest
 from ..system.files import sha256_of
 from .exported_program import ExportedProgram
 from .frechet import pixel_features
 from .inception import build_inception, load_torchscript, refusing
 from ..formats.network_file import EXPORTED, TORCHSCRIPT, content
 from .published_file import Progress
+from .references import WORDS
 
-WORDS = ("inception", "pixels", "dinov2")
+SMALLEST_FOR_INCEPTION = 32  # side of images; it has not seen smaller ones
+LARGEST_PIXELS = 4096  # C H W up to which FD-pixels is measured where nobody asks for it: its covariance has the square of that
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE_SUFFIXES = (".pt", ".pt2", ".pth", ".ts", ".onnx", ".bin", ".safetensors", ".pkl")
 
@@ -100,6 +104,23 @@ def build_extractor(
         extract=_precisely(extractor.extract),
         probabilities=extractor.probabilities and _precisely(extractor.probabilities),
     )
+
+
+def auto_extractor(shape: Sequence[int], **options: Any) -> tuple[Extractor, str | None]:
+    """What images (C, H, W) are scored by where nobody says, while training and afterwards, and a note where it is not the usual.
+
+    Inception's features, or the pixels of images smaller than it has seen; also of images a little larger where Inception cannot be
+    had. options: of `build_extractor`. Raises ModelError where Inception cannot be had and the images are too large.
+    """
+    small = math.prod(shape) <= LARGEST_PIXELS
+    if small and max(shape[1:]) < SMALLEST_FOR_INCEPTION:
+        return build_extractor("pixels"), None
+    try:
+        return build_extractor("inception", **options), None
+    except MmgenError as error:  # no network, or a cache that cannot be written
+        if not small:
+            raise
+        return build_extractor("pixels"), f"no FID, FD-pixels is measured instead: {error}"
 
 
 def _inception(

@@ -12,8 +12,7 @@ from ..config.sections import RunSettings
 from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import MmgenError
-from ..metrics.evaluate import SMALLEST_FOR_INCEPTION
-from ..metrics.features import Extractor, build_extractor
+from ..metrics.features import LARGEST_PIXELS, Extractor, auto_extractor, build_extractor
 from ..metrics.image_sets import dataset_images, drawn_images
 from ..metrics.reference_sets import ReferenceSet, collect_reference
 from ..metrics.score import ScoreSettings, figure_name, score
@@ -22,8 +21,6 @@ from ..sampling.drawing import SampleSettings, plan
 from ..system.processes import Team
 from .collapse import Spread, spread_of_data, watched
 from .task import Reporter, Work
-
-LARGEST_PIXELS = 4096  # C H W up to which FD-pixels is measured: its covariance has the square of that
 
 
 class Scorer:
@@ -85,22 +82,20 @@ def make_scorer(
     if run.eval_num < 2:
         return None
     if isinstance(dataset, LatentDataset):
-        note(
-            "no figures while training on latents; of the finished run: "
-            f"mmgen fid RUN --ref {dataset.source} --resolution {dataset.latents.resolution}"
-        )
+        note("no figures while training on latents: `mmgen fid` scores the finished run")
         return None
-    word, small = run.eval_features, math.prod(dataset.images.shape[1:]) <= LARGEST_PIXELS
-    if word == "auto":
-        try:
-            word = "inception" if dataset.resolution >= SMALLEST_FOR_INCEPTION else "pixels"
-            extractor = build_extractor(word, device=device)
-        except MmgenError as error:  # no network, or a cache that cannot be written
-            instead = "FD-pixels is measured instead" if small else "nothing is measured"
-            note(f"no FID while training, {instead}: {error}")
-            word, extractor = "pixels", build_extractor("pixels", device=device)
-    else:
-        extractor = build_extractor(word, device=device)
-    if word == "pixels" and not small:
+    shape = dataset.images.shape[1:]
+    if run.eval_features != "auto":
+        extractor = build_extractor(run.eval_features, device=device)
+        if extractor.metric == "fd-pixels" and math.prod(shape) > LARGEST_PIXELS:
+            note(f"nothing is measured while training: images of {math.prod(shape):,} numbers are too large for their pixels' covariance")
+            return None
+        return Scorer(extractor, dataset, run, device, team, work)
+    try:
+        extractor, why = auto_extractor(shape, device=device)
+    except MmgenError as error:
+        note(f"nothing is measured while training, as there is no FID: {error}")
         return None
+    if why is not None:
+        note(why)
     return Scorer(extractor, dataset, run, device, team, work)
