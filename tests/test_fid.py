@@ -178,7 +178,8 @@ def test_without_a_network_the_message_says_what_to_do(digits_model, tmp_path, m
     monkeypatch.setattr(published_file.urllib.request, "urlopen", refuse)
     monkeypatch.setattr(inception, "_elsewhere", lambda name: [])
     with pytest.raises(ModelError, match=r"fetch https://.*inception-2015-12-05.pt and put it at .*cache/.*--features pixels"):
-        run(fid, digits_model, "--num", 4)
+        run(fid, digits_model, "--num", 4, "--features", "inception")
+    assert "FD-pixels-4" in run(fid, digits_model, "--num", 4)  # images so small are not given to Inception
 
 
 def test_adm_batch_gives_precision_from_its_images_and_fid_from_its_statistics(published, tmp_path):

@@ -130,7 +130,7 @@ def test_without_inception_auto_says_so_and_a_named_network_is_an_error(tmp_path
     notes = []
     scorer = make_scorer(configs.RunSettings(eval_num=100), images(32), torch.device("cpu"), Team(), notes.append)
     assert scorer.name == "FD-pixels-100"
-    assert notes == ["no FID while training, FD-pixels is measured instead: no weights: fetch them and put them here"]
+    assert notes == ["no FID, FD-pixels is measured instead: no weights: fetch them and put them here"]
     assert make_scorer(configs.RunSettings(eval_num=100), images(64), torch.device("cpu"), Team(), notes.append) is None
     with monkeypatch.context() as patch:
         patch.setattr(inception, "locate", unwritable)

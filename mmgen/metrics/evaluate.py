@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, ModelError, nearest
 from ..system.files import at_home
 from ..system.processes import Team
 from .captions import read_captions
-from .features import Extractor, auto_extractor, build_extractor
+from .features import SMALLEST_FOR_INCEPTION, Extractor, auto_extractor, build_extractor
 from .image_sets import ImageSet
 from .pretrained import ClipScore, build_clip
 from .reference_sets import ReferenceSet, collect_reference, file_reference
@@ -211,12 +211,17 @@ def _extractor(subjects: Sequence[Subject], settings: FidSettings, bar: Bar) -> 
         word = "inception"
     if word == "auto" and settings.ref is not None and is_statistics(at_home(settings.ref)):
         word = features_in(at_home(settings.ref))
-    with bar("downloading Inception", 0) as update:
-        if word != "auto":
+    images = subjects[0].draws[0]  # if a model draws them, their shape is known without
+    shape = subjects[0].record["image"] if images.fingerprint is None else images.shape(False)
+    try:
+        with bar("downloading Inception", 0) as update:
+            if word == "auto":
+                return auto_extractor(shape, **options, progress=update)
             return build_extractor(word, settings.mode or "tf", **options, progress=update), None
-        images = subjects[0].draws[0]  # if a model draws them, their shape is known without
-        shape = subjects[0].record["image"] if images.fingerprint is None else images.shape(False)
-        return auto_extractor(shape, **options, progress=update)
+    except ModelError as error:
+        if word == "inception" and max(shape[1:]) < SMALLEST_FOR_INCEPTION:
+            raise ModelError(f"{error}; or take --features pixels, which suits images as small as these") from error
+        raise
 
 
 def _reference(
