@@ -370,7 +370,7 @@ def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch, folder):
     assert files_needed(names, "test", "x/y") == ["d/test-00000-of-00001.parquet"]
     assert files_needed(["logo.png", "a/[1].png", "b/2.jpg"], "train", "x/y") == ["a/[1].png", "b/2.jpg"]
     with pytest.raises(DataError, match="neither parquet files nor folders of images.*hf download x/y"):
-        files_needed(["train-0000.tar", "logo.png"], "train", "x/y")
+        files_needed(["train-0000.tar.gz", "logo.png"], "train", "x/y")
 
     class Info:
         sha = "1" * 40
@@ -384,7 +384,7 @@ def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch, folder):
         asked.update(options, repo=repo)
         return str(folder)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_: Info)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: Info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert len(data.load("someone/flowers")) == 7
     assert asked["allow_patterns"] == ["a/[[]1].png", "b/2.png"] and asked["revision"] == Info.sha

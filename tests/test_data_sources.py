@@ -144,8 +144,8 @@ def test_columns_by_option(table, tmp_path):
     assert open_source(path, label_column="other").fingerprint != open_source(path).fingerprint
     with pytest.raises(DataError, match="no column 'knid': did you mean 'kind'"):
         open_source(path, label_column="knid")
-    with pytest.raises(DataError, match="'words'.*string, not integer labels.*Valid: kind, other"):
-        open_source(path, label_column="words")
+    with pytest.raises(DataError, match="'picture'.*Image, not labels.*Valid: kind, other, words"):
+        open_source(path, label_column="picture")
     with pytest.raises(DataError, match="'other'.*int32, not images.*picture"):
         open_source(path, image_column="other")
 

@@ -1,4 +1,4 @@
-"""A source is decoded once, into `<cache>/data/<key>/{images.npy,labels.npy,meta.json}`, and mapped ever after."""
+"""A source is decoded once, into `<cache>/data/<key>/{images.npy,labels.npy,captions.arrow,meta.json}`, and mapped ever after."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,11 +19,15 @@ from ..errors import ConfigError, DataError, MmgenError, nearest
 from ..system.files import TEMPORARY, at_home, read_json, replacing_folder
 from ..system.lock import one_at_a_time
 from ..system.tensor_files import save_array
+from .captions import read_texts, write_texts
 from .dataset import Dataset
 from .decoding import Plan, decode_all, settle
 from .image_source import ImageSource
 
-FORMAT = 1  # raise it when the pixels that come out of the same source change
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = 2  # raise it when the pixels that come out of the same source change
 CORRUPT_POLICIES = ("stop", "skip")
 _HEADER = 128  # bytes of images.npy before the pixels
 _STALE = 24 * 3600  # seconds without a write after which an unfinished folder belongs to a process that was killed
@@ -47,6 +52,7 @@ def prepare(
     *,
     cache_dir: str | os.PathLike | None = None,
     on_corrupt: str = "stop",
+    captions: pa.ListArray | None = None,
     progress: Progress | None = None,
     word: str = "",
 ) -> Dataset:
@@ -57,14 +63,14 @@ def prepare(
     """
     check_options(resolution, channels, on_corrupt)
     root = cache_root(cache_dir) / "data"
-    folder = root / _key(source, resolution, channels, on_corrupt)
+    folder = root / _key(source, resolution, channels, on_corrupt, captions)
     dataset = _open(folder)
     if dataset is None:
         with _locked(root, folder.name):
             dataset = _open(folder)  # another process may have made it in the meantime
             if dataset is None:
                 _remove_stale(root)
-                _build(folder, source, settle(source, resolution, channels, on_corrupt), progress)
+                _build(folder, source, settle(source, resolution, channels, on_corrupt), captions, progress)
                 dataset = _open(folder)
     if dataset is None:
         raise DataError(f"the cache entry {folder} cannot be read back: is the disk failing?")
@@ -77,6 +83,7 @@ def decode_in_memory(
     channels: int | None,
     *,
     on_corrupt: str = "stop",
+    captions: pa.ListArray | None = None,
     progress: Progress | None = None,
     word: str = "",
 ) -> Dataset:
@@ -90,9 +97,11 @@ def decode_in_memory(
         skipped += chunk.skipped
     images = np.concatenate(chunks)
     labels = None if source.labels is None else source.labels[kept]
+    captions = None if captions is None else captions.take(kept)
     digest = _digest(plan)
     digest.update(images)
-    return Dataset(word, images, labels, source.class_names, _describe(source, plan, skipped), _fingerprint(digest, labels))
+    description, identity = _describe(source, plan, skipped), _fingerprint(digest, labels, captions)
+    return Dataset(word, images, labels, source.class_names, description, identity, captions)
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -100,8 +109,10 @@ def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:
     return at_home(cache_dir or os.environ.get("MMGEN_CACHE") or "~/.cache/mmgen")
 
 
-def _key(source: ImageSource, resolution: int | None, channels: int | None, on_corrupt: str) -> str:
-    parts = [FORMAT, source.fingerprint, resolution, channels, on_corrupt]
+def _key(
+    source: ImageSource, resolution: int | None, channels: int | None, on_corrupt: str, captions: pa.ListArray | None
+) -> str:
+    parts = [FORMAT, source.fingerprint, resolution, channels, on_corrupt, captions is not None]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -117,12 +128,15 @@ def _open(folder: Path) -> Dataset | None:
             return None
         if labels is not None and (labels.dtype != np.int64 or labels.shape != images.shape[:1]):
             return None
-        return Dataset("", images, labels, meta["class_names"], meta["description"], meta["fingerprint"])
+        captions = read_texts(folder / "captions.arrow") if meta["captioned"] else None
+        if captions is not None and len(captions) != len(images):
+            return None
+        return Dataset("", images, labels, meta["class_names"], meta["description"], meta["fingerprint"], captions)
     except (OSError, ValueError, KeyError, TypeError, EOFError):
         return None
 
 
-def _build(folder: Path, source: ImageSource, plan: Plan, progress: Progress | None) -> None:
+def _build(folder: Path, source: ImageSource, plan: Plan, captions: pa.ListArray | None, progress: Progress | None) -> None:
     size = source.length * plan.channels * plan.resolution**2
     free = shutil.disk_usage(folder.parent).free
     if free < size:
@@ -133,14 +147,14 @@ def _build(folder: Path, source: ImageSource, plan: Plan, progress: Progress | N
     try:
         # Without locks another process may be first: its entry is as good, and may be in use already.
         with replacing_folder(folder, keep=lambda: _open(folder) is not None) as temporary:
-            _write(temporary, source, plan, progress)
+            _write(temporary, source, plan, captions, progress)
     except DataError:
         raise
     except MmgenError as error:
         raise DataError(f"{error}; or set MMGEN_CACHE to a folder that can be written and has room") from error
 
 
-def _write(folder: Path, source: ImageSource, plan: Plan, progress: Progress | None) -> None:
+def _write(folder: Path, source: ImageSource, plan: Plan, captions: pa.ListArray | None, progress: Progress | None) -> None:
     """Writes the images in order: on a full disk a sparse memory map dies of SIGBUS, a write raises OSError."""
     kept: list[int] = []
     skipped: list[str] = []
@@ -157,13 +171,17 @@ def _write(folder: Path, source: ImageSource, plan: Plan, progress: Progress | N
     labels = None if source.labels is None else source.labels[kept]
     if labels is not None:
         save_array(folder / "labels.npy", labels)
+    if captions is not None:
+        captions = captions.take(kept)
+        write_texts(folder / "captions.arrow", captions)
     meta = {
         "format": FORMAT,
         "shape": [len(kept), plan.channels, plan.resolution, plan.resolution],
         "labelled": labels is not None,
+        "captioned": captions is not None,
         "class_names": source.class_names,
         "description": _describe(source, plan, skipped),
-        "fingerprint": _fingerprint(digest, labels),
+        "fingerprint": _fingerprint(digest, labels, captions),
         "source": source.fingerprint,
         "plan": asdict(plan),
         "skipped": skipped,
@@ -191,9 +209,11 @@ def _digest(plan: Plan) -> hashlib._Hash:
     return hashlib.sha256(f"{plan.channels}x{plan.resolution}".encode())
 
 
-def _fingerprint(digest: hashlib._Hash, labels: np.ndarray | None) -> str:
+def _fingerprint(digest: hashlib._Hash, labels: np.ndarray | None, captions: pa.ListArray | None) -> str:
     if labels is not None:
         digest.update(labels.astype("<i8").tobytes())
+    for texts in captions if captions is not None else ():
+        digest.update(json.dumps(texts.as_py()).encode())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Which column of a table holds the images, and which the labels."""
+"""Which column of a table holds the images, which the labels, and which the captions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ if TYPE_CHECKING:
 
 IMAGE_NAMES = ("image", "img", "jpg", "png", "pixel_values")
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class")
+CAPTION_NAMES = ("text", "caption", "captions", "prompt", "sentence", "sentences", "TEXT", "blip_caption")
+_LABELS = ("class", "integer", "text", "list", "number")
+_KINDS = {"images": ("image", "bytes"), "labels": _LABELS, "captions": ("text", "list")}
 
 
 @dataclass(frozen=True)
 class Column:
     name: str
-    kind: str  # "image": an Image feature; "bytes": may hold encoded images; "class": a ClassLabel; "integer"; "other"
+    kind: str  # image: an Image feature; bytes: may hold encoded images; class: a ClassLabel; integer; number; text; list; other
     type: str  # for messages
     class_names: list[str] | None = None
 
@@ -41,7 +44,7 @@ def _column(field: pyarrow.Field, feature: object) -> Column:
     kind = feature.get("_type") if isinstance(feature, dict) else None
     if kind == "Image":
         return Column(field.name, "image", "Image")
-    if types.is_integer(field.type):
+    if types.is_integer(field.type) or types.is_boolean(field.type):
         if kind == "ClassLabel":
             names = feature.get("names")
             known = isinstance(names, list) and names and all(isinstance(name, str) for name in names)
@@ -49,7 +52,12 @@ def _column(field: pyarrow.Field, feature: object) -> Column:
         return Column(field.name, "integer", str(field.type))
     if _holds_bytes(field.type):
         return Column(field.name, "bytes", str(field.type))
-    return Column(field.name, "other", str(field.type))
+    value = field.type.value_type if types.is_dictionary(field.type) else field.type  # pandas' categories
+    if types.is_string(value) or types.is_large_string(value):
+        return Column(field.name, "text", "string")
+    is_list = types.is_list(value) or types.is_large_list(value) or types.is_fixed_size_list(value)
+    kind = "list" if is_list else "number" if types.is_floating(value) else "other"
+    return Column(field.name, kind, str(field.type))
 
 
 def _holds_bytes(kind: pyarrow.DataType) -> bool:
@@ -66,9 +74,9 @@ def choose_image(columns: list[Column], wanted: str | None, place: str) -> Colum
     Of several Image features (an image and its mask) the one with a usual name is meant; if that does not single one
     out, or there is none, raises DataError.
     """
-    possible = [c for c in columns if c.kind in ("image", "bytes")]
+    possible = [c for c in columns if c.kind in _KINDS["images"]]
     if wanted is not None:
-        return _wanted(columns, possible, wanted, place, "images", "--image-column")
+        return _wanted(columns, wanted, place, "images", "--image-column")
     candidates = [c for c in columns if c.kind == "image"]
     if len(candidates) != 1:
         usual = [c for c in candidates or possible if c.name in IMAGE_NAMES]
@@ -84,23 +92,31 @@ def choose_image(columns: list[Column], wanted: str | None, place: str) -> Colum
 
 
 def choose_label(columns: list[Column], wanted: str | None, place: str) -> Column | None:
-    """The column of labels: the one wanted, else the first ClassLabel, else integers under a usual name, else None."""
-    possible = [c for c in columns if c.kind in ("class", "integer")]
+    """The column of labels: the one wanted, else the first ClassLabel, else one under a usual name, else None."""
     if wanted is not None:
-        return _wanted(columns, possible, wanted, place, "integer labels", "--label-column")
-    for column in possible:
-        if column.kind == "class":
-            return column
-    by_name = {c.name: c for c in possible}
-    return next((by_name[name] for name in LABEL_NAMES if name in by_name), None)
+        return _wanted(columns, wanted, place, "labels", "--label-column")
+    first = next((c for c in columns if c.kind == "class"), None)
+    return first or _usual(columns, LABEL_NAMES, "labels")
 
 
-def _wanted(columns: list[Column], possible: list[Column], wanted: str, place: str, what: str, option: str) -> Column:
-    for column in possible:
-        if column.name == wanted:
-            return column
-    valid = nearest(wanted, [c.name for c in possible]) if possible else f"none of its columns holds {what}"
+def choose_caption(columns: list[Column], wanted: str | None, place: str) -> Column | None:
+    """The column of captions: the one wanted, else one of texts under a usual name, else None."""
+    if wanted is not None:
+        return _wanted(columns, wanted, place, "captions", "--caption-column")
+    return _usual(columns, CAPTION_NAMES, "captions")
+
+
+def _usual(columns: list[Column], names: tuple[str, ...], what: str) -> Column | None:
+    by_name = {c.name: c for c in columns if c.kind in _KINDS[what]}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _wanted(columns: list[Column], wanted: str, place: str, what: str, option: str) -> Column:
+    possible = [c.name for c in columns if c.kind in _KINDS[what]]
+    valid = nearest(wanted, possible) if possible else f"none of its columns holds {what}"
     for column in columns:
+        if column.name == wanted and wanted in possible:
+            return column
         if column.name == wanted:
             raise DataError(f"{option}: column {wanted!r} of {place} is {column.type}, not {what}: {valid}")
     raise DataError(f"{option}: {place} has no column {wanted!r}: {valid}")

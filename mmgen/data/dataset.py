@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
+    import pyarrow as pa
 
     from ..models.latents import LatentSettings
 
@@ -60,7 +61,8 @@ class Dataset(Labelled):
     labels: np.ndarray | None  # int64 [N], 0 <= label < num_classes
     class_names: list[str] | None
     description: str  # one line: layout, number of images, columns, classes, resolution, what was left out
-    fingerprint: str  # SHA-256 of shape, pixels and labels: the same data has the same one wherever it lies
+    fingerprint: str  # SHA-256 of shape, pixels, labels and captions: the same data has the same one wherever it lies
+    captions: pa.ListArray | None = None  # list<string> [N], at least one text each, where they were asked for
     place: str = ""  # what the word meant: see `resolve.locate`
 
     def __len__(self) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import numpy as np
 from ..errors import DataError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from PIL import Image
 
 MISSING = -1  # the label of an image that has none, as hub data sets write it
@@ -24,6 +28,20 @@ class CorruptImage(DataError):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a data set is to be read: the options of the command line."""
+
+    split: str = "train"
+    subset: str | None = None  # one of several data sets side by side, as a repository's README or its folders name them
+    revision: str | None = None  # branch, tag or commit, of the hub
+    image_column: str | None = None  # None: the first that holds images
+    label_column: str | None = None  # None: the first that holds classes
+    caption_column: str | None = None  # None: the first of the usual names that holds texts
+    captions: str | None = None  # a file of captions: COCO's JSON, or .jsonl, .csv, .parquet with file_name
+    follow_links: bool = False  # also links that lead out of the folder
+
+
+@dataclass(frozen=True)
 class ImageSource:
     description: str  # one line: layout, number of images, columns, classes
     names: Callable[[int], str]  # how image i is called in messages: its path, or "row 17 of train-00000.parquet"
@@ -31,15 +49,59 @@ class ImageSource:
     read: Callable[[int], bytes | Image.Image]  # image i, encoded where possible; safe to call from threads
     labels: np.ndarray | None  # int64 [N]
     class_names: list[str] | None
-    fingerprint: str  # of what was found: paths, sizes, times, columns, split; not of the content
+    fingerprint: str  # of what was found: paths, sizes, times, the content of small files, columns, split
+    captions: Callable[[], pa.ListArray] | None = None  # reads the texts of each image: list<string> [N]; None: there are none
 
 
-def fingerprint(layout: str, files: Iterable[tuple[str, int, int]], **choices: Any) -> str:
-    """SHA-256 of a layout, its files (absolute path, size, modification time in ns) and what was chosen within them."""
+_SMALL = 1 << 16  # bytes: files up to here are read to tell an edit that changed neither size nor time
+_MOST_SMALL = 1 << 30  # bytes of all such files
+_SECOND = 10**9
+_BLOCK = 1 << 16
+_THREADS = 8
+
+
+def fingerprint(layout: str, files: Iterable[Any], **choices: Any) -> str:
+    """SHA-256 of a layout, the `identity` of its files, and what was chosen within them."""
     digest = hashlib.sha256(json.dumps([layout, choices], sort_keys=True).encode())
     for file in files:
         digest.update(json.dumps(file).encode())
     return digest.hexdigest()
+
+
+def identity(paths: list[Path]) -> list[tuple[str, int, int, str]]:
+    """(absolute path, size, modification time in ns, digest) of each file.
+
+    The digest is of the content of small files, as long as all small ones together are not large; and of the start, middle
+    and end of files whose time is a whole second, as some file systems and archives have it.
+    """
+    found = [(str(path), status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
+    few = sum(size for _, size, _ in found if size <= _SMALL) <= _MOST_SMALL
+
+    def digest(file: tuple[str, int, int]) -> str:
+        path, size, time = file
+        if size <= _SMALL and few:
+            starts = [0]
+        elif time % _SECOND == 0:
+            starts = [0, (size - _BLOCK) // 2, size - _BLOCK]
+        else:
+            return ""
+        sha256 = hashlib.sha256()
+        with open(path, "rb") as content:
+            for start in starts:
+                content.seek(max(start, 0))
+                sha256.update(content.read(_BLOCK))
+        return sha256.hexdigest()
+
+    with readable_files(), ThreadPoolExecutor(_THREADS) as threads:
+        return [(*file, sum_) for file, sum_ in zip(found, threads.map(digest, found))]
+
+
+@contextlib.contextmanager
+def readable_files() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror or error}") from error
 
 
 def checked_labels(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import fields, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import DataError, nearest, shortened
 from ..system.files import at_home, exists
 from . import hub
-from .image_source import ImageSource, fingerprint
+from .image_source import ImageSource, Reading, fingerprint
 from .latents import is_latents, source_of
 from .sources import open_source
 from .splits import canonical, no_split
@@ -23,8 +25,8 @@ _NAME = re.compile(r"^\w[\w.-]*$")
 _HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
-def resolve(word: str, *, split: str = "train", image_column: str | None = None, label_column: str | None = None) -> ImageSource:
-    """Finds the data set that `word` means, without decoding it. The first of these that is there:
+def resolve(word: str, **options: Any) -> ImageSource:
+    """Finds the data set that `word` means, without decoding it; `options` are the fields of `Reading`. The first that is there:
 
     1. `digits`: comes with mmgen (a folder of that name is `./digits`);
     2. `cifar10`: continues as `uoft-cs/cifar10`;
@@ -34,19 +36,25 @@ def resolve(word: str, *, split: str = "train", image_column: str | None = None,
 
     Raises DataError, in one sentence that says where it looked.
     """
-    columns = {"image_column": image_column, "label_column": label_column}
+    reading = Reading(**options)
     if word == DIGITS:
-        return open_digits(split, **columns)
+        return open_digits(reading)
     looked = []
     name = SHORT_NAMES.get(word, word)
     for place in _places(word, name):
         if exists(place):
             if is_latents(place):
                 raise DataError(f"{place} holds latents, not images: give the images that they came from, {source_of(place)}")
-            return open_source(place, split=split, **columns)
+            if reading.revision is None:
+                return open_source(place, **options)
+            if not _HUB_ID.match(name):
+                what = f"{place} is on this machine, only the hub has revisions"
+                raise DataError(f"--revision {reading.revision}: {what}: leave it out")
         looked.append(str(place))
     if _HUB_ID.match(name):
-        return open_source(hub.fetch(name, split, looked), split=split, **columns)
+        folder, notes = hub.fetch(name, reading, looked)
+        source = open_source(folder, **options)
+        return replace(source, description=", ".join([source.description, *notes]))
     if _NAME.match(word):
         known = [DIGITS, *SHORT_NAMES, *_names_in(_data_dir())]
         raise DataError(f"no data set {shortened(word)}: {nearest(word, known)}; or give a path, or user/name of the hub")
@@ -70,14 +78,16 @@ def find_latents(word: str) -> Path | None:
     return place if place is not None and is_latents(place) else None
 
 
-def open_digits(split: str = "train", image_column: str | None = None, label_column: str | None = None) -> ImageSource:
-    """The digits in digits.npz as 8x8 grey images. Raises DataError for another split, or columns."""
+def open_digits(reading: Reading = Reading()) -> ImageSource:
+    """The digits in digits.npz as 8x8 grey images. Raises DataError for any way of reading them but one."""
     from PIL import Image
 
-    if canonical(split) != "train":
-        raise no_split(DIGITS, split, ["train"])
-    if image_column is not None or label_column is not None:
-        raise DataError("digits has no columns: leave --image-column and --label-column out")
+    if canonical(reading.split) != "train":
+        raise no_split(DIGITS, reading.split, ["train"])
+    for field in fields(reading):
+        if field.name not in ("split", "follow_links") and getattr(reading, field.name) is not None:
+            option = field.name.replace("_", "-")
+            raise DataError(f"digits has no columns, subsets or revisions: leave --{option} out")
     with resources.files(__package__).joinpath("digits.npz").open("rb") as file:
         with np.load(file, allow_pickle=False) as stored:
             values, labels = stored["images"], stored["labels"].astype(np.int64)

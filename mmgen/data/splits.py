@@ -75,4 +75,4 @@ def _check_one_configuration(names: list[str], place: str) -> None:
     folders = sorted({str(PurePosixPath(n).parent) for n in names})
     files = [PurePosixPath(n).name for n in names]
     if len(folders) > 1 and len(set(files)) < len(files):
-        raise DataError(f"{place} holds several data sets side by side ({', '.join(folders)}): give the path of one")
+        raise DataError(f"{place} holds several data sets side by side ({', '.join(folders)}): give the path of one, or --subset")

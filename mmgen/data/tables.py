@@ -1,16 +1,19 @@
-"""Images in the tables of `datasets`: parquet files, .arrow files, and folders written by save_to_disk.
+"""Images in tables, by `datasets`: parquet files, .arrow files, and folders of save_to_disk.
 
-Parquet is read directly, a row group at a time: `datasets` would first copy all of it into its own cache.
+Parquet is streamed, so that no second copy is written; the others are mapped into memory. Images stay encoded, for the one
+decoder. What the columns are comes from the files' own schema, which is trusted with nothing but names and types.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
-import os
+import glob
+import itertools
+import tempfile
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,200 +21,253 @@ import numpy as np
 
 from ..errors import DataError
 from ..system.files import read_json
-from .columns import Column, choose_image, choose_label, columns_of
-from .image_source import MISSING, CorruptImage, ImageSource, checked_labels, fingerprint, summary
-from .splits import canonical, no_split, parts_missing, select_split
-from .walk import Found, Listing
+from .captions import captions_of
+from .columns import Column, choose_caption, choose_image, choose_label, columns_of
+from .image_source import MISSING, CorruptImage, ImageSource, Reading, checked_labels, fingerprint, identity, summary
+from .labels import Labels, NotClasses, classes_of
+from .rows import readable
+from .splits import canonical, no_split, parts_missing
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow
+    import pyarrow as pa
+
+_AHEAD = 256  # rows that a stream that is begun anew starts before the one asked for: threads ask for it and its neighbours
+_AT_ONCE = 16  # rows that are read together
+_MOST_RECENT, _MOST_ROWS = 1 << 27, 1 << 12  # bytes and number of encoded images that are kept, beyond the last _AHEAD
 
 
-def open_parquet(
-    listing: Listing, files: list[Found], split: str | None, image_column: str | None, label_column: str | None
-) -> ImageSource:
-    """Parquet files of one data set. `split` None takes all the files. Raises DataError."""
+@dataclass(frozen=True)
+class _Table:
+    layout: str
+    place: Path  # for messages
+    folder: Path  # that paths in cells start from
+    schema: pa.Schema
+    length: int
+    cells: Callable[[str], Callable[[int], Any]]  # of an image column: row -> cell; safe to call from threads
+    column: Callable[[str], pa.ChunkedArray]  # all values of another column
+    row_name: Callable[[int], str]
+    files: list[Path]
+    notes: list[str]
+
+
+def open_parquet(folder: Path, names: list[str], place: Path, notes: list[str], reading: Reading) -> ImageSource:
+    """Parquet files of one data set, in this order. Raises DataError."""
     import pyarrow.parquet as pq
 
-    place = str(listing.folder / files[0].name if split is None else listing.folder)
-    if split is not None:
-        chosen = set(select_split([f.name for f in files], split, place))
-        files = [f for f in files if f.name in chosen]
-    paths = [listing.folder / f.name for f in files]
-    metadata = []
+    paths, metadata = [folder / name for name in names], []
     for path in paths:
-        with _readable(path):
+        with readable(path):
             metadata.append(pq.read_metadata(path))
-    columns = columns_of(metadata[0].schema.to_arrow_schema())
-    image = choose_image(columns, image_column, place)
-    label = choose_label(columns, label_column, place)
-    for path, other in zip(paths, metadata):
-        _check_same_columns(path, columns_of(other.schema.to_arrow_schema()), paths[0], image, label)
-    rows = _RowGroups(paths, metadata, image.name)
+    schema = metadata[0].schema.to_arrow_schema()
+    starts = np.cumsum([0, *(one.num_rows for one in metadata)]).tolist()
 
-    def name(i: int) -> str:
-        file, row = rows.locate(i)
-        return f"row {row} of {files[file].name}"
+    def row_name(i: int) -> str:
+        file = bisect.bisect_right(starts, i) - 1
+        return f"row {i - starts[file]} of {names[file]}"
 
-    def read(i: int) -> bytes:
-        file, _ = rows.locate(i)
-        return _encoded(rows.value(i), paths[file].parent)
+    def cells(name: str) -> Callable[[int], Any]:
+        check(name)
+        groups = [[one.row_group(g).num_rows for g in range(one.num_row_groups)] for one in metadata]
+        return _Rows(lambda: _stream(paths, schema, name, image=True), paths, groups, name).cell
 
-    labels = [_label_column(path, label.name) for path in paths] if label else None
-    notes = [] if split is None else [f"split {canonical(split)}"]
-    if missing := parts_missing(f.name for f in files):
-        notes.append(f"{missing:,} of its {missing + len(files):,} files are not there")
-    chosen_columns = {"image": image.name, "label": label and label.name}
-    identity = fingerprint("parquet", listing.identity(files), split=split, **chosen_columns)
-    return _table_source("parquet", rows.length, name, read, image, label, labels, notes, identity, place)
+    def column(name: str) -> pa.ChunkedArray:
+        import pyarrow as pa
+
+        check(name)
+        with readable(place):
+            batches = _stream(paths, schema, name).with_format("arrow").iter(batch_size=1 << 16)
+            return pa.chunked_array([chunk for batch in batches for chunk in batch.column(name).chunks])
+
+    def check(name: str) -> None:
+        wanted = next(column for column in columns_of(schema) if column.name == name)
+        for path, one in zip(paths[1:], metadata[1:]):
+            if wanted not in columns_of(one.schema.to_arrow_schema()):
+                raise DataError(f"column {name!r} of {path} differs from {paths[0]}: not parts of one data set")
+
+    if missing := parts_missing(names):
+        notes = [*notes, f"{missing:,} of its {missing + len(names):,} files are not there"]
+    table = _Table("parquet", place, folder, schema, starts[-1], cells, column, row_name, paths, notes)
+    return _source(table, reading)
 
 
-def open_saved(folder: Path, split: str, image_column: str | None, label_column: str | None) -> ImageSource:
+def _stream(paths: list[Path], schema: pa.Schema, name: str, image: bool = False) -> datasets.IterableDataset:
+    """One column of parquet files, as a stream in which each file is a shard."""
+    import datasets
+    import pyarrow as pa
+
+    feature = datasets.Image(decode=False) if image else None
+    with readable(paths[0]), tempfile.TemporaryDirectory(prefix="mmgen-") as nothing:  # it leaves a lock file
+        feature = feature or datasets.Features.from_arrow_schema(pa.schema([schema.field(name)]))[name]
+        files = {"train": [glob.escape(str(path)) for path in paths]}
+        return datasets.load_dataset(
+            "parquet", data_files=files, split="train", streaming=True, columns=[name],
+            features=datasets.Features({name: feature}), cache_dir=nothing,
+        )  # fmt: skip
+
+
+class _Rows:
+    """An image column of a stream, row by row: read forward, and begun again at its row group where somebody goes elsewhere."""
+
+    def __init__(
+        self, open_stream: Callable[[], datasets.IterableDataset], paths: list[Path], groups: list[list[int]], column: str
+    ):
+        self.open_stream, self.paths, self.column = open_stream, paths, column
+        self.groups = groups  # rows of each row group, of each file
+        self.first = np.cumsum([0, *map(sum, groups)]).tolist()  # row of each file, and the end
+        self.lock = threading.Lock()
+        self.stream = self.file = None  # of all files; (its number, its stream, the first row of each part)
+        self.part, self.next, self.rows = range(0), 0, iter(())  # where the stream stands
+        self.recent: OrderedDict[int, Any] = OrderedDict()
+        self.bytes = 0
+
+    def cell(self, i: int) -> Any:
+        with self.lock:
+            if i not in self.recent:
+                file = bisect.bisect_right(self.first, i) - 1
+                with readable(self.paths[file]):
+                    if i not in self.part or i < self.next:
+                        self._begin(file, i)
+                    self._read_to(i)
+            return self.recent[i]
+
+    def _begin(self, file: int, i: int) -> None:
+        """Opens the row group of row i, or with a version of `datasets` that does not cut files, its file."""
+        if self.stream is None:
+            self.stream = self.open_stream()
+        if self.file is None or self.file[0] != file:
+            stream, sizes = self.stream.shard(num_shards=len(self.paths), index=file), self.groups[file]
+            stream = stream.reshard() if hasattr(stream, "reshard") else stream
+            sizes = sizes if stream.num_shards == len(sizes) else [sum(sizes)]
+            self.file = file, stream, (self.first[file] + np.cumsum([0, *sizes])).tolist()
+        _, stream, starts = self.file
+        number = bisect.bisect_right(starts, i) - 1
+        self.part = range(starts[number], starts[number + 1])
+        begin = max(self.part.start, i - _AHEAD)
+        if begin != self.next:
+            self.recent.clear()
+            self.bytes = 0
+        self.next = begin
+        self.rows = iter(stream.shard(num_shards=len(starts) - 1, index=number).skip(begin - self.part.start))
+
+    def _read_to(self, i: int) -> None:
+        """Row i and the few after it."""
+        for row in itertools.islice(self.rows, min(i + _AT_ONCE, self.part.stop) - self.next):
+            cell = self.recent[self.next] = row[self.column]
+            self.next += 1
+            self.bytes += _size(cell)
+        while len(self.recent) > _AHEAD and (self.bytes > _MOST_RECENT or len(self.recent) > _MOST_ROWS):
+            self.bytes -= _size(self.recent.popitem(last=False)[1])
+        if self.next <= i:
+            raise DataError(f"{self.paths[self.file[0]]} has fewer rows than it says (is the download complete?)")
+        if self.next == self.part.stop:
+            next(self.rows, None)  # so that it closes its file
+
+
+def _size(cell: Any) -> int:
+    return len(cell.get("bytes") or b"") if isinstance(cell, dict) else 0
+
+
+def open_saved(folder: Path, reading: Reading) -> ImageSource:
     """A folder written by Dataset.save_to_disk or DatasetDict.save_to_disk. Raises DataError."""
     import datasets
 
-    chosen, place = folder, str(folder)
+    chosen, place, split = folder, str(folder), reading.split
     if (folder / "dataset_dict.json").is_file():
-        with _readable(folder / "dataset_dict.json"):
+        with readable(folder / "dataset_dict.json"):
             names = read_json(folder / "dataset_dict.json")["splits"]
         by_split = {canonical(name): name for name in names}
         if canonical(split) not in by_split:
             raise no_split(place, split, names)
         chosen = folder / Path(by_split[canonical(split)]).name  # .name: the file must not lead elsewhere
-    with _readable(chosen):
+    with readable(chosen):
         table = datasets.load_from_disk(str(chosen))
     if chosen == folder and canonical(split) not in ("train", canonical(str(table.split))):
         raise no_split(place, split, ["train" if table.split is None else str(table.split)])
     files = sorted(p for p in chosen.iterdir() if p.is_file())
-    return _open_table("save_to_disk folder", table, files, chosen, split, image_column, label_column)
+    return _source(_mapped("save_to_disk folder", table, files, chosen), reading)
 
 
-def open_arrow(
-    listing: Listing, files: list[Found], split: str | None, image_column: str | None, label_column: str | None
-) -> ImageSource:
-    """.arrow files such as `datasets` keeps in its cache. `split` None takes all the files. Raises DataError."""
+def open_arrow(folder: Path, names: list[str], place: Path, reading: Reading) -> ImageSource:
+    """.arrow files such as `datasets` keeps in its cache. Raises DataError."""
     import datasets
 
-    place = listing.folder / files[0].name if split is None else listing.folder
-    if split is not None:
-        chosen = set(select_split([f.name for f in files], split, str(place)))
-        files = [f for f in files if f.name in chosen]
-    tables = []
-    for file in files:
-        with _readable(listing.folder / file.name):
-            tables.append(datasets.Dataset.from_file(str(listing.folder / file.name)))
-    with _readable(place):
-        table = datasets.concatenate_datasets(tables)
-    paths = [listing.folder / f.name for f in files]
-    return _open_table("arrow", table, paths, place, split, image_column, label_column)
+    paths, tables = [folder / name for name in names], []
+    for path in paths:
+        with readable(path):
+            tables.append(datasets.Dataset.from_file(str(path)))
+    with readable(place):
+        return _source(_mapped("arrow", datasets.concatenate_datasets(tables), paths, place), reading)
 
 
-def _open_table(
-    layout: str,
-    table: datasets.Dataset,
-    files: list[Path],
-    place: Path,
-    split: str | None,
-    image_column: str | None,
-    label_column: str | None,
-) -> ImageSource:
+def _mapped(layout: str, table: datasets.Dataset, files: list[Path], place: Path) -> _Table:
     import datasets
 
     table = table.with_format(None)
-    columns = columns_of(table.features.arrow_schema)
-    image = choose_image(columns, image_column, str(place))
-    label = choose_label(columns, label_column, str(place))
-    images = table.select_columns([image.name])
-    if image.kind == "image":  # decoded here, not there, so that a corrupt image can be named
-        images = images.cast_column(image.name, datasets.Image(decode=False))
 
-    def read(i: int) -> bytes:
-        return _encoded(images[i][image.name], place if place.is_dir() else place.parent)
+    def cells(name: str) -> Callable[[int], Any]:
+        images = table.select_columns([name])
+        if isinstance(table.features[name], datasets.Image):  # decoded by mmgen, so that a corrupt image can be named
+            images = images.cast_column(name, datasets.Image(decode=False))
+        return lambda i: images[i][name]
 
-    labels = None
-    if label:
-        values = table.select_columns([label.name]).with_format("arrow")[:]
-        labels = [_integers(values.column(label.name))]
-    identity = fingerprint(
-        layout,
-        [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files],
-        image=image.name,
-        label=label and label.name,
-        split=split,
-    )
-    notes = [] if table.split is None else [f"split {table.split}"]
-    name = f"row {{}} of {place.name}".format
-    return _table_source(layout, len(table), name, read, image, label, labels, notes, identity, str(place))
+    return _Table(
+        layout, place, place if place.is_dir() else place.parent, table.features.arrow_schema, len(table), cells,
+        lambda name: table.select_columns([name]).with_format("arrow")[:].column(name), f"row {{}} of {place.name}".format, files,
+        [] if table.split is None else [f"split {table.split}"],
+    )  # fmt: skip
 
 
-def _table_source(
-    layout: str,
-    length: int,
-    name: Callable[[int], str],
-    read: Callable[[int], bytes],
-    image: Column,
-    label: Column | None,
-    labels: list[np.ndarray] | None,
-    notes: list[str],
-    identity: str,
-    place: str,
-) -> ImageSource:
-    if length == 0:
+def _source(table: _Table, reading: Reading) -> ImageSource:
+    place, columns = str(table.place), columns_of(table.schema)
+    if table.length == 0:
         raise DataError(f"{place} has no rows")
-    values, class_names = None, None
-    if label is not None and labels is not None:
-        try:
-            values, class_names = checked_labels(np.concatenate(labels), label.class_names, name)
-        except DataError as error:
-            raise DataError(f"{place}, column {label.name}: {error}") from error
-        notes = [f"labels from column {label.name}", *notes]
-    notes = [f"images from column {image.name}", *notes]
+    if reading.captions is not None:
+        raise DataError(f"--captions {reading.captions}: {place} is a table, whose captions are a column: --caption-column")
+    image = choose_image(columns, reading.image_column, place)
+    label = choose_label(columns, reading.label_column, place)
+    caption = choose_caption(columns, reading.caption_column, place)
+    cell = table.cells(image.name)
+    notes = [f"images from column {image.name}"]
+    labels, class_names = _labels(table, label, reading.label_column is not None, notes)
+    if label is None:
+        others = [f"{column.name} ({column.type})" for column in columns if column.kind == "integer"]
+        notes += [f"columns that --label-column could name: {', '.join(others)}"] if others else []
+    notes += [f"captions in column {caption.name}"] if caption else []
+    chosen = {"image": image.name, "label": label and label.name, "caption": caption and caption.name, "split": reading.split}
     return ImageSource(
-        description=summary(layout, length, values, class_names, *notes),
-        names=name,
-        length=length,
-        read=read,
-        labels=values,
+        description=summary(table.layout, table.length, labels, class_names, *notes, *table.notes),
+        names=table.row_name,
+        length=table.length,
+        read=lambda i: _encoded(cell(i), table.folder),
+        labels=labels,
         class_names=class_names,
-        fingerprint=identity,
+        fingerprint=fingerprint(table.layout, identity(table.files), **chosen),
+        captions=None if caption is None else lambda: captions_of(table.column(caption.name).to_pylist()),
     )
 
 
-class _RowGroups:
-    """One column of many parquet files, row by row, with the last two row groups in memory. Threads may share it."""
-
-    def __init__(self, paths: list[Path], metadata: list[Any], column: str):
-        self.paths, self.metadata, self.column = paths, metadata, column
-        self.groups = [(f, g) for f, m in enumerate(metadata) for g in range(m.num_row_groups)]
-        sizes = [metadata[f].row_group(g).num_rows for f, g in self.groups]
-        self.starts = np.cumsum([0, *sizes]).tolist()  # first row of each group, and the end
-        self.first_of_file = np.cumsum([0, *(m.num_rows for m in metadata)]).tolist()
-        self.length = self.starts[-1]
-        self.recent: OrderedDict[int, pyarrow.ChunkedArray] = OrderedDict()
-        self.lock = threading.Lock()
-
-    def locate(self, i: int) -> tuple[int, int]:
-        """(which file, which row in it)"""
-        file = bisect.bisect_right(self.first_of_file, i) - 1
-        return file, i - self.first_of_file[file]
-
-    def value(self, i: int) -> Any:
-        group = bisect.bisect_right(self.starts, i) - 1
-        with self.lock:
-            if group not in self.recent:
-                while len(self.recent) > 1:
-                    self.recent.popitem(last=False)
-                self.recent[group] = self._load(group)
-            rows = self.recent[group]
-        return rows[i - self.starts[group]].as_py()
-
-    def _load(self, group: int) -> pyarrow.ChunkedArray:
-        import pyarrow.parquet as pq
-
-        file, index = self.groups[group]
-        with _readable(self.paths[file]), pq.ParquetFile(self.paths[file], metadata=self.metadata[file]) as parquet:
-            return parquet.read_row_group(index, columns=[self.column], use_threads=False).column(self.column)
+def _labels(table: _Table, label: Column | None, sure: bool, notes: list[str]) -> Labels | tuple[None, None]:
+    """Labels and class names of a column; that it is no column of classes is noted, unless it was asked for."""
+    if label is None:
+        return None, None
+    values, class_names = table.column(label.name), label.class_names
+    try:
+        if label.kind in ("class", "integer"):
+            with readable(table.place):
+                labels = _integers(values)
+        else:
+            labels, class_names = classes_of(values.to_pylist(), sure)
+    except NotClasses as error:
+        if sure:
+            raise DataError(f"--label-column: column {label.name!r} of {table.place} holds no classes but {error}") from error
+        notes.append(f"column {label.name} not taken as classes: {error}")
+        return None, None
+    notes.append(f"labels from column {label.name}")
+    try:
+        return checked_labels(labels, class_names, table.row_name)
+    except DataError as error:
+        raise DataError(f"{table.place}, column {label.name}: {error}") from error
 
 
 def _encoded(value: Any, folder: Path) -> bytes:
@@ -236,37 +292,8 @@ def _read_path(path: str, folder: Path) -> bytes:
         raise CorruptImage(f"the cell holds only the path {path}: {error.strerror or error}") from error
 
 
-def _label_column(path: Path, column: str) -> np.ndarray:
-    import pyarrow.parquet as pq
-
-    with _readable(path), pq.ParquetFile(path) as parquet:
-        return _integers(parquet.read(columns=[column]).column(column))
-
-
-def _integers(column: pyarrow.ChunkedArray) -> np.ndarray:
+def _integers(column: pa.ChunkedArray) -> np.ndarray:
     """An Arrow column of integers -> int64 [N]; null becomes MISSING."""
     import pyarrow.compute as pc
 
     return pc.fill_null(column.cast("int64"), MISSING).to_numpy().astype(np.int64)
-
-
-def _check_same_columns(path: Path, columns: list[Column], first: Path, image: Column, label: Column | None) -> None:
-    for wanted in filter(None, (image, label)):
-        if not any((c.name, c.kind, c.class_names) == (wanted.name, wanted.kind, wanted.class_names) for c in columns):
-            raise DataError(f"column {wanted.name!r} of {path} differs from {first}: not parts of one data set")
-
-
-@contextlib.contextmanager
-def _readable(path: str | os.PathLike) -> Iterator[None]:
-    """Turns what Arrow and `datasets` raise about a damaged file into one sentence."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # ArrowInvalid, ArrowTypeError, OSError, ValueError, KeyError: their lists are long
-        # a folder, or a file that cannot be opened, is no pointer: the first error says what is wrong
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            if file.read(23) == b"version https://git-lfs":
-                raise DataError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull`") from error
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"cannot read {path} (is the download complete?): {reason}") from error

@@ -9,44 +9,36 @@ from typing import NamedTuple
 from ..errors import DataError
 
 
-class Found(NamedTuple):
-    name: str  # path below the folder, with slashes
-    size: int
-    mtime_ns: int
-
-
 class Listing(NamedTuple):
     folder: Path  # resolved
-    files: list[Found]  # sorted by name
-    links_left_out: int  # symbolic links that are broken or lead out of the folder
+    names: list[str]  # paths below the folder, with slashes, sorted
+    links_left_out: int = 0  # symbolic links that are broken, go round, or lead out of the folder
 
-    @classmethod
-    def of_file(cls, path: Path, size: int, mtime_ns: int) -> Listing:
-        """One file, as if it were alone in its folder."""
-        return cls(path.parent, [Found(path.name, size, mtime_ns)], 0)
-
-    def ending(self, *suffixes: str) -> list[Found]:
+    def ending(self, *suffixes: str) -> list[str]:
         """The files that end in one of the suffixes (lower case)."""
-        return [f for f in self.files if f.name.lower().endswith(suffixes)]
+        return [name for name in self.names if name.lower().endswith(suffixes)]
 
-    def identity(self, files: list[Found]) -> list[tuple[str, int, int]]:
-        """What `fingerprint` takes."""
-        return [(f"{self.folder}/{f.name}", f.size, f.mtime_ns) for f in files]
+    @property
+    def notes(self) -> list[str]:
+        if not self.links_left_out:
+            return []
+        return [f"{self.links_left_out:,} links that lead out of the folder, or nowhere, not followed (see --follow-links)"]
 
 
-def walk(folder: Path) -> Listing:
+def walk(folder: Path, follow_links: bool = False) -> Listing:
     """Lists all files below a folder, except hidden ones. Raises DataError where a folder cannot be read.
 
-    Symbolic links are followed as long as they stay in the folder: data that was unpacked from somewhere must not pull
-    in other files of this machine. A snapshot in the hub's cache is made of links into the cache, so there they may.
+    Symbolic links are followed as long as they stay in the folder, unless all are to be: data that was unpacked from
+    somewhere must not pull in other files of this machine. A snapshot in the hub's cache is made of links into the cache,
+    so there they may.
     """
     folder = folder.resolve()
-    listing = _Walk(root=_may_lead_to(folder))
+    listing = _Walk(root=None if follow_links else _may_lead_to(folder))
     try:
         listing.visit(str(folder), "", ())
     except OSError as error:
         raise DataError(f"cannot read {error.filename or folder}: {error.strerror or error}") from error
-    return Listing(folder, sorted(listing.files), listing.links_left_out)
+    return Listing(folder, sorted(listing.names), listing.links_left_out)
 
 
 def _may_lead_to(folder: Path) -> str:
@@ -58,9 +50,9 @@ def _may_lead_to(folder: Path) -> str:
 
 
 class _Walk:
-    def __init__(self, root: str):
-        self.root = root
-        self.files: list[Found] = []
+    def __init__(self, root: str | None):
+        self.root = root  # None: anywhere
+        self.names: list[str] = []
         self.links_left_out = 0
 
     def visit(self, folder: str, below: str, ancestors: tuple[str, ...]) -> None:
@@ -77,9 +69,8 @@ class _Walk:
                 elif entry.is_dir():
                     self.visit(entry.path, f"{below}{entry.name}/", (*ancestors, real))
                 elif entry.is_file():
-                    status = entry.stat()
-                    self.files.append(Found(below + entry.name, status.st_size, status.st_mtime_ns))
+                    self.names.append(below + entry.name)
 
     def _stays(self, path: str) -> bool:
         target = os.path.realpath(path)
-        return os.path.exists(target) and target.startswith(self.root.rstrip(os.sep) + os.sep)
+        return os.path.exists(target) and (self.root is None or target.startswith(self.root.rstrip(os.sep) + os.sep))
