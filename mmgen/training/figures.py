@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
+from .. import __version__
 from ..config.sections import RunSettings
 from ..data import Dataset
+from ..data.cache import cache_root
 from ..data.latents import LatentDataset
 from ..errors import MmgenError
 from ..metrics.features import LARGEST_PIXELS, Extractor, auto_extractor, build_extractor
@@ -18,6 +24,7 @@ from ..metrics.reference_sets import ReferenceSet, collect_reference
 from ..metrics.score import ScoreSettings, figure_name, score
 from ..models.model import AnyModel
 from ..sampling.drawing import SampleSettings, plan
+from ..system.files import read_json, write_json
 from ..system.processes import Team
 from .collapse import Spread, spread_of_data, watched
 from .task import Reporter, Work
@@ -69,6 +76,25 @@ class Scorer:
             if self._of_data:
                 self.variance[str(count)] = spread.result(self.team) / self._of_data
         return values
+
+
+    def measure_once(self, model: AnyModel, steps: int, seed: int, sha256: str, what: str | None = None) -> float:
+        """`measure` of a model whose weights have this hash, remembered in the cache: the many steps of a teacher are drawn and
+        scored for its first student, and not again for the next one."""
+        config = {**asdict(model.config), "training": None, "data": None}  # how it is sampled; not what it is called
+        how = [__version__, config, steps, seed, self.run.eval_num, self.extractor.protocol, self.images.fingerprint()]
+        key = hashlib.sha256(json.dumps([sha256, self.device.type, *how], sort_keys=True).encode()).hexdigest()
+        file, found = cache_root() / "scores" / f"{key}.json", None
+        if self.team.is_main:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not known yet, or damaged
+                found = float(read_json(file)["value"])
+        found = self.team.gather(found)[0]
+        if found is None:
+            found = self.measure(model, [steps], seed, what)[steps]
+            if self.team.is_main:
+                with contextlib.suppress(MmgenError):  # a cache that cannot be written costs time only
+                    write_json(file, {"value": found, "score": self.name, "model": sha256, "steps": steps})
+        return found
 
 
 def make_scorer(

@@ -370,6 +370,7 @@ class Trainer:
             "values": last.get("values"),
             "num": last.get("num"),
             "reference": len(self.dataset),
+            "data": self.dataset.identity,
             "between_halves": halves,
             **(more or {}),
         }

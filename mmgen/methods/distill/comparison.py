@@ -82,11 +82,17 @@ def _drawn(teacher: Denoiser, sampling: SamplingSettings, steps: int) -> Drawn:
     return Drawn("teacher", view.eval(), steps)
 
 
-def measured(ways: Sequence[Drawn], scorer: Scorer, seed: int) -> list[Row]:
-    """The figure of each, of the same numbers of images. To be called in all processes."""
+def measured(ways: Sequence[Drawn], scorer: Scorer, seed: int, teacher: str) -> list[Row]:
+    """The score of each, of the same numbers of images. To be called in all processes.
+
+    teacher: the hash of its weights, by which its scores are remembered from one distillation to the next.
+    """
     rows = []
     for way in ways:
-        value = scorer.measure(way.model, [way.steps], seed, way.caption)[way.steps]
+        if way.who == "teacher":
+            value = scorer.measure_once(way.model, way.steps, seed, teacher, way.caption)
+        else:
+            value = scorer.measure(way.model, [way.steps], seed, way.caption)[way.steps]
         nfe = plan(way.model.config, SampleSettings(steps=way.steps)).nfe
         rows.append(Row(way.who, way.sampler, way.steps, nfe, value))
     return rows

@@ -250,7 +250,7 @@ class Comparison:
     """Teacher and student side by side: the table in results.json and the pictures."""
 
     def __init__(self, teacher, config, schedule, dataset, reporter, device) -> None:
-        self.network, self.device = teacher.model.network, device
+        self.network, self.teacher, self.device = teacher.model.network, teacher.sha256, device
         teacher_steps = config.run.teacher_steps
         steps, guidance = config.student.steps, config.teacher.guidance
         self.dataset, self.work, self.seed, self.steps = dataset, reporter.work, config.train.seed, steps
@@ -275,10 +275,11 @@ class Comparison:
         if scorer is None or not self.many:
             return None
         with self._teacher_at_hand():
-            many = report.measured(self.many, scorer, self.seed)
+            many = report.measured(self.many, scorer, self.seed, self.teacher)
             self.best = report.best(many)
             self.scores = {way.caption: f"{scorer.name} {row.value:.3g}" for way, row in zip(self.many, many, strict=True)}
-            rest = report.measured([*self.few, report.Drawn("student", model, self.steps)], scorer, self.seed)
+            few = [*self.few, report.Drawn("student", model, self.steps)]
+            rest = report.measured(few, scorer, self.seed, self.teacher)
         self.scores |= {way.caption: f"{scorer.name} {row.value:.3g}" for way, row in zip(self.few, rest)}
         return {"comparison": {"figure": scorer.name, "best": self.best, "rows": report.as_table([*many, *rest])}}
 
