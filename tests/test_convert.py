@@ -14,7 +14,7 @@ import torch
 import typer
 from golden import state
 from PIL import Image
-from test_families_pixels import FILES, PRESET
+from families import FILES, PRESET
 from tiny_model import make_model
 from typer.testing import CliRunner
 

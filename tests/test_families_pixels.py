@@ -4,137 +4,20 @@ models and the official IMM pickles. Files themselves are read in test_reading; 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from pathlib import Path
 
 import original_files
 import pytest
 import torch
+from families import EDM, FILES, IMM, PRESET, converted, edm2_tensors, found, network_of, pickled
 from golden import arrays, settings, state
 
+from mmgen.errors import ModelError
 from mmgen.formats import adm, edm, edm2, imm, reading, recognise
-from mmgen.formats.family import Converted, ConvertOptions
-from mmgen.formats.reading import Found
-from mmgen.models.denoiser import Denoiser
-from mmgen.errors import ConfigError, MmgenError, ModelError
-from mmgen.models.model import Model, ModelConfig, load_model, save_model
-from mmgen.networks import build_network
+from mmgen.formats.family import ConvertOptions
+from mmgen.models.model import load_model, save_model
 from mmgen.networks.conditions import Labels
 
-IMM = {
-    "imm_ddpmpp_simple_edm_fm": "SongUNet",
-    "imm_ddpmpp_simple_edm_cosine_stride": "SongUNet",
-    "imm_ddpmpp_identity_fm_cond": "SongUNet",
-    "imm_dit_euler_fm_stride": "DiT",
-}
-EDM = {"edm_ddpmpp_cond": "SongUNet", "edm_ncsnpp_cond": "SongUNet", "edm_adm_cond": "DhariwalUNet"}
-ADM_FLAGS = (
-    "--image_size 8 --num_channels 32 --channel_mult 1,2 --num_res_blocks 1 --attention_resolutions 4 --num_head_channels 16 "
-    "--use_scale_shift_norm True --resblock_updown True --use_new_attention_order True --class_cond True --learn_sigma True"
-)
-CM_FLAGS = ADM_FLAGS.replace("--use_new_attention_order True", "").replace("--learn_sigma True", "--training_mode ")
 FAMILIES = {"edm": edm, "edm2": edm2, "adm": adm, "consistency": adm, "imm": imm}
-
-
-def found(tensors: dict, arguments: dict | None = None) -> Found:
-    return Found(Path("some/file.pkl"), "a test", tensors, arguments or {}, {}, "0" * 64)
-
-
-def pickled(name: str, class_name: str, inner_class: str, tensors: dict | None = None, **own) -> Found:
-    """What a pickle of a golden network holds. `own`: arguments of the wrapper alone."""
-    g = settings(name)
-    shape = {"img_resolution": g["resolution"], "img_channels": g["channels"], "label_dim": g["num_classes"]}
-    channels = {"in_channels": g["channels"], "out_channels": g["channels"]}
-    network = {key: g[key] for key in ("model_channels", "channel_mult", "num_blocks", "attn_resolutions", "augment_dim",
-                                       "channel_mult_noise", "resample_filter", "depth", "hidden_size", "patch_size",
-                                       "num_heads") if key in g}  # fmt: skip
-    for ours, theirs in (("embedding", "embedding_type"), ("encoder", "encoder_type")):
-        if ours in g:
-            network[theirs] = g[ours]
-    if "dit" not in name:
-        network["dropout"] = 0.13
-    inner = {"img_resolution": g["resolution"], "label_dim": g["num_classes"], **channels, **network}
-    modules = {"model": {"class_name": inner_class, "init_kwargs": inner}}
-    wrapper = {**shape, "model_type": inner_class, **network, **own}
-    return found(tensors or state(name), {"class_name": class_name, "init_kwargs": wrapper, "modules": modules})
-
-
-def official_imm(name: str) -> Found:
-    g = settings(name)
-    own = {
-        "noise_schedule": g["schedule"], "f_type": g["parametrization"], "sigma_data": g["sigma_data"], "T": g["T"],
-        "eps": g["eps"], "temb_type": {"s": "identity", "t-s": "stride"}[g["second_time"]], "time_scale": g["time_scale"],
-    }  # fmt: skip
-    return pickled(name, "IMMPrecond", IMM[name], **own)
-
-
-def consistency_tensors() -> dict:
-    """ADM's golden weights in the shapes of consistency_models, with the head of three channels."""
-    tensors = {}
-    for key, value in state("adm_unet_learn_sigma").items():
-        wide = key.endswith(("qkv.weight", "proj_out.weight"))
-        tensors[key] = value.unsqueeze(-1) if wide else value[:3] if key.startswith("out.2") else value
-    return tensors
-
-
-def edm2_tensors(dtype: torch.dtype = torch.float16) -> tuple[dict, dict]:
-    """(tensors, arguments) of a small EDM2 pickle with random weights."""
-    inner = {"img_resolution": 8, "img_channels": 3, "label_dim": 10, "model_channels": 16, "channel_mult": [1, 2],
-             "num_blocks": 1, "attn_resolutions": [4], "channels_per_head": 8, "dropout": 0.1}  # fmt: skip
-    small = edm2.EDM2Settings(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8)
-    torch.manual_seed(0)
-    network = build_network(small, resolution=8, channels=3, num_classes=10, second_time=False)
-    tensors = {f"unet.{key}": (value + 0.3 * (value.ndim == 0)).to(dtype) for key, value in network.state_dict().items()}
-    tensors |= {"logvar_fourier.freqs": torch.randn(128).to(dtype), "logvar_fourier.phases": torch.rand(128).to(dtype),
-                "logvar_linear.weight": torch.randn(1, 128).to(dtype)}  # fmt: skip
-    wrapper = {**inner, "use_fp16": True, "sigma_data": 0.5}
-    return tensors, {"class_name": "Precond", "init_kwargs": wrapper,
-                     "modules": {"unet": {"class_name": "UNet", "init_kwargs": inner}}}  # fmt: skip
-
-
-def iddpm() -> Found:
-    """The golden ADM as a network that learns its variance, with the table of noise levels."""
-    tensors = state("edm_adm_cond")
-    tensors |= {f"model.out_conv.{k}": torch.cat([tensors[f"model.out_conv.{k}"]] * 2) for k in ("weight", "bias")}
-    given = pickled("edm_adm_cond", "iDDPMPrecond", "DhariwalUNet", {**tensors, "u": edm.noise_levels()}, C_1=0.001)
-    given.arguments["modules"]["model"]["init_kwargs"]["out_channels"] = 6
-    return given
-
-
-FILES = {
-    **{name: functools.partial(official_imm, name) for name in IMM},
-    **{name: functools.partial(pickled, name, "EDMPrecond", inner) for name, inner in EDM.items()},
-    "vp": lambda: pickled("edm_ddpmpp_cond", "VPPrecond", "SongUNet"),
-    "ve": lambda: pickled("edm_ncsnpp_cond", "VEPrecond", "SongUNet"),
-    "iddpm": iddpm,
-    "edm2": lambda: found(*edm2_tensors()),
-    "adm": lambda: found(state("adm_unet_learn_sigma")),
-    "consistency": lambda: found(consistency_tensors()),
-    "edm of consistency_models": lambda: found(consistency_tensors()),
-}
-PRESET = {
-    "adm": ADM_FLAGS,
-    "consistency": CM_FLAGS + "consistency_training",
-    "edm of consistency_models": CM_FLAGS + "edm",
-}
-
-
-def family_of(given: Found):
-    """The one family that recognises a file."""
-    matching = [module for module in (edm, edm2, adm, imm) if module.matches(given)]
-    assert len(matching) == 1
-    return matching[0]
-
-
-def converted(name: str, given: Found | None = None) -> Converted:
-    given = given or FILES[name]()
-    return family_of(given).convert(given, ConvertOptions(preset=PRESET.get(name)))
-
-
-def network_of(result: Converted) -> Model | Denoiser:
-    model = (Model if result.config.flow else Denoiser)(result.config)
-    model.network.load_state_dict(result.state)
-    return model.eval()
 
 
 def error(output: torch.Tensor, expected: torch.Tensor) -> float:
@@ -144,8 +27,6 @@ def error(output: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 # Golden outputs. Measured: 8e-6 at most
-
-
 @pytest.mark.parametrize("name", EDM)
 @torch.no_grad()
 def test_golden_edm(name):
@@ -198,8 +79,6 @@ def test_golden_imm(name):
 
 
 # There and back
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_there_and_back_is_bit_identical(name):
     given = FILES[name]()
@@ -253,8 +132,6 @@ def test_from_files(name, tmp_path):
 
 
 # Refusals, by name
-
-
 def broken(name: str, change) -> str:
     given = FILES[name]()
     change(given.tensors)
@@ -342,135 +219,3 @@ def test_arguments_that_are_not_ours_are_refused():
     arguments["modules"]["unet"]["init_kwargs"]["resample_filter"] = [1, 3, 3, 1]
     with pytest.raises(ModelError, match="resample_filter"):
         edm2.convert(found(tensors, arguments), ConvertOptions())
-
-
-# What the arguments and presets mean
-
-
-def test_ranges_of_edms_preconditioners():
-    """From the classes of arXiv:2206.00364: beta_d 19.9, epsilon_t 1e-5 for VP; u_0 and u_999 for iDDPM."""
-    expected = {"vp": (1.0e-3, 152.2), "ve": (0.02, 100.0), "iddpm": (0.0064, 2.0e4)}
-    for name, (low, high) in expected.items():
-        denoiser = converted(name).config.denoiser
-        assert denoiser.precondition == name
-        assert denoiser.sigma_min == pytest.approx(low, rel=0.01) and denoiser.sigma_max == pytest.approx(high, rel=0.03)
-
-
-def test_noise_levels_are_those_of_the_denoiser():
-    """EDM's float32 recursion against the denoiser's in float64."""
-    from mmgen.diffusion.preconditioning import preconditioning
-
-    table = preconditioning(converted("iddpm").config.denoiser).table(torch.device("cpu"))
-    torch.testing.assert_close(edm.noise_levels()[:-1].flip(0).double(), table, rtol=2e-3, atol=0)
-
-
-@torch.no_grad()
-def test_precision():
-    """As in the file, or as told; EDM2's float16 weights compute in float32."""
-    given = found(*edm2_tensors())
-    kept, wide = (edm2.convert(given, ConvertOptions(precision=word)) for word in (None, "fp32"))
-    assert {v.dtype for v in kept.state.values()} == {torch.float16}
-    assert {v.dtype for v in wide.state.values()} == {torch.float32}
-    x, sigma = torch.randn(2, 3, 8, 8), torch.tensor([0.5, 3.0], dtype=torch.float64)
-    assert torch.equal(*(network_of(result).denoise(x, sigma, Labels(torch.tensor([1, 10]), 10)) for result in (kept, wide)))
-    song = pickled("edm_ddpmpp_cond", "EDMPrecond", "SongUNet")
-    assert {v.dtype for v in edm.convert(song, ConvertOptions(precision="fp16")).state.values()} == {torch.float16}
-    song.tensors["model.map_label.bias"] = torch.full((32,), 1e5)
-    with pytest.raises(ModelError, match="label_embed.bias.*float16"):
-        edm.convert(song, ConvertOptions(precision="fp16"))
-
-
-@torch.no_grad()
-def test_class_models_of_adm_have_no_null_class():
-    g, model = arrays("adm_unet_learn_sigma"), network_of(converted("adm"))
-    sigma = torch.ones(6, dtype=torch.float64)
-    for label, guidance in ((None, 1.0), (Labels(g["label"], 10).null(), 1.0), (Labels(g["label"], 10), 1.5)):
-        with pytest.raises(MmgenError, match="null class"):
-            model.denoise(g["z"], sigma, label, guidance)
-
-
-@pytest.mark.parametrize("name", adm.PRESETS)
-def test_presets_are_the_published_models(name):
-    """Sizes in millions of parameters as published by Dhariwal & Nichol: a file of each preset, on the
-    meta device, is recognised, and refused under another one."""
-    flags = adm.read_flags(name)
-    published = {
-        64: 296, 128: 422, 256: 554 if flags.class_cond else 552, 512: 559,
-    }[flags.image_size]  # fmt: skip
-    given = preset_tensors(flags)
-    config = adm.convert(found(given), ConvertOptions(preset=name)).config
-    count = sum(value.numel() for value in given.values()) / 1e6
-    if flags.use_scale_shift_norm:
-        assert count == pytest.approx(published, abs=1.0)
-    assert config.resolution == flags.image_size and config.num_classes == (1000 if flags.class_cond else 0)
-    assert config.denoiser.clip
-    expected = {"adm": "discrete", "lsun": "discrete", "edm": "edm_cm", "cd": "cm", "ct": "cm"}[name.split("-")[0]]
-    assert config.denoiser.precondition == expected
-    assert (config.denoiser.betas == "cosine") == (name == "adm-imagenet64")
-    other = "adm-imagenet128" if name != "adm-imagenet128" else "adm-imagenet256"
-    with pytest.raises(ModelError, match=other):
-        adm.convert(found(given), ConvertOptions(preset=other))
-
-
-def preset_tensors(flags: adm.Flags) -> dict:
-    """Original keys and shapes of the model that flags describe, without values."""
-    mult = adm._MULT[flags.image_size]
-    network = adm.ADMSettings(
-        model_channels=flags.num_channels, channel_mult=mult, num_blocks=flags.num_res_blocks, attn_resolutions=(32, 16, 8),
-        scale_shift_norm=flags.use_scale_shift_norm, channels_per_group=1, null_class=False, learn_sigma=flags.learn_sigma,
-    )  # fmt: skip
-    kind = "edm_cm" if flags.training_mode else "discrete"
-    config = ModelConfig(network, None, flags.image_size, 3, 1000 if flags.class_cond else 0, denoiser=adm.DenoiserSettings(kind))
-    with torch.device("meta"):
-        state_dict = build_network(
-            network, resolution=config.resolution, channels=3, num_classes=config.num_classes, second_time=False
-        ).state_dict()
-    return adm.original_state(config, state_dict)
-
-
-def test_what_a_preset_has_to_be():
-    given = found(state("adm_unet_learn_sigma"))
-    for preset, words in [
-        (None, "--preset.*adm-imagenet64"),
-        ("adm-imagnet64", "did you mean 'adm-imagenet64'"),
-        ("--image_sise 8", "did you mean '--image_size'"),
-        ("--image_size", "pairs"),
-        ("--class_cond maybe", "class_cond"),
-        ("--image_size 8 --resblock_updown True", "channel_mult"),
-        (ADM_FLAGS + " --image_size 7", "cannot be halved"),
-        (ADM_FLAGS + " --num_head_channels 0 --num_heads 0", "num_heads"),
-        (ADM_FLAGS + " --noise_schedule sqrt", "linear, cosine"),
-        (ADM_FLAGS + " --predict_xstart True", "predict_xstart"),
-        (ADM_FLAGS.replace("updown True", "updown False"), "resblock_updown"),
-        (CM_FLAGS + "progdist", "progdist"),
-    ]:
-        with pytest.raises(ConfigError, match=words):
-            adm.convert(
-                given if "training_mode" not in str(preset) else found(consistency_tensors()), ConvertOptions(preset=preset)
-            )
-    for change, words in [
-        (("num_channels 32", "num_channels 64"), "num_channels 32"),
-        (("num_res_blocks 1", "num_res_blocks 2"), "num_res_blocks 1"),
-        (("channel_mult 1,2", "channel_mult 1,3"), "32, 64"),
-        (("attention_resolutions 4", "attention_resolutions 8"), "attention at levels 1 of 2"),
-        (("class_cond True", "class_cond False"), "class_cond True"),
-        (("learn_sigma True", "learn_sigma False"), "learn_sigma True"),
-        (("norm True", "norm False"), "use_scale_shift_norm True"),
-    ]:
-        with pytest.raises(ModelError, match=words):
-            adm.convert(given, ConvertOptions(preset=ADM_FLAGS.replace(*change)))
-    by_number = ADM_FLAGS.replace("--num_head_channels 16", "--num_heads 2")
-    assert adm.convert(given, ConvertOptions(preset=by_number)).config.network.num_heads == 2
-    with pytest.raises(ModelError, match=r"qkv.weight is \[192, 64, 1, 1\] and not \[192, 64, 1\]"):
-        wide = {k: v.unsqueeze(-1) if k.endswith(("qkv.weight", "out.weight")) else v for k, v in given.tensors.items()}
-        adm.convert(found(wide), ConvertOptions(preset=ADM_FLAGS))
-
-
-def test_other_files_of_guided_diffusion():
-    tensors = state("adm_unet_learn_sigma")
-    classifier = {k: v for k, v in tensors.items() if not k.startswith("output_blocks.")}
-    with pytest.raises(ModelError, match="classifier"):
-        adm.convert(found(classifier), ConvertOptions(preset=ADM_FLAGS))
-    tensors["input_blocks.0.0.weight"] = torch.zeros(32, 6, 3, 3)
-    with pytest.raises(ModelError, match="enlarges"):
-        adm.convert(found(tensors), ConvertOptions(preset=ADM_FLAGS))

@@ -10,7 +10,7 @@ import torch
 from golden import state
 from test_convert import run, write
 from test_dit_files import found, repa_tensors
-from test_families_pixels import FILES
+from families import FILES
 from tiny_model import make_denoiser
 
 import mmgen
