@@ -32,6 +32,15 @@ def cache_latents(
     split: Annotated[str, typer.Option(metavar="NAME", help="Split of the dataset.")] = "train",
     image_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the images. Default: the first one.")] = None,
     label_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the labels. Default: the first one.")] = None,
+    subset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One of several data sets in a repository. Default: its own.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a hub dataset. Default: main.")
+    ] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Also follow links that lead out of the folder.")
+    ] = False,
     on_corrupt: Annotated[str, typer.Option(metavar="WORD", help="Damaged images: stop or skip.")] = "stop",
     normalisation: Annotated[
         str,
@@ -64,7 +73,8 @@ def cache_latents(
     settings = EncodingSettings(resolution, dtype, xflip, normalisation, on_corrupt, batch_size)
     settings.check()
     team = find_team(cpu=device == "cpu")
-    reading = {"split": split, "image_column": image_column, "label_column": label_column}
+    reading = {"split": split, "image_column": image_column, "label_column": label_column, "subset": subset,
+               "revision": revision, "follow_links": follow_links}  # fmt: skip
     source = resolve(data, **reading)
     loaded = load_vae(vae, choose_device(device))
     speed = _Speed()

@@ -102,6 +102,9 @@ def fid(
     ema: Annotated[str | None, _model(metavar="NAME", help="Another weight average of the run.")] = None,
     split: Annotated[str | None, _images(metavar="NAME", help="Split. Default: train.")] = None,
     image_column: Annotated[str | None, _images(metavar="NAME", help="Column of the images. Default: the first one.")] = None,
+    follow_links: Annotated[
+        bool, _running("--follow-links", help="Also follow links that lead out of a folder of images.")
+    ] = False,
     batch_size: Annotated[int, _running(**COUNT, help="Images at a time: fewer need less memory; same scores.")] = 64,
     device: Annotated[str, _running(**DEVICE)] = "auto",
 ) -> None:
@@ -143,6 +146,7 @@ def fid(
         repeat=repeat,
         split=split,
         image_column=image_column,
+        follow_links=follow_links,
         drawing=drawing,
         clip=clip,
         captions=home(captions),

@@ -95,12 +95,12 @@ def is_latents(word: str) -> bool:
 
 def _for_own_images(over: dict[str, Any], own_presets: dict[int, str]) -> tuple[str, dict[str, Any], str]:
     """The preset for images that have none of their own, the settings with class labels where there are some, and a note."""
-    from ..config.sections import DataSettings, merge
+    from ..config.sections import READING, DataSettings, merge
     from ..data.survey import survey
     from ..system.schema import from_dict
 
     data = from_dict(DataSettings, over["data"], "data")
-    found = survey(data.name, split=data.split, image_column=data.image_column, label_column=data.label_column)
+    found = survey(data.name, **{key: getattr(data, key) for key in READING if key != "on_corrupt"})
     small, large = sorted(own_presets)
     size = small if (data.resolution or found.side) < (small + large) / 2 else large
     labels = found.classes > 1 and over["data"].get("conditional", True)

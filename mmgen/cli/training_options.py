@@ -29,6 +29,9 @@ Conditional = Annotated[
     bool | None, _images("--conditional/--unconditional", help="Train with or without class labels. Default: the preset's.")
 ]
 Split = Annotated[str | None, _images(metavar="NAME", help="Split of the dataset. Default: train.")]
+Subset = Annotated[str | None, _images(metavar="NAME", help="One of several data sets in a repository. Default: its own.")]
+Revision = Annotated[str | None, _images(metavar="NAME", help="Branch, tag or commit of a hub dataset. Default: main.")]
+FollowLinks = Annotated[bool | None, _images("--follow-links", help="Also follow links that lead out of the folder.")]
 ImageColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the images. Default: the first one.")]
 LabelColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the labels. Default: the first one.")]
 OnCorrupt = Annotated[str | None, _images(metavar="WORD", help="Damaged images: stop or skip. Default: stop.")]
@@ -70,7 +73,8 @@ Verbose = Annotated[bool, _running("--verbose", help="Show all settings before t
 _SETTINGS = {
     "data": "data.name", "resolution": "data.resolution", "channels": "data.channels", "split": "data.split",
     "on_corrupt": "data.on_corrupt", "conditional": "data.conditional", "image_column": "data.image_column",
-    "label_column": "data.label_column", "batch_size": "train.batch_size", "batch_per_device": "run.batch_per_device",
+    "label_column": "data.label_column", "subset": "data.subset", "revision": "data.revision",
+    "follow_links": "data.follow_links", "batch_size": "train.batch_size", "batch_per_device": "run.batch_per_device",
     "lr": "optimizer.lr", "max_images": "train.max_images", "seed": "train.seed", "precision": "train.precision",
     "compile": "run.compile", "checkpoint_every": "run.checkpoint_every", "preview_every": "run.preview_every",
     "eval_every": "run.eval_every", "eval_num": "run.eval_num",

@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .sections import DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, require, require_positive
+from .sections import (
+    READING, DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, require, require_positive,
+)  # fmt: skip
 from ..diffusion.preconditioning import DenoiserSettings, preconditioning
 from ..errors import ConfigError
 from ..losses.moment_matching import MomentSettings
@@ -21,7 +23,7 @@ _ADAM = OptimizerSettings(
     name="adam", lr=2e-6, beta1=0.0, beta2=0.99, eps=1e-12, warmup_images=1000 * 2048, decay="linear", grad_clip=1.0
 )
 
-_READING = ("split", "image_column", "label_column", "on_corrupt", "xflip")  # how a data set is read
+_READING = (*READING, "xflip")  # what a student takes over from its teacher
 _UNSAID = DataSettings()
 
 

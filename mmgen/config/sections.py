@@ -37,16 +37,23 @@ _COMMAND = "command"  # the key of a TOML file that says for which command it is
 class DataSettings:
     name: str = "digits"  # digits, cifar10, a hub id user/name, a folder (of images or latents), a zip or a parquet file
     split: str = "train"
+    subset: str | None = None  # one of several data sets side by side in a repository or folder
+    revision: str | None = None  # branch, tag or commit of a data set of the hub
     resolution: int | None = None  # side of the images after cropping and resizing; unset: their own. Of latents: theirs
     channels: int | None = None  # 1 grey, 3 RGB; unset: grey if the images are. Of latents: theirs
     image_column: str | None = None  # unset: the first column that holds images
     label_column: str | None = None  # unset: the first column that holds class labels
+    follow_links: bool = False  # also links that lead out of the folder
     on_corrupt: Literal["stop", "skip"] = "stop"  # what an image that cannot be decoded does
     conditional: bool = False  # train on class labels
     num_classes: int | None = None  # unset: found in the data
     label_dropout: float = 0.1  # probability of hiding a label, for guidance; used if conditional
     xflip: bool = False  # mirror every second image, at random
     augment: float = 0.0  # probability p of EDM's augmentation (0.12 for CIFAR-10), with its label; 0: none
+
+
+# How a data set is read: fields of `DataSettings`, and arguments of `data.load` of the same names
+READING = ("split", "subset", "revision", "image_column", "label_column", "follow_links", "on_corrupt")
 
 
 @dataclass(frozen=True)

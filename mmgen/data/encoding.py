@@ -72,7 +72,7 @@ class _Task:
 
     source: ImageSource
     word: str  # the --data word of the source
-    reading: dict[str, str]  # the split and columns that were asked for
+    reading: dict[str, Any]  # the split and columns that were asked for
     watched: Watched  # the source, hashed as it is read
     vae: Vae
     out: Path
@@ -109,7 +109,7 @@ def encode_source(
     settings: EncodingSettings,
     *,
     word: str,
-    reading: dict[str, str] | None = None,
+    reading: dict[str, Any] | None = None,
     team: Team = Team(),
     progress: Progress | None = None,
     note: Note = lambda text: None,

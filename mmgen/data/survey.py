@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +22,9 @@ class Survey:
     classes: int  # 0: no labels
 
 
-def survey(word: str, *, split: str = "train", image_column: str | None = None, label_column: str | None = None) -> Survey:
-    """Raises DataError where there is no such data set, or none of the images looked at can be opened."""
-    source = resolve(word, split=split, image_column=image_column, label_column=label_column)
+def survey(word: str, **reading: Any) -> Survey:
+    """`reading`: fields of `Reading`. Raises DataError where there is no such data set, or none of the images looked at can be opened."""
+    source = resolve(word, **reading)
     sides = []
     for i in np.unique(np.linspace(0, source.length - 1, min(_LOOKED_AT, source.length)).astype(int)):
         try:

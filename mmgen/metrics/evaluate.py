@@ -54,6 +54,7 @@ class FidSettings:
     repeat: int = 1
     split: str | None = None  # of samples that are a data set; None: train
     image_column: str | None = None
+    follow_links: bool = False  # of samples and reference: also links that lead out of their folder
     drawing: dict[str, Any] = field(default_factory=dict)  # of a model's samples: those of SampleSettings, `steps` a list; ema
     clip: str | None = None
     captions: Path | None = None
@@ -149,7 +150,8 @@ def evaluate(
             subjects += _drawn(word, settings)
         else:
             subjects += image_subjects(
-                word, split=settings.split or "train", image_column=settings.image_column, num=settings.num
+                word, split=settings.split or "train", image_column=settings.image_column, num=settings.num,
+                follow_links=settings.follow_links,
             )
     if settings.save_stats is not None and len(subjects) > 1:
         raise ConfigError(f"--save-stats writes the statistics of one set of samples, and there are {len(subjects)}: give one")
@@ -185,6 +187,8 @@ def _check_options(samples: Sequence[str], models: Sequence[bool], settings: Fid
         for option, value in options.items():
             if value is not None and not there:
                 raise ConfigError(f"--{option.replace('_', '-')} is for {what}, and {samples[0]} is none: leave it out")
+    if settings.follow_links and all(models) and settings.ref is None:
+        raise ConfigError("--follow-links is for folders, and neither samples nor reference is one: leave it out")
     if settings.repeat > 1 and not any(models) and settings.metrics is not None and "fid" not in settings.metrics:
         raise ConfigError("--repeat of given images is a bootstrap of the Fréchet distance: add fid to --metrics")
 
@@ -235,6 +239,7 @@ def _reference(
             resolution=settings.resolution,
             channels=settings.channels,
             num=settings.ref_num,
+            follow_links=settings.follow_links,
             progress=update,
         )
     if isinstance(found, ImageSet):

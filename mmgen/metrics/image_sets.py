@@ -79,7 +79,8 @@ class ImageSet:
 
 
 def image_set(
-    word: str, *, split: str = "train", image_column: str | None = None, record: dict[str, Any] | None = None
+    word: str, *, split: str = "train", image_column: str | None = None, follow_links: bool = False,
+    record: dict[str, Any] | None = None,
 ) -> ImageSet:
     """The images that a word means, each in its own size: an npz (`arr_0`), or anything that `--data` takes.
 
@@ -92,7 +93,7 @@ def image_set(
             what = f"the split {split}" if image_column is None else f"the column {image_column}"
             raise DataError(f"{word} is an npz, whose images are arr_0: it has not {what}, leave that out")
         return _npz(word, path)
-    source = resolve(word, split=split, image_column=image_column)
+    source = resolve(word, split=split, image_column=image_column, follow_links=follow_links)
     found = _record_of(word, path / RECORD, source.length) if path.is_dir() else None
     beside = None
     if path.is_dir():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import data
+from ..config.sections import READING
 from ..data.content import content_hash
 from ..data.resolve import DIGITS, locate, resolve
 from ..errors import ConfigError, DataError
@@ -20,7 +21,7 @@ from .image_sets import ImageSet, dataset_images, drawn_images, image_set
 from .references import TAKES, is_statistics
 
 SCORES = "scores.json"
-_DATA_OPTIONS = {"split", "image_column", "label_column", "on_corrupt", "resolution", "channels"}  # of a record
+_DATA_OPTIONS = {*READING, "resolution", "channels"}  # of a record
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,16 @@ def model_subjects(
     return subjects
 
 
-def image_subjects(word: str, *, split: str, image_column: str | None, num: int | None) -> list[Subject]:
+def image_subjects(
+    word: str, *, split: str, image_column: str | None, num: int | None, follow_links: bool = False
+) -> list[Subject]:
     """The images a word means: one row; or one for each folder of samples in a folder of such. Raises DataError."""
     path = at_home(word)
     words = [word]
     if path.is_dir() and not (path / RECORD).is_file():
         inner = [p for p in path.iterdir() if p.is_dir() and (p / RECORD).is_file()]
         words = [str(p) for p in sorted(inner, key=lambda p: (len(p.name), p.name))] or words
-    return [Subject(one, [image_set(one, split=split, image_column=image_column).first(num)]) for one in words]
+    return [Subject(one, [image_set(one, split=split, image_column=image_column, follow_links=follow_links).first(num)]) for one in words]
 
 
 def reference_images(
@@ -83,6 +86,7 @@ def reference_images(
     resolution: int | None,
     channels: int | None,
     num: int | None,
+    follow_links: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ImageSet | Path, str | None]:
     """The images to compare with, or the path of a statistics file, and a warning. `word` None: what the samples' record names.
@@ -101,8 +105,9 @@ def reference_images(
         return path, None
     split = split or "train"
     if resolution is None and channels is None:
-        return image_set(word, split=split).first(num), None
-    found = data.load(word, resolution=resolution, channels=channels, split=split, progress=progress)
+        return image_set(word, split=split, follow_links=follow_links).first(num), None
+    options = {"split": split, "follow_links": follow_links}
+    found = data.load(word, resolution=resolution, channels=channels, progress=progress, **options)
     return dataset_images(found).first(num), None
 
 
@@ -149,7 +154,7 @@ def _named(subject: Subject) -> TrainingSet:
     word, options = record.get("data"), record.get("data_options")
     if not word or not isinstance(options, dict):
         raise ConfigError(f"nothing says what to compare {subject.name} with: give --ref. {TAKES}")
-    kinds = {"resolution": int, "channels": int}
+    kinds = {"resolution": int, "channels": int, "follow_links": bool}
     if not isinstance(word, str) or not all(isinstance(options[key], kinds.get(key, str)) for key in options):
         raise ConfigError(f"the record of {subject.name} has been changed: its data are not a name and options; give --ref")
     if unknown := set(options) - _DATA_OPTIONS:
@@ -187,5 +192,5 @@ def training_images(own: TrainingSet, progress: Callable[[int, int], None] | Non
 
 
 def _content(word: str, own: TrainingSet) -> str:
-    columns = {key: own.options[key] for key in ("split", "image_column", "label_column") if key in own.options}
+    columns = {key: own.options[key] for key in READING if key in own.options and key != "on_corrupt"}
     return content_hash(resolve(word, **columns))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..config.sections import READING
 from ..errors import ConfigError
 from ..system.files import read_json, sha256_of
 from ..models.model import AnyModel, ModelConfig, drawn_shape, find_model, kind_of
@@ -101,7 +102,7 @@ def training_data(config: ModelConfig) -> dict[str, Any]:
         return {"data": word, "data_place": place, "data_fingerprint": "", "data_content": content,
                 "data_options": images.get("options", {})}  # fmt: skip
     settings = config.training.get("config", {}).get("data", {})
-    kept = {key: settings[key] for key in ("split", "image_column", "label_column", "on_corrupt") if settings.get(key)}
+    kept = {key: settings[key] for key in READING if settings.get(key)}
     channels, resolution, _ = drawn_shape(config)
     return {
         "data": config.data,

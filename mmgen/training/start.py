@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import data
-from ..config.sections import DataSettings, RunSettings, TrainSettings
+from ..config.sections import READING, DataSettings, RunSettings, TrainSettings
 from ..data import Dataset, DataShape
 from ..data.latents import LatentDataset, load_latents
 from ..data.resolve import find_latents
@@ -43,11 +43,8 @@ def load_data(settings: DataSettings, progress: Callable[[int, int], None] | Non
             settings.name,
             resolution=settings.resolution,
             channels=settings.channels,
-            split=settings.split,
-            image_column=settings.image_column,
-            label_column=settings.label_column,
-            on_corrupt=settings.on_corrupt,
             progress=progress,
+            **{key: getattr(settings, key) for key in READING},
         )
     if settings.conditional and settings.num_classes not in (None, dataset.num_classes):
         raise ConfigError(f"data.num_classes is {settings.num_classes}, but {settings.name} has {dataset.num_classes} classes")
@@ -64,9 +61,7 @@ def _check_latents(settings: DataSettings, dataset: LatentDataset) -> None:
         )
     if settings.channels not in (None, channels):
         raise ConfigError(f"data.channels is {settings.channels}, but {settings.name} holds latents of {channels} channels")
-    chosen = {"split": settings.split != "train", "image_column": settings.image_column is not None,
-              "label_column": settings.label_column is not None, "on_corrupt": settings.on_corrupt != "stop"}  # fmt: skip
-    for name in (name for name, changed in chosen.items() if changed):
+    for name in (name for name in READING if getattr(settings, name) != getattr(DataSettings(), name)):
         raise ConfigError(f"data.{name} is a choice of `mmgen cache-latents`, and {settings.name} is made already: leave it out")
     if settings.xflip or settings.augment > 0:
         name = "data.xflip" if settings.xflip else "data.augment"
