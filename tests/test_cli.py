@@ -54,7 +54,7 @@ def test_help_shows_every_default_and_an_example(tmp_path):
 def test_train_then_sample_then_train_on(tmp_path):
     first = mmgen("train-imm", *TINY, "--max-images", "64", "--out", "run", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert "FD-pixels" in first.stdout and "two halves of the data" in first.stdout and "mmgen sample run" in first.stdout
+    assert "FD-pixels" in first.stdout and "real against real (noise floor)" in first.stdout and "mmgen sample run" in first.stdout
     assert "FID" not in first.stdout.replace("not FID", "")
     lines = [json.loads(line) for line in first.stderr.splitlines() if line.startswith("{")]
     assert any("loss" in line for line in lines)

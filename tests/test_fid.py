@@ -109,7 +109,7 @@ def test_all_metrics_in_one_pass(published, tmp_path):
     names = ["fid60", "KID", "precision", "recall", "density", "coverage", "Inception Score"]
     assert list(entry["figures"]) == names and all(np.isfinite(v) for v in entry["figures"].values())
     assert entry["protocol"]["mode"] == "tf" and len(entry["protocol"]["sha256"]) == 64
-    assert "note: 60 images and 2,048 features: the covariance is singular" in text
+    assert "note: with only 60 images fid60 is not meaningful: the covariance of 2,048 features is singular" in text
     assert "note: the CLIP score needs --clip" in text and entry["protocol"]["sha256"][:12] in text
 
 

@@ -48,7 +48,7 @@ def fid(
         str,
         _scores(
             metavar="NAME",
-            help="inception, pixels, dinov2, or a path: a TorchScript or exported program, or a folder of DINOv2. Default: "
+            help="inception, pixels, dinov2, or a path: a TorchScript, or a folder of DINOv2. Default: "
             "inception, and pixels of images below 32 x 32.",
         ),
     ] = "auto",

@@ -344,7 +344,7 @@ def _show_figures(results: dict[str, Any]) -> None:
         table.add_row(count, f"{value:.3f}")
     if results["between_halves"] is not None:
         table.add_section()
-        table.add_row("two halves of the data", f"{results['between_halves']:.3f}")
+        table.add_row("real against real (noise floor)", f"{results['between_halves']:.3f}")
     show(table)
     halves = f"; the halves have {results['reference'] // 2:,} each" if results["between_halves"] is not None else ""
     show(f"{results['num']:,} samples against {results['reference']:,} images{halves}.")

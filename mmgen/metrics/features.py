@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ..errors import ConfigError, MmgenError, ModelError, nearest
 from ..system.files import sha256_of
-from .exported_program import ExportedProgram
 from .frechet import pixel_features
 from .inception import build_inception, load_torchscript, refusing
 from ..formats.network_file import EXPORTED, TORCHSCRIPT, content
@@ -76,7 +75,7 @@ def build_extractor(
 
     Args:
         features: "inception", "pixels" (no network), "dinov2" or a folder or hub id of DINOv2 weights, or a file of a
-            TorchScript or exported program that takes uint8 [N, 3, H, W] to floats [N, D].
+            TorchScript that takes uint8 [N, 3, H, W] to floats [N, D].
         mode: of Inception only: "tf", "clean" or "torch" (see `inception`).
         inception: the file of Inception's weights; None: looked for, or downloaded (see `inception.build_inception`).
         device: where `extract` computes, always in full float32: TensorFloat-32 would move a figure by more than the
@@ -151,12 +150,10 @@ def _dinov2(place: str, device: torch.device | str, allow_download: bool) -> Ext
 
 def _file(path: Path, device: torch.device | str) -> Extractor:
     kind = content(path)
-    if kind == EXPORTED:
-        network = ExportedProgram(path, device)
-    elif kind == TORCHSCRIPT:
-        network = load_torchscript(path, device)
-    else:
-        raise ModelError(f"{path} is {kind}: features come from {TORCHSCRIPT} or {EXPORTED} (torch.export.save)")
+    if kind != TORCHSCRIPT:
+        do = "; torch.jit.trace makes one of the same network" if kind == EXPORTED else ""
+        raise ModelError(f"{path} is {kind}: features come from {TORCHSCRIPT}{do}")
+    network = load_torchscript(path, device)
 
     @torch.no_grad()
     def extract(images: Tensor) -> Tensor:

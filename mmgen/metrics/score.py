@@ -123,8 +123,8 @@ def _add_distance(result: Score, collected: Collected, reference: ReferenceSet, 
         result.spreads[name] = _deviation(draws)
     if collected.statistics.is_singular:  # the rank is at most N - 1
         result.warnings.append(
-            f"{collected.num:,} images and {len(collected.statistics.mean):,} features: the covariance is singular, and {name} "
-            "tells more of the number of images than of the images"
+            f"with only {collected.num:,} images {name} is not meaningful: the covariance of {len(collected.statistics.mean):,} "
+            "features is singular"
         )
     elif collected.num < FULL:
         result.excess = _excess(collected, reference, value)
