@@ -87,6 +87,7 @@ class RunSettings:
     # At most so many images in one pass, the rest of the batch is accumulated; auto: as many as fit (`training.auto_batch`)
     batch_per_device: int | Literal["auto"] = 128
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+    threads: int | Literal["auto"] = "auto"  # of a training on a CPU; auto: one or all, whichever is faster now
     compile: bool = False  # torch.compile the network
     checkpoint_every: int = 2_000_000  # images between checkpoints
     keep_checkpoints: int = 2
@@ -264,6 +265,7 @@ def check_shared(config: Any) -> None:
     for beta in train.ema_betas:
         require(0 < beta < 1, f"train.ema_betas must lie between 0 and 1, not {beta}")
     require(train.ema_rampup >= 0, f"train.ema_rampup must be 0, for no ramp-up, or more, not {train.ema_rampup}")
+    require(run.threads == "auto" or 1 <= run.threads <= 1024, f"run.threads must be auto or 1 to 1024, not {run.threads}")
     require(run.eval_num >= 0, f"run.eval_num must be 0, for no figures, or a number of samples, not {run.eval_num}")
     for name in ("weight_decay", "grad_clip", "warmup_images"):
         require(getattr(optimizer, name) >= 0, f"optimizer.{name} cannot be negative")

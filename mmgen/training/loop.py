@@ -32,7 +32,6 @@ from .auto_batch import describe, find_size
 from .batches import Batch, Parts, fetch, part_sizes, share_batch
 from .checkpoint import Progress, file_names, list_checkpoints, load_checkpoint, newest_whole, remove_old, save_checkpoint
 from .compute import compile_network, set_precision
-from .contention import Watch
 from .ema import EMA, ema_decays, ramp_up
 from .figures import make_scorer
 from .gradients import measure_and_clip
@@ -43,6 +42,7 @@ from .run_log import RunLog
 from .sharding import gathered, is_sharded, shard, synchronise_gradients
 from .stopping import StopRequest
 from .task import Outcome, Part, Reporter, Task
+from .threads import choice
 
 __all__ = ["BEST_FILE", "Outcome", "Part", "Reporter", "Task", "Trainer"]
 
@@ -132,23 +132,25 @@ class Trainer:
             self.progress.seconds,
             (time.monotonic(), self.progress.images),
         )
-        cores = Watch() if self.accelerator.device.type == "cpu" else None
+        threads = choice(run.threads, self.accelerator.num_processes) if self.accelerator.device.type == "cpu" else None
         with StopRequest() as stop:
             if 0 < self.progress.images < total:
                 self._look(self.progress.images - self.train.batch_size, again=False)
             while self.progress.images < total:
-                before = self.progress.images
+                before, began = self.progress.images, time.monotonic()
                 self._step()
+                if threads is not None and (note := threads.step(time.monotonic() - began)) is not None:
+                    self.reporter.note(note)
                 self.progress.seconds = seconds_before + time.monotonic() - started
                 images, done = self.progress.images, self.progress.images >= total
                 step = images // self.train.batch_size
                 if step % run.log_every == 0 or done:
                     now = time.monotonic()
                     rate = (images - logged_at[1]) / max(now - logged_at[0], 1e-9)  # a clock may be coarse
-                    self._log(self._flush() | {"images_per_second": round(rate, 2)})
+                    changes = {} if threads is None else threads.taken()
+                    from_image = {str(first + k * self.train.batch_size): count for k, count in changes.items()}
+                    self._log(self._flush() | {"images_per_second": round(rate, 2)} | ({"threads": from_image} if changes else {}))
                     logged_at = (now, images)
-                    if cores is not None and (slow := cores.look(torch.get_num_threads())) is not None:
-                        self.reporter.note(slow)
                 self.reporter.advance(images)
                 ends = done or self._should_end(stop, time.monotonic() - started, step)
                 if ends or crossed(before, images, run.checkpoint_every):
