@@ -138,7 +138,7 @@ def test_a_run_ends_with_the_table_and_its_student_is_a_model(folder, place):
     more = mmgen("sample", "run", "--num", "4", "--steps", "4", "--out", "more.png")
     assert "distilled for 2 steps" in more.stderr
     again = mmgen(*command)
-    assert "measuring" not in again.stderr and "teacher at its best" in again.stdout
+    assert '"student, 2 ancestral' in done.stderr and '"student, 2' not in again.stderr and "teacher at its best" in again.stdout
 
 
 def test_the_default_folder_is_the_same_for_the_same_settings(folder, place):

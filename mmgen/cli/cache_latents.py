@@ -119,6 +119,8 @@ def _show(record: dict[str, Any], out: Path, speed: _Speed) -> None:
     tried, latents = record["reconstruction"], record["latents"]
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in (
         ("latents", record["description"]),
         ("VAE", f"{latents['vae']}, SHA-256 {latents['vae_sha256']}"),

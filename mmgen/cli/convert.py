@@ -110,6 +110,8 @@ def _show(rows: dict[str, Any]) -> None:
 
     terminal = sys.stdout.isatty()
     table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         if isinstance(value, list):
             if not value:

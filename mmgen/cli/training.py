@@ -261,9 +261,11 @@ def show_cost(config: Any, model_config_of: Callable[[DataShape], ModelConfig], 
         work: what a step does.
         group_size: as the method's Task has it.
     """
+    from rich.table import Column, Table
+
     from ..errors import DataError
+    from ..training.batches import share_batch
     from ..training.cost import estimate
-    from ..training.loop import share_batch
     from ..training.sharding import asks_for_shards
     from ..training.start import expected_shape, load_data
 
@@ -283,7 +285,7 @@ def show_cost(config: Any, model_config_of: Callable[[DataShape], ModelConfig], 
     sharded = processes > 1 and asks_for_shards()
     cost = estimate(train, model_config, parts, work, sharded, checkpointing)
     gib, size, networks = 1024**3, shape.resolution, work.trained + work.frozen + work.whole
-    table = table_of("dry run", "")
+    table = Table("dry run", Column(overflow="fold"), title_justify="left")
     for name, value in (
         ("data", description),
         ("images", f"{size} x {size} x {shape.channels}, {model_config.num_classes or 'no'} classes used"),
@@ -293,8 +295,7 @@ def show_cost(config: Any, model_config_of: Callable[[DataShape], ModelConfig], 
         ("one step", f"{cost.flops_per_step / 1e12:,.3f} TFLOP: {work}, {train.batch_size} images"),
         ("the whole run", f"{train.max_images // train.batch_size:,} steps, {train.max_images:,} images, "
                           f"{cost.flops_per_step * train.max_images / train.batch_size:.3g} FLOP"),
-        ("passes per step", f"{parts.processes} device(s) x {parts.rounds} round(s) x {parts.size} images"
-                            + ", the least: auto finds more when the run begins" * auto),
+        ("passes per step", f"{parts} images" + ", the least: auto finds more when the run begins" * auto),
         ("memory per device" + ", sharded" * sharded,
                               f"about {cost.total / gib:.2f} GiB: weights and gradients {cost.weights / gib:.2f}, "
                               f"optimiser {cost.optimizer / gib:.2f}, averages {cost.averages / gib:.2f}, "
@@ -320,8 +321,7 @@ def show_outcome(
         _show_figures(results)
     if more is not None:
         more(results)
-    total = chosen.config.train.max_images
-    show(f"trained on {outcome.images:,} of {total:,} images in {results.get('seconds', 0) / 60:.1f} minutes")
+    show(f"trained on {outcome.images:,} images in {results.get('seconds', 0) / 60:.1f} minutes")
     pictures = [folder / name for name in ("samples.png", "curves.png") if (folder / name).is_file()]
     show(f"pictures:  {'  '.join(map(str, pictures))}")
     show(f"model:     {folder / 'model.safetensors'}")
@@ -346,7 +346,8 @@ def _show_figures(results: dict[str, Any]) -> None:
         table.add_section()
         table.add_row("real against real (noise floor)", f"{results['between_halves']:.3f}")
     show(table)
-    halves = f"; the halves have {results['reference'] // 2:,} each" if results["between_halves"] is not None else ""
-    show(f"{results['num']:,} samples against {results['reference']:,} images{halves}.")
+    show(f"{results['num']:,} samples against {results['reference']:,} real images.")
+    if results["between_halves"] is not None:
+        show(f"Real against real: two halves of the data, {results['reference'] // 2:,} images each.")
     if title.startswith("FD-pixels"):
         show("FD-pixels is the Fréchet distance of raw pixels, not FID.")

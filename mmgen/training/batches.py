@@ -33,6 +33,10 @@ class Parts:
     rounds: int
     processes: int
 
+    def __str__(self) -> str:
+        devices, rounds = self.processes, self.rounds
+        return f"{devices} device{'s' * (devices > 1)} x {rounds} accumulation step{'s' * (rounds > 1)} x {self.size}"
+
     def start(self, round_: int, process: int) -> int:
         """Where in the global batch a part begins. Parts are the same whatever the number of devices if `size` is."""
         return (round_ * self.processes + process) * self.size

@@ -164,7 +164,7 @@ def _train(
     counts = {name: sum(p.numel() for p in network.parameters()) / 1e6 for name, network in trainer.networks.items()}
     reporter.note(
         f"{', '.join(f'{name}: {count:.2f}M parameters' for name, count in counts.items())}; batch {train.batch_size} = "
-        f"{parts.processes} device(s) x {parts.rounds} round(s) x {parts.size} images on {accelerator.device}, {train.precision}"
+        f"{parts} on {accelerator.device}, {train.precision}"
     )
     try:
         return trainer.run()
