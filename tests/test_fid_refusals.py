@@ -55,7 +55,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
         (["a", "--ref", "b", "--metrics", "kid", "--repeat", "5"], ConfigError, "--repeat of given images is a bootstrap"),
         (["a", "--metrics", "fid,kid", "--save-stats", "x.npz"], ConfigError, "KID with --save-stats need .*give --ref"),
         (["a", "--repeat", "3", "--save-stats", "x.npz"], ConfigError, "--save-stats without --ref gives none"),
-        (["a", "--metrics", "clip", "--clip", "x", "--mode", "tf"], ConfigError, "--mode is for Inception's figures"),
+        (["a", "--metrics", "clip", "--clip", "x", "--mode", "tf"], ConfigError, "--mode is for scores by Inception"),
         (["a", "--ref", "a.npz", "--ref-split", "test", "--features", "pixels"], DataError, "is an npz.*not the split test"),
         (["a.npz", "--ref", "b", "--image-column", "x", "--features", "pixels"], DataError, "a.npz is an npz.*not the column x"),
         (["a", "--ref", "s.npz", "--channels", "3", "--features", "pixels"], ConfigError, "--channels is for images"),

@@ -1,4 +1,4 @@
-"""`mmgen fid`: figures that can be compared with the papers'."""
+"""`mmgen fid`: scores that can be compared with the papers'."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def _show(report: Report, save_stats: Path | None) -> None:
 
 
 def _print_table(console: Console, rows: list[Row]) -> None:
-    """A line for each row; on a terminal too narrow for that, a column for each: names are folded, figures never cut."""
+    """A line for each row; on a terminal too narrow for that, a column for each: names are folded, numbers never cut."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""`mmgen fid` as a library call: words and settings in, rows of figures out."""
+"""`mmgen fid` as a library call: words and settings in, rows of scores out."""
 
 from __future__ import annotations
 
@@ -105,12 +105,12 @@ class FidSettings:
         if self.metrics == ("clip",) and self.save_stats is None:
             for option, value in (("--mode", self.mode), ("--inception", self.inception)):
                 if value is not None:
-                    raise ConfigError(f"{option} is for Inception's figures, and --metrics clip has none of them: leave it out")
+                    raise ConfigError(f"{option} is for scores by Inception, and --metrics clip has none: leave it out")
         if self.save_stats is not None and self.ref is None:
             if single := [metric for metric in compared if metric in SINGLE]:
                 raise ConfigError(f"{SINGLE[single[0]]} with --save-stats need something to compare with: give --ref")
             if self.repeat > 1:
-                raise ConfigError("--repeat is for a spread of figures, and --save-stats without --ref gives none: leave it out")
+                raise ConfigError("--repeat is for a spread of scores, and --save-stats without --ref gives none: leave it out")
 
 
 @dataclass(frozen=True)

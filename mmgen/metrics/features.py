@@ -131,7 +131,7 @@ def _inception(
     metric, title, warnings = "fid", "FID", ()
     if not network.weights.published:
         metric, title = f"fd-{path.stem}", f"FD-{path.stem}"
-        warnings = (f"{path} is not the published Inception network: the figure is not FID and is called {title}",)
+        warnings = (f"{path} is not the published Inception network: the score is not FID and is called {title}",)
     prepared = network.prepare is not None
     return Extractor(
         metric, title, protocol, not prepared, True, network.prepare, network.extract, network.probabilities, warnings

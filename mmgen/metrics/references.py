@@ -166,7 +166,7 @@ def _check_sign(path: Path, found: Found, features: str, mode: str, ref_mode: st
         return (f"{path.name} looks like mode {made} ({found.sign}): taken as {ref_mode}, as --ref-mode says",)
     if found.says.get("mode") == "jax":
         what = "another implementation of Inception, with the images resized outside it"
-        return (f"{path.name} was made by {what} ({found.sign}): figures need not agree with those of the tf protocol",)
+        return (f"{path.name} was made by {what} ({found.sign}): scores may differ from those of the tf protocol",)
     return ()
 
 

@@ -1,4 +1,4 @@
-"""How a figure was obtained, as JSON beside the samples: whoever compares it later finds every choice."""
+"""How a score was computed, as JSON beside the samples, with every choice that it depends on."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def entry(row: Row, report: Report) -> dict[str, Any]:
 
 
 def explanation(report: Report) -> list[str]:
-    """How the figures were obtained, a line for each choice."""
+    """How the scores were computed, a line for each choice."""
     protocol, lines = dict(report.extractor.protocol), []
     if report.reference is not None:
         num = "an unknown number of" if report.reference.num is None else f"{report.reference.num:,}"
@@ -101,7 +101,7 @@ def _making(record: dict[str, Any], draws: int) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that a figure depends on."""
+    """The versions of the packages that a score depends on."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"mmgen": __version__, "torch": torch.__version__}

@@ -1,4 +1,4 @@
-"""From features to figures: each with the name that it may carry, and what is to be known before it is compared."""
+"""From features to scores: each under the name that it may carry, with the warnings that belong to it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ScoreSettings:
 
 @dataclass
 class Score:
-    """The figures of one set of samples."""
+    """The scores of one set of samples."""
 
     num: int
     image: tuple[int, ...]  # (C, H, W) of the first
@@ -167,7 +167,7 @@ def _add_comparisons(
 
 
 def _named(name: str, short: str, extractor: Extractor) -> str:
-    """A figure's name: Inception's own if the published network gave the features, else with theirs, as KD-pixels."""
+    """A score's name: Inception's own if the published network gave the features, else with theirs, as KD-pixels."""
     return name if extractor.title == "FID" else short + extractor.title.removeprefix("FD")
 
 
@@ -179,7 +179,7 @@ def _check_images(image: tuple[int, ...], reference: ReferenceSet | None, extrac
     text = f"the samples are {mine}, the images of {reference.name} {theirs}"
     if extractor.same_size:
         raise ConfigError(f"{text}: {_remedy(image, reference.image)}")
-    return [*extractor.warnings, *reference.warnings, f"{text}: the figure compares the resizing as well"]
+    return [*extractor.warnings, *reference.warnings, f"{text}: the score compares the resizing as well"]
 
 
 def _remedy(mine: tuple[int, ...], theirs: tuple[int, ...]) -> str:

@@ -34,7 +34,7 @@ def features_of(
                 features = extractor.extract(torch.from_numpy(batch).to(device, non_blocking=True))
         except torch.OutOfMemoryError as error:
             raise MmgenError(
-                f"the GPU's memory is too small for {len(numbers)} images at a time: lower --batch-size, the figures stay"
+                f"the GPU's memory is too small for {len(numbers)} images at a time: lower --batch-size; the scores stay the same"
             ) from error
         yield numbers, features, batch
 
