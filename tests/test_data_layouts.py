@@ -314,3 +314,12 @@ def test_large_files_with_coarse_times_are_looked_into(tmp_path):
             os.utime(place, ns=(time, time))
             found.append(identity([place])[0][-1])
     assert len(set(found[::2])) == 4 and set(found[1::2]) == {""}
+
+
+def test_many_rows_in_flat_memory(tmp_path):
+    """A hundredth of ImageNet's rows, whole: `python -m tests.imagenet_rehearsal`."""
+    from imagenet_rehearsal import rehearse, write_rows
+
+    write_rows(tmp_path, 12_811, 3)
+    length, _, memory = rehearse(tmp_path, tmp_path / "cache")
+    assert length == 12_811 and max(memory) - memory[1] < 32 << 20
