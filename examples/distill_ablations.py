@@ -31,7 +31,7 @@ from mmgen.errors import ConfigError, MmgenError
 from mmgen.report.images import labelled_rows, save_png
 from mmgen.metrics.frechet import fd_pixels, halves_distance, pixel_features
 from mmgen.metrics.neighbours import precision_recall
-from mmgen.models.model import AnyModel
+from mmgen.models.build import AnyModel
 from mmgen.sampling.drawing import SampleSettings, draw
 from mmgen.methods.distill.teachers import load_teacher
 from mmgen.methods.distill.method import distill

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 
 from mmgen.config.sections import nest, read_preset
 from mmgen.config.imm import ImmConfig, resolve
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 from mmgen.training.task import Outcome, Reporter
 
 STEPS = (1, 2, 8)

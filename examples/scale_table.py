@@ -18,7 +18,7 @@ from mmgen.config import distill as distill_config, imm as imm_config, teacher a
 from mmgen.config.sections import preset_names, read_preset
 from mmgen.data import DataShape
 from mmgen.models.denoiser import DenoiserSettings
-from mmgen.models.model import ModelConfig
+from mmgen.models.config import ModelConfig
 from mmgen.networks import ADMSettings
 from mmgen.training.batches import split_batch
 from mmgen.training.cost import ALTERNATING, DENOISING, IMM, INSTANT, Cost, PassCost, Work, estimate, pass_cost

@@ -14,7 +14,7 @@ __all__ = ["__version__", "load"]
 def __getattr__(name: str):
     """`mmgen.load`, without importing torch before it is needed."""
     if name == "load":
-        from .models.model import load
+        from .sampling.loading import load
 
         return load
     raise AttributeError(f"module 'mmgen' has no attribute {name!r}")

@@ -8,7 +8,7 @@ from torch import nn
 
 from mmgen.diffusion.preconditioning import DenoiserSettings
 from mmgen.models.denoiser import Denoiser
-from mmgen.models.model import ModelConfig
+from mmgen.models.config import ModelConfig
 
 MEAN, STD = 0.3, 0.4
 SHAPE = (3, 4, 4)

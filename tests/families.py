@@ -12,7 +12,7 @@ from mmgen.formats import adm, edm, edm2, imm
 from mmgen.formats.family import Converted, ConvertOptions
 from mmgen.formats.reading import Found
 from mmgen.models.denoiser import Denoiser
-from mmgen.models.model import Model
+from mmgen.models.flow_model import FlowModel
 from mmgen.networks import build_network
 
 IMM = {
@@ -124,7 +124,7 @@ def converted(name: str, given: Found | None = None) -> Converted:
     return family_of(given).convert(given, ConvertOptions(preset=PRESET.get(name)))
 
 
-def network_of(result: Converted) -> Model | Denoiser:
-    model = (Model if result.config.flow else Denoiser)(result.config)
+def network_of(result: Converted) -> FlowModel | Denoiser:
+    model = (FlowModel if result.config.flow else Denoiser)(result.config)
     model.network.load_state_dict(result.state)
     return model.eval()

@@ -14,15 +14,15 @@ from toy_task import Quiet
 
 from mmgen.models.denoiser import DenoiserSettings
 from mmgen.errors import ConfigError
-from mmgen.models.flow_map import FlowMapSettings
+from mmgen.diffusion.flow_map import FlowMapSettings
 from mmgen.config.imm import resolve
 from mmgen.losses.moment_matching import forward_derivative, teacher_gradient
-from mmgen.models.model import ModelConfig
+from mmgen.models.config import ModelConfig
 from mmgen.networks import ADMSettings, DiTSettings, EDM2Settings, UNetSettings, UViTSettings, build_network, checkpoint_blocks
 from mmgen.training.batches import Parts
 from mmgen.training.cost import DENOISING, estimate, pass_cost
 from mmgen.methods.imm import imm_task
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 
 NETWORKS = {
     "dit": DiTSettings(hidden_size=32, depth=3, num_heads=2),

@@ -18,7 +18,7 @@ from mmgen.training import checkpoint_sums
 from mmgen.training.checkpoint import Progress, file_names, load_checkpoint, newest_whole, save_checkpoint
 from mmgen.training.checkpoint_sums import damage
 from mmgen.training.ema import EMA
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 
 FILES = {"network.safetensors", "optimizer.safetensors", "ema-0.5.safetensors"}
 

@@ -16,7 +16,7 @@ from mmgen import data
 from mmgen.cli.fid import fid
 from mmgen.cli.sample import sample
 from mmgen.errors import ConfigError
-from mmgen.models.model import load_model, read_config
+from mmgen.models.files import load_model, read_config
 from mmgen.sampling.classes import class_numbers, random_labels, with_images
 from mmgen.sampling.drawing import SampleSettings, draw, draw_condition, plan
 

@@ -7,7 +7,7 @@ from mmgen.config import sections as configs
 from mmgen.data import DataShape
 from mmgen.errors import ConfigError
 from mmgen.config.imm import ImmConfig, resolve
-from mmgen.models.model import Model
+from mmgen.models.flow_model import FlowModel
 from mmgen.system.schema import flatten
 from mmgen.methods.imm import imm_model_config
 
@@ -60,7 +60,7 @@ def test_presets_are_the_papers_table(name):
 )
 def test_presets_build_networks_of_the_published_size(name, shape, parameters):
     with torch.device("meta"):
-        model = Model(imm_model_config(resolve(configs.read_preset(name)), shape))
+        model = FlowModel(imm_model_config(resolve(configs.read_preset(name)), shape))
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 

@@ -20,7 +20,7 @@ from mmgen.config.teacher import resolve as resolve_teacher
 from mmgen.errors import ConfigError, DataError
 from mmgen.methods.distill.method import distill
 from mmgen.methods.teacher import train_teacher
-from mmgen.models.model import load_model, read_config
+from mmgen.models.files import load_model, read_config
 
 SMALL = {"run": {"eval_num": 0, "teacher_steps": 0}, "train": {"batch_size": 4, "max_images": 4}}
 NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
@@ -115,7 +115,7 @@ def test_models_are_compared_by_what_their_data_were_and_not_by_their_name(folde
 
 
 def test_a_model_that_says_nothing_of_the_content_is_scored_with_a_warning(folder, tmp_path):
-    from mmgen.models.model import save_model
+    from mmgen.models.files import save_model
 
     out = train("photos")
     model = load_model(out / "model.safetensors")

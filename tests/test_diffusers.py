@@ -18,8 +18,9 @@ from mmgen.formats.recognise import family_of
 from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
 from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
-from mmgen.models.flow_map import FlowMapSettings
-from mmgen.models.model import ModelConfig, load_model, save_model
+from mmgen.diffusion.flow_map import FlowMapSettings
+from mmgen.models.config import ModelConfig
+from mmgen.models.files import load_model, save_model
 from mmgen.networks import DiTSettings, UNetSettings
 from mmgen.networks.conditions import Labels
 

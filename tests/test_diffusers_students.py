@@ -21,7 +21,8 @@ from mmgen.config.distill import DistillConfig, resolve
 from mmgen.config.sections import nest
 from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
 from mmgen.models.denoiser import Denoiser
-from mmgen.models.model import SamplingSettings, save_model
+from mmgen.models.config import SamplingSettings
+from mmgen.models.files import save_model
 from mmgen.sampling.drawing import _NOISE, SampleSettings, _draw_batch, plan
 from mmgen.system.random import keys, normal
 

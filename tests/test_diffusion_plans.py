@@ -20,7 +20,8 @@ from mmgen.cli.fid import fid
 from mmgen.cli.sample import sample
 from mmgen.diffusion.preconditioning import DenoiserSettings
 from mmgen.errors import ConfigError
-from mmgen.models.model import ModelConfig, SamplingSettings, to_uint8
+from mmgen.models.config import ModelConfig, SamplingSettings
+from mmgen.models.pixels import to_uint8
 from mmgen.sampling.denoiser_samplers import (
     CONSISTENCY_SAMPLERS,
     SAMPLERS,
@@ -106,7 +107,7 @@ def test_impossible_plans_are_refused():
 
 
 def make_config() -> ModelConfig:
-    from mmgen.models.flow_map import FlowMapSettings
+    from mmgen.diffusion.flow_map import FlowMapSettings
 
     return ModelConfig(TINY, FlowMapSettings(t_min=0.006, t_max=0.994), 4, 3)
 

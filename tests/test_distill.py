@@ -15,7 +15,7 @@ from mmgen.config.sections import DataSettings
 from mmgen.models.denoiser import DenoiserSettings
 from mmgen.errors import ConfigError, ModelError, TrainingError
 from mmgen.losses.moment_matching import MomentSettings
-from mmgen.models.model import load_model, read_config, save_model
+from mmgen.models.files import load_model, read_config, save_model
 from mmgen.sampling.drawing import SampleSettings, draw, plan
 from mmgen.diffusion.schedules import ScheduleSettings
 from mmgen.methods.distill.teachers import load_teacher

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mmgen.formats import edm
 from mmgen.cli import app
 from mmgen.models.denoiser import Denoiser, DenoiserSettings
-from mmgen.models.model import ModelConfig
+from mmgen.models.config import ModelConfig
 from mmgen.networks import UNetSettings
 
 SHORT = ["--data", "digits", "--preset", "digits-distill", "--device", "cpu", "--batch-size", "8", "--max-images", "64",

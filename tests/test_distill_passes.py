@@ -10,7 +10,7 @@ from toy_task import Quiet
 from mmgen import data
 from mmgen.models.denoiser import Denoiser
 from mmgen.losses.moment_matching import finite_derivative, forward_derivative
-from mmgen.models.model import read_config, save_model
+from mmgen.models.files import read_config, save_model
 from mmgen.networks import UNetSettings
 from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys
@@ -205,7 +205,7 @@ def test_dropout_of_the_teacher_is_off_and_clipping_too(tmp_path):
     """A teacher with dropout: passes are the same twice, no network is in training mode; x_hat of all three is not clipped."""
     path = tmp_path / "teacher.safetensors"
     torch.manual_seed(0)
-    from mmgen.models.model import ModelConfig
+    from mmgen.models.config import ModelConfig
 
     network = UNetSettings(model_channels=8, channel_mult=(1, 1), num_blocks=1, attn_resolutions=(4,), dropout=0.5)
     config = ModelConfig(network=network, flow=None, denoiser=replace(V, clip=True), resolution=8, channels=1, data="digits")

@@ -16,7 +16,7 @@ from mmgen.formats.recognise import family_of
 from mmgen.diffusion.preconditioning import preconditioning
 from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
-from mmgen.models.model import load_model, save_model
+from mmgen.models.files import load_model, save_model
 from mmgen.networks.conditions import Labels
 from mmgen.networks.dit import DiT, DiTSettings
 

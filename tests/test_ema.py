@@ -10,10 +10,10 @@ from test_training import Quiet, tiny
 
 import mmgen
 from mmgen.errors import ConfigError
-from mmgen.models.model import build_model
+from mmgen.models.build import build_model
 from mmgen.training.collapse import spread_of
 from mmgen.training.ema import EMA, ema_decays, ramp_up
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 
 
 def edm_beta(half_life: float, ratio: float | None, images: int, batch_size: int) -> float:

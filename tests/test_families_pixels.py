@@ -14,7 +14,7 @@ from golden import arrays, settings, state
 from mmgen.errors import ModelError
 from mmgen.formats import adm, edm, edm2, imm, reading, recognise
 from mmgen.formats.family import ConvertOptions
-from mmgen.models.model import load_model, save_model
+from mmgen.models.files import load_model, save_model
 from mmgen.networks.conditions import Labels
 
 FAMILIES = {"edm": edm, "edm2": edm2, "adm": adm, "consistency": adm, "imm": imm}

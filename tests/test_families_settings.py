@@ -10,7 +10,7 @@ from golden import arrays, state
 from mmgen.errors import ConfigError, MmgenError, ModelError
 from mmgen.formats import adm, edm, edm2
 from mmgen.formats.family import ConvertOptions
-from mmgen.models.model import ModelConfig
+from mmgen.models.config import ModelConfig
 from mmgen.networks import build_network
 from mmgen.networks.conditions import Labels
 

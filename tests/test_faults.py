@@ -31,7 +31,7 @@ from mmgen.sampling.drawing import SampleSettings
 from mmgen.system.tensor_files import save_array, save_tensors, save_torch
 from mmgen.training import checkpoint
 from mmgen.training.run_folder import RunFolder
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 
 needs_locks = pytest.mark.skipif(lock.fcntl is None, reason="this system has no flock")
 

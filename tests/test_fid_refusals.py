@@ -163,7 +163,7 @@ def test_no_figure_is_cut_off_on_a_narrow_terminal(width):
     from rich.console import Console
 
     from mmgen.cli.fid import _print_table
-    from mmgen.metrics.evaluate import Row
+    from mmgen.metrics.results import Row
     from mmgen.metrics.image_sets import ImageSet
     from mmgen.metrics.score import Score
     from mmgen.metrics.subjects import Subject
@@ -242,7 +242,7 @@ def test_features_that_are_not_finite_are_named(published, tmp_path, monkeypatch
 
 
 def test_model_without_a_training_set_asks_for_a_reference(tmp_path, digits_model):
-    from mmgen.models.model import load_model, save_model
+    from mmgen.models.files import load_model, save_model
 
     loaded = load_model(digits_model)
     config = type(loaded.config)(**{**vars(loaded.config), "data": ""})

@@ -17,11 +17,11 @@ from mmgen.errors import MmgenError, ModelError
 from mmgen.config.imm import ImmConfig, resolve
 from mmgen.metrics import inception, published_file
 from mmgen.metrics.frechet import fd_pixels
-from mmgen.models.model import read_config
+from mmgen.models.files import read_config
 from mmgen.system.processes import Team
 from mmgen.training import loop
 from mmgen.training.figures import make_scorer
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 from mmgen.training.task import Reporter
 
 SETTINGS = {

@@ -16,7 +16,7 @@ from mmgen.system import files, lock
 from mmgen.system.files import remove_leftovers, replacing, replacing_folder
 from mmgen.system.lock import is_held, one_at_a_time
 from mmgen.system.tensor_files import save_tensors
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 
 needs_locks = pytest.mark.skipif(lock.fcntl is None, reason="this system has no flock")
 

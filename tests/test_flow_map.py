@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mmgen.diffusion.process import ddim_coefficients, diffuse
-from mmgen.models.flow_map import FlowMapSettings, coefficients, flow_map, guided_output, input_scale, network_times
+from mmgen.diffusion.flow_map import FlowMapSettings, coefficients, input_scale, network_times
+from mmgen.models.flow_model import flow_map, guided_output
 from mmgen.losses.imm import kernel_weight
 from mmgen.networks.conditions import Labels
 from mmgen.sampling.flow_map_samplers import pushforward, time_grid

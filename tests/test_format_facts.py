@@ -21,9 +21,9 @@ from mmgen.formats import dit, edm
 from mmgen.formats.family import ConvertOptions
 from mmgen.formats.recognise import convert
 from mmgen.models.denoiser import Denoiser
-from mmgen.models.flow_map import FlowMapSettings
+from mmgen.diffusion.flow_map import FlowMapSettings
 from mmgen.models.guidance import knows_null
-from mmgen.models.model import ModelConfig
+from mmgen.models.config import ModelConfig
 from mmgen.networks import UNetSettings
 from mmgen.networks.conditions import Labels
 from mmgen.sampling.drawing import SampleSettings, plan

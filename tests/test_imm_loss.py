@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden import arrays
 
-from mmgen.models.flow_map import FlowMapSettings
+from mmgen.diffusion.flow_map import FlowMapSettings
 from mmgen.losses import imm
 from mmgen.losses.imm import ImmSettings, imm_loss, kernel_weight, loss_weight
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mmgen.models.flow_map import FlowMapSettings
+from mmgen.diffusion.flow_map import FlowMapSettings
 from mmgen.losses.imm import ImmSettings, documented_times, draw_times, earlier_time
 from mmgen.system.random import keys
 

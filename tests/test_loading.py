@@ -11,7 +11,9 @@ import torch
 import mmgen
 from mmgen.networks.conditions import Labels
 from mmgen.models.denoiser import DenoiserSettings
-from mmgen.models.model import ModelConfig, build_model, save_model
+from mmgen.models.build import build_model
+from mmgen.models.config import ModelConfig
+from mmgen.models.files import save_model
 from mmgen.networks import ADMSettings, DiTSettings, EDM2Settings, UNetSettings, UViTSettings
 from mmgen.networks.empty import fill, without_weights
 

@@ -15,7 +15,7 @@ from mmgen.training import collapse, evaluation
 from mmgen.training.collapse import Spread, spread_of, spread_of_data
 from mmgen.training.gradients import measure_and_clip
 from mmgen.training.numbers import BadLoss, Numbers
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 
 
 def accelerator(scaler=None):

@@ -8,7 +8,7 @@ import torch
 from exact_mmd import exact_mmd
 
 from mmgen.diffusion.process import diffuse, per_image
-from mmgen.models.flow_map import FlowMapSettings, coefficients
+from mmgen.diffusion.flow_map import FlowMapSettings, coefficients
 from mmgen.losses.imm import ImmSettings, earlier_time, imm_loss, jump_difference
 from mmgen.losses.mmd import group_mmd
 

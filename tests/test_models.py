@@ -15,19 +15,11 @@ from safetensors.torch import load_file, save_file
 import mmgen
 from mmgen.errors import ConfigError, MmgenError, ModelError
 from mmgen.system.files import remove_leftovers, replacing, replacing_folder, write_json
-from mmgen.models.flow_map import FlowMapSettings
-from mmgen.models.model import (
-    METADATA_KEY,
-    Model,
-    ModelConfig,
-    SamplingSettings,
-    find_model,
-    from_uint8,
-    load_model,
-    read_config,
-    save_model,
-    to_uint8,
-)
+from mmgen.diffusion.flow_map import FlowMapSettings
+from mmgen.models.config import ModelConfig, SamplingSettings
+from mmgen.models.files import METADATA_KEY, find_model, load_model, read_config, save_model
+from mmgen.models.flow_model import FlowModel
+from mmgen.models.pixels import from_uint8, to_uint8
 from mmgen.networks import DiTSettings, UNetSettings
 from mmgen.system.schema import flatten, from_dict
 
@@ -35,12 +27,12 @@ UNET = UNetSettings(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_r
 DIT = DiTSettings(hidden_size=16, depth=1, num_heads=2)
 
 
-def make(network=DIT, **options) -> Model:
+def make(network=DIT, **options) -> FlowModel:
     flow = FlowMapSettings("fm", "euler_fm", "t-s", t_min=0.0, t_max=0.994)
-    return Model(ModelConfig(network, flow, resolution=8, channels=3, num_classes=4, **options))
+    return FlowModel(ModelConfig(network, flow, resolution=8, channels=3, num_classes=4, **options))
 
 
-def save(path, model: Model | None = None, change=None, metadata=None):
+def save(path, model: FlowModel | None = None, change=None, metadata=None):
     """A model file, with its tensors or its header's content changed on the way."""
     model = model or make()
     save_model(path, model.config, model.network.state_dict())

@@ -27,7 +27,7 @@ from mmgen.losses.moment_matching import (
     student_loss,
     teacher_gradient,
 )
-from mmgen.models.model import ModelConfig
+from mmgen.models.config import ModelConfig
 from mmgen.networks import ADMSettings, DiTSettings, EDM2Settings, UNetSettings, UViTSettings
 from mmgen.system.random import keys, normal, uniform
 from mmgen.diffusion.schedules import ScheduleSettings, make_schedule

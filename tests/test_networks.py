@@ -10,8 +10,9 @@ from golden import DEVICE, arrays, settings, state
 from torch import nn
 
 from mmgen.formats import imm
-from mmgen.models.flow_map import FlowMapSettings
-from mmgen.models.model import Model, ModelConfig
+from mmgen.diffusion.flow_map import FlowMapSettings
+from mmgen.models.config import ModelConfig
+from mmgen.models.flow_model import FlowModel
 from mmgen.networks import DiTSettings, UNetSettings, build_network
 from mmgen.networks.conditions import Labels
 from mmgen.networks.dit import grid_embedding
@@ -71,7 +72,7 @@ def test_golden_imm(name):
     )  # fmt: skip
     network = golden_network(name, second_time=True)
     config = ModelConfig(network.settings, flow, given["resolution"], given["channels"], given["num_classes"])
-    model = Model(config, network)
+    model = FlowModel(config, network)
     x, s, t = g["x"].double(), g["s"], g["t"]
     label = Labels(g["label"], given["num_classes"]) if "label" in g else None
     assert error(model.f(x, s, t, label), g["f"]) < tolerance

@@ -9,7 +9,7 @@ from exact import exactly
 from mmgen.config import sections as configs
 from mmgen import data
 from mmgen.diffusion.process import diffuse
-from mmgen.models.flow_map import flow_map
+from mmgen.models.flow_model import flow_map
 from mmgen.config.imm import ImmConfig, resolve
 from mmgen.losses.imm import draw_times, earlier_time, kernel_weight, loss_weight
 from mmgen.networks.dropout import Dropout

@@ -21,7 +21,7 @@ from mmgen.config import sections as configs
 from mmgen import data
 from mmgen.config.sections import OptimizerSettings
 from mmgen.errors import ConfigError, TrainingError
-from mmgen.models.model import load_model, read_config
+from mmgen.models.files import load_model, read_config
 from mmgen.system.random import keys, uniform
 from mmgen.training import loop
 from mmgen.training.batches import data_indices, share_batch

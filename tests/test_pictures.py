@@ -11,7 +11,7 @@ from PIL import ImageColor
 from tiny_model import NAMES
 
 from mmgen import data
-from mmgen.models.model import load_model
+from mmgen.models.files import load_model
 from mmgen.report.charts import COLOURS, ORDERED, Panel, line_chart
 from mmgen.report.images import labelled_rows
 from mmgen.training import evaluation

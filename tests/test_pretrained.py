@@ -98,12 +98,12 @@ def test_vit_l_14_is_called_dinov2(tmp_path, monkeypatch):
     large = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=1)
     config = transformers.Dinov2Config(**{**DINO, **large}, image_size=28)
 
-    class Model(torch.nn.Module):
+    class FlowModel(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.config = config
 
-    monkeypatch.setattr(pretrained, "_load", lambda *_, **__: (Model(), "0" * 64))
+    monkeypatch.setattr(pretrained, "_load", lambda *_, **__: (FlowModel(), "0" * 64))
     monkeypatch.setattr(pretrained, "_folder", lambda *_: tmp_path)
     monkeypatch.setattr(pretrained, "_fix_positions", lambda *_: None)
     extractor = build_extractor("dinov2")

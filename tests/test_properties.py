@@ -16,7 +16,7 @@ from mmgen.data.resolve import find_latents, resolve
 from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
 from mmgen.diffusion.process import ddim_coefficients, diffuse, posterior
 from mmgen.errors import ConfigError, DataError
-from mmgen.models.flow_map import FlowMapSettings, coefficients
+from mmgen.diffusion.flow_map import FlowMapSettings, coefficients
 from mmgen.losses.imm import ImmSettings, documented_times, draw_times, earlier_time
 from mmgen.sampling.sigma_grids import sigma_grid
 from mmgen.system.random import keys, normal

@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 from mmgen.cli.push import push as command
 from mmgen.models.denoiser import DenoiserSettings
 from mmgen.errors import ConfigError, MmgenError, ModelError
-from mmgen.models.flow_map import FlowMapSettings
+from mmgen.diffusion.flow_map import FlowMapSettings
 from mmgen.models.latents import LatentSettings
 from mmgen.report.model_card import LICENCES, SOURCES, model_card
-from mmgen.models.model import ModelConfig, build_model, save_model
+from mmgen.models.build import build_model
+from mmgen.models.config import ModelConfig
+from mmgen.models.files import save_model
 from mmgen.networks import DiTSettings, UNetSettings
 from mmgen.report.push import push
 

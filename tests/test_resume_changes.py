@@ -11,7 +11,7 @@ from tiny_vae import write_images
 from mmgen.cli import training
 from mmgen.errors import TrainingError
 from mmgen.training import loop
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 
 
 def train(folder, **changes) -> Quiet:

@@ -10,8 +10,10 @@ from torch import nn
 
 from mmgen.diffusion.process import diffuse
 from mmgen.errors import ConfigError
-from mmgen.models.flow_map import FlowMapSettings
-from mmgen.models.model import Model, ModelConfig, SamplingSettings, to_uint8
+from mmgen.diffusion.flow_map import FlowMapSettings
+from mmgen.models.config import ModelConfig, SamplingSettings
+from mmgen.models.flow_model import FlowModel
+from mmgen.models.pixels import to_uint8
 from mmgen.networks import UNetSettings
 from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys, normal
@@ -36,9 +38,9 @@ class Counting(nn.Module):
         return torch.tanh(x * self.weight + ((t - s) / 1000 + 0.1 * label).reshape(-1, 1, 1, 1)).float()
 
 
-def model(num_classes: int = 0, flow: FlowMapSettings = CIFAR, **options) -> Model:
+def model(num_classes: int = 0, flow: FlowMapSettings = CIFAR, **options) -> FlowModel:
     config = ModelConfig(TINY, flow, resolution=4, channels=3, num_classes=num_classes, **options)
-    return Model(config, Counting(num_classes))
+    return FlowModel(config, Counting(num_classes))
 
 
 def grid(*arguments, **options) -> torch.Tensor:

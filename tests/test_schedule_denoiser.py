@@ -13,7 +13,8 @@ import mmgen
 from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
 from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
-from mmgen.models.model import ModelConfig, SamplingSettings, load_model
+from mmgen.models.config import ModelConfig, SamplingSettings
+from mmgen.models.files import load_model
 from mmgen.networks import (
     ADMSettings,
     DiffusersUNetSettings,

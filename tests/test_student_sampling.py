@@ -21,7 +21,7 @@ from mmgen.diffusion.process import posterior
 from mmgen.sampling.denoiser_samplers import start
 from mmgen.sampling.sigma_grids import PURE_NOISE, sigma_grid
 from mmgen.errors import ConfigError
-from mmgen.models.model import ModelConfig, SamplingSettings
+from mmgen.models.config import ModelConfig, SamplingSettings
 from mmgen.networks import UNetSettings
 from mmgen.system.random import keys, normal
 from mmgen.sampling.record import difference
@@ -173,7 +173,7 @@ def test_a_student_knows_its_steps():
 
 
 def test_impossible_plans_are_refused():
-    from mmgen.models.flow_map import FlowMapSettings
+    from mmgen.diffusion.flow_map import FlowMapSettings
 
     flow_map = ModelConfig(TINY, FlowMapSettings(t_min=0.006, t_max=0.994), 4, 3, sampling=SamplingSettings(student_steps=2))
     refused = [

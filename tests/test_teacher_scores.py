@@ -13,7 +13,7 @@ from mmgen.config.sections import read_preset
 from mmgen.config.teacher import resolve as resolve_teacher
 from mmgen.methods.distill.method import distill
 from mmgen.methods.teacher import train_teacher
-from mmgen.models.model import load_model, save_model
+from mmgen.models.files import load_model, save_model
 from mmgen.system.files import read_json
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -20,7 +20,8 @@ from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
 from mmgen.networks.conditions import Labels
 from mmgen.system.files import sha256_of
-from mmgen.models.model import SamplingSettings, load_model
+from mmgen.models.config import SamplingSettings
+from mmgen.models.files import load_model
 from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 from mmgen.methods.distill.teachers import adam_second_moments, load_teacher, range_note
 from mmgen.training.checkpoint import Progress, save_checkpoint

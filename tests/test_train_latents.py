@@ -23,13 +23,14 @@ from mmgen.data.latents import load_latents
 from mmgen.data.resolve import resolve
 from mmgen.errors import ConfigError, DataError
 from mmgen.config.imm import ImmConfig
-from mmgen.models.model import read_config
+from mmgen.models.files import read_config
 from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys, normal
 from mmgen.training.batches import data_indices, fetch
 from mmgen.methods.imm import ImmObjective, imm_model_config, imm_task
 from mmgen.training.inputs import LATENT
-from mmgen.training.start import load_data, train_imm
+from mmgen.methods.imm import train_imm
+from mmgen.training.start import load_data
 from mmgen.encoders.vae import load_vae
 
 TINY = {

@@ -14,7 +14,8 @@ from mmgen import data
 from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError
 from mmgen.losses.denoising import draw_sigma, weight
-from mmgen.models.model import build_model, load
+from mmgen.sampling.loading import load
+from mmgen.models.build import build_model
 from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys, normal, uniform
 from mmgen.config.teacher import TeacherConfig, resolve

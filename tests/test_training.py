@@ -22,7 +22,7 @@ from mmgen.training import loop
 from mmgen.training.batches import data_indices, split_batch
 from mmgen.training.ema import EMA, ema_decays
 from mmgen.training.optim import learning_rate
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 
 TINY = {
     "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.1},

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 
 from mmgen.models.denoiser import Denoiser, DenoiserSettings
-from mmgen.models.flow_map import FlowMapSettings
-from mmgen.models.model import Model, ModelConfig, save_model
+from mmgen.diffusion.flow_map import FlowMapSettings
+from mmgen.models.config import ModelConfig
+from mmgen.models.files import save_model
+from mmgen.models.flow_model import FlowModel
 from mmgen.networks import UNetSettings
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -20,7 +22,7 @@ def make_model(path: Path, **config) -> Path:
     flow = FlowMapSettings(t_min=0.006, t_max=0.994)
     config = ModelConfig(network=network, flow=flow, resolution=8, data="digits", **config)
     torch.manual_seed(0)
-    model = Model(config)
+    model = FlowModel(config)
     for weight in model.parameters():
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.3)

@@ -18,7 +18,9 @@ from torch import nn
 from mmgen.config import sections as configs
 from mmgen.config.sections import DataSettings, OptimizerSettings, RunSettings, TrainSettings
 from mmgen.models.denoiser import DenoiserSettings
-from mmgen.models.model import ModelConfig, build_model, from_uint8
+from mmgen.models.build import build_model
+from mmgen.models.config import ModelConfig
+from mmgen.models.pixels import from_uint8
 from mmgen.networks import UNetSettings
 from mmgen.system.random import keys, normal, uniform
 from mmgen.training.start import load_shared, make_accelerator, run_training

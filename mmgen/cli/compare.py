@@ -83,7 +83,7 @@ def _images(name: str, num: int, steps: int | None, seed: int, device: str) -> I
 
     if not is_model(name):
         return image_set(name).first(num)
-    from ..models.model import load_model
+    from ..models.files import load_model
     from ..sampling.drawing import SampleSettings, plan
     from ..sampling.record import Origin
 

@@ -155,7 +155,7 @@ def _preset(file: Path | None, assignments: list[str], changes: dict[str, Any]) 
     """The recipe for the data, which the teacher's file names unless an option does; else that for the size of its images."""
     from ..config.sections import merge, nest, parse_assignment, read_toml
     from ..config.distill import DistillConfig
-    from ..models.model import find_model, read_config
+    from ..models.files import find_model, read_config
 
     given = merge(read_toml(file, "distill") if file else {}, nest(dict(map(parse_assignment, assignments)), DistillConfig))
     given = merge(given, nest(changes, DistillConfig))

@@ -15,7 +15,7 @@ from .progress import progress_bar
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..metrics.evaluate import Report, Row
+    from ..metrics.results import Report, Row
 
 _SHORTEST_NAME = 12  # characters a line of a table leaves to the name of the samples
 

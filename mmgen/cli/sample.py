@@ -116,7 +116,7 @@ def sample(
             raise ConfigError(f"--num must be at least 1, not {num}")
 
         from ..sampling import drawing as sampling, file as sample_file, folder as sample_folder
-        from ..models.model import load_model, read_config
+        from ..models.files import load_model, read_config
         from ..sampling.record import Origin
         from ..system.processes import find_team
 

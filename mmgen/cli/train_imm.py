@@ -75,7 +75,7 @@ def train_imm(
             _show_cost(chosen.config)
         return
 
-    from ..training.start import train_imm as train
+    from ..methods.imm import train_imm as train
 
     training.run(
         train, chosen, device=device, max_seconds=seconds,

@@ -20,7 +20,7 @@ from .training_report import TrainingReport
 if TYPE_CHECKING:
     from ..config.sections import RunSettings
     from ..data import DataShape
-    from ..models.model import ModelConfig
+    from ..models.config import ModelConfig
     from ..training.cost import Work
     from ..training.task import Outcome
 

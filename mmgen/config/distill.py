@@ -13,7 +13,7 @@ from .sections import (
 from ..diffusion.preconditioning import DenoiserSettings, preconditioning
 from ..errors import ConfigError
 from ..losses.moment_matching import MomentSettings
-from ..models.model import ModelConfig
+from ..models.config import ModelConfig
 from ..networks import NetworkSettings
 from ..diffusion.schedules import ScheduleSettings
 from ..system.schema import from_dict

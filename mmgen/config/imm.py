@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .sections import DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, require, require_positive
-from ..models.flow_map import FlowMapSettings
+from ..diffusion.flow_map import FlowMapSettings
 from ..losses.imm import ImmSettings, documented_times
-from ..models.model import SamplingSettings
+from ..models.config import SamplingSettings
 from ..networks import NetworkSettings, UNetSettings
 
 

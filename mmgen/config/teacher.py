@@ -9,7 +9,7 @@ from typing import Any
 from .sections import DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, require, require_positive
 from ..diffusion.preconditioning import DenoiserSettings, preconditioning
 from ..losses.denoising import DenoisingSettings
-from ..models.model import SamplingSettings
+from ..models.config import SamplingSettings
 from ..networks import NetworkSettings, UNetSettings
 from ..diffusion.schedules import ScheduleSettings
 

@@ -22,7 +22,7 @@ from ..errors import ConfigError, ModelError
 from ..system.files import at_home, read_json, sha256_of
 from ..models.latents import LatentSettings
 from ..formats.network_file import content
-from ..models.model import from_uint8, to_uint8
+from ..models.pixels import from_uint8, to_uint8
 from ..system.random import normal
 
 # The raw latents' mean and standard deviation per channel, over ImageNet-256, in IMM's published configuration

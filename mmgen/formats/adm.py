@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..models.denoiser import DenoiserSettings
 from ..errors import ConfigError, ModelError, nearest
-from ..models.model import ModelConfig, SamplingSettings
+from ..models.config import ModelConfig, SamplingSettings
 from ..networks import ADMSettings
 from .family import Converted, ConvertOptions
 from .mapping import cast, expected_state, place

@@ -14,7 +14,9 @@ from .recognise import FAMILIES, convert, family_module, family_of
 from ..errors import ConfigError, ModelError, nearest
 from ..system.files import remove_leftovers, replacing
 from ..report.model_card import model_card
-from ..models.model import ModelConfig, build_model, check_state, read_config, save_model
+from ..models.build import build_model
+from ..models.config import ModelConfig
+from ..models.files import check_state, read_config, save_model
 from ..networks.empty import without_weights
 from ..report.push import CONVERTED
 from ..system.tensor_files import save_torch

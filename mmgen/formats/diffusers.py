@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, ModelError
 from ..system.files import replacing_folder
-from ..models.model import ModelConfig
+from ..models.config import ModelConfig
 from ..networks.diffusers_unet import DiffusersUNet, DiffusersUNetSettings
 from ..networks.empty import without_weights
 from ..networks.dit import DiTSettings

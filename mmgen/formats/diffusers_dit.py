@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError
-from ..models.model import ModelConfig
+from ..models.config import ModelConfig
 from ..networks.dit import EPSILON, DiTSettings, grid_embedding
 from .diffusers_scheduler import read_sampling, read_scheduler, write_scheduler
 from .dit import VAE_ASSUMED, published_latents

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..models.denoiser import DenoiserSettings
 from ..errors import ConfigError, ModelError
-from ..models.model import SamplingSettings
+from ..models.config import SamplingSettings
 
 # With these a network is one of discrete times; they differ as samplers only
 DISCRETE = (

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..models.denoiser import DenoiserSettings
 from ..errors import ConfigError, ModelError, nearest
 from ..models.latents import LatentSettings
-from ..models.model import ModelConfig, SamplingSettings
+from ..models.config import ModelConfig, SamplingSettings
 from ..networks.dit import DiTSettings
 from .family import Converted, ConvertOptions
 from .mapping import cast, place

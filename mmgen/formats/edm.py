@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..models.denoiser import DenoiserSettings
 from ..errors import ModelError
-from ..models.model import ModelConfig
+from ..models.config import ModelConfig
 from ..networks import ADMSettings, UNetSettings
 from .family import Converted, ConvertOptions
 from .mapping import cast, check_sizes, expected_state, known, module, place, require

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..models.denoiser import DenoiserSettings
 from ..models.latents import LatentSettings
-from ..models.model import ModelConfig
+from ..models.config import ModelConfig
 from ..networks import EDM2Settings
 from .family import Converted, ConvertOptions
 from .mapping import cast, check_sizes, known, module, place, require

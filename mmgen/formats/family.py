@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from ..models.model import ModelConfig
+    from ..models.config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError, nearest
-from ..models.flow_map import FlowMapSettings
+from ..diffusion.flow_map import FlowMapSettings
 from ..models.latents import LatentSettings
-from ..models.model import ModelConfig
+from ..models.config import ModelConfig
 from ..networks import DiTSettings
 from ..encoders.vae import IMM_MEAN, IMM_STD, IMM_TARGET_STD
 from . import edm

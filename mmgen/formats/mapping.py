@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ModelError, nearest
-from ..models.model import ModelConfig
+from ..models.config import ModelConfig
 from ..networks import build_network
 from ..networks.empty import without_weights
 from .reading import Found

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ModelError, shortened
 from ..system.files import at_home, exists, read_json
-from ..models.model import MODEL_FILE
+from ..models.files import MODEL_FILE
 
 COMPONENTS = ("unet", "transformer")
 _STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")

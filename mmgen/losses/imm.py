@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion.process import per_image
-from ..models.flow_map import FlowMapSettings, coefficients
+from ..diffusion.flow_map import FlowMapSettings, coefficients
 from ..system.random import uniform
 from .mmd import group_mmd
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +15,20 @@ from ..config.sections import check_network
 from ..data import DataShape
 from ..diffusion.process import diffuse, per_image
 from ..errors import ConfigError
-from ..models.flow_map import input_scale, network_times
+from ..diffusion.flow_map import input_scale, network_times
 from ..config.imm import ImmConfig
 from ..models.latents import LatentSettings
 from ..losses.imm import draw_times, earlier_time, imm_loss, jump_difference
-from ..models.model import Model, ModelConfig, check_weights
+from ..models.build import check_weights
+from ..models.config import ModelConfig
+from ..models.flow_model import FlowModel
 from ..networks.conditions import Condition
 from ..system.random import keys, normal, torch_seed
 from ..sampling.drawing import check_defaults
 from ..training.batches import Batch
 from ..training.inputs import Inputs
-from ..training.task import Part, Task
+from ..training.start import DataProgress, load_shared, make_accelerator, run_training
+from ..training.task import Outcome, Part, Reporter, Task
 
 _NOISE, _TIME = 103, 104  # purposes of random numbers, drawn with the seed and the number of the image: see `inputs`
 
@@ -55,7 +61,7 @@ def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
 def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
     """A freshly initialised network with IMM's objective."""
     check_weights(model_config)
-    network = Model(model_config).network
+    network = FlowModel(model_config).network
     objective = ImmObjective(network, config, model_config.latents)
     advice = "loss.group_size of 4 or more, "
     return Task({"model": Part(network, objective)}, model_config, group_size=config.loss.group_size, advice=advice)
@@ -115,3 +121,22 @@ class ImmObjective(nn.Module):
         scaled = per_image(input_scale(flow, t), x) * diffuse(flow.get_schedule(), x, noise, t)
         time, second = network_times(flow, s, t)
         return self.network(scaled, time, second, condition, augment_label).float()
+
+
+def train_imm(
+    config: ImmConfig,
+    out: Path,
+    reporter: Reporter,
+    *,
+    device: str = "auto",
+    max_seconds: float = math.inf,
+    data_progress: DataProgress = contextlib.nullcontext,
+) -> Outcome:
+    """Trains, or resumes, IMM in the folder `out`. Arguments and errors are those of `start.run_training`."""
+    accelerator = make_accelerator(config.train, config.run, out, device)
+    dataset = load_shared(config.data, reporter, data_progress)
+    model_config = imm_model_config(config, dataset.shape)
+    return run_training(
+        "train-imm", config, dataset, lambda accelerator: imm_task(config, model_config),
+        accelerator=accelerator, out=out, reporter=reporter, max_seconds=max_seconds,
+    )  # fmt: skip

@@ -19,7 +19,8 @@ from ..diffusion.process import per_image
 from ..errors import ConfigError
 from ..models.latents import LatentSettings
 from ..losses.denoising import LEVELS, draw_sigma, level_edges, weight
-from ..models.model import ModelConfig, check_weights
+from ..models.build import check_weights
+from ..models.config import ModelConfig
 from ..system.random import keys, normal, torch_seed, uniform
 from ..sampling.drawing import check_defaults
 from ..config.teacher import TeacherConfig

@@ -19,8 +19,8 @@ from .image_sets import ImageSet
 from .pretrained import ClipScore, build_clip
 from .reference_sets import ReferenceSet, collect_reference, file_reference
 from .references import features_in, is_statistics, write_statistics
-from .results import earlier
-from .score import SINGLE, Score, ScoreSettings, check_metrics, score, summary
+from .results import Report, Row, earlier
+from .score import SINGLE, ScoreSettings, check_metrics, score, summary
 from .subjects import Subject, image_subjects, is_model, model_subjects, own_reference, reference_images
 
 NUM = 50_000  # samples drawn from a model, as behind every published FID
@@ -113,24 +113,6 @@ class FidSettings:
                 raise ConfigError("--repeat is for a spread of scores, and --save-stats without --ref gives none: leave it out")
 
 
-@dataclass(frozen=True)
-class Row:
-    """One set of samples, scored."""
-
-    subject: Subject
-    score: Score  # of several draws: their summary
-    draws: list[Score]
-
-
-@dataclass(frozen=True)
-class Report:
-    rows: list[Row]
-    reference: ReferenceSet | None
-    extractor: Extractor
-    notes: list[str]  # which figures were left out, and why
-    clip: dict[str, str] | None = None  # the network of the CLIP score
-
-
 def evaluate(
     samples: Sequence[str],
     settings: FidSettings,
@@ -194,7 +176,7 @@ def _check_options(samples: Sequence[str], models: Sequence[bool], settings: Fid
 
 
 def _drawn(word: str, settings: FidSettings) -> list[Subject]:
-    from ..models.model import load_model, read_config
+    from ..models.files import load_model, read_config
     from ..sampling.record import Origin
     from ..sampling.drawing import SampleSettings, plan
 

@@ -25,7 +25,7 @@ from ..sampling.record import read_record
 from .npz_images import NpzImages
 
 if TYPE_CHECKING:
-    from ..models.model import AnyModel
+    from ..models.build import AnyModel
     from ..sampling.drawing import Plan
 
 _TYPES = {"model": str, "model_sha256": str, "sampler": str, "grid": str, "data": str | None, "data_options": dict,

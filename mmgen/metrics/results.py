@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,16 +17,34 @@ from ..data.cache import cache_root
 from ..errors import DataError
 from ..system.files import read_json, write_json
 from ..system.lock import one_at_a_time
-
-if TYPE_CHECKING:
-    from .evaluate import Report, Row
-    from .reference_sets import ReferenceSet
+from .features import Extractor
+from .reference_sets import ReferenceSet
+from .score import Score
+from .subjects import Subject
 
 FORMAT = 1
 _MADE = (
     "model", "model_file", "model_sha256", "ema", "data", "data_place", "data_fingerprint", "data_content", "vae", "steps",
     "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax", "s_noise", "stochasticity", "guidance", "classes", "seed",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set of samples, scored."""
+
+    subject: Subject
+    score: Score  # of several draws: their summary
+    draws: list[Score]
+
+
+@dataclass(frozen=True)
+class Report:
+    rows: list[Row]
+    reference: ReferenceSet | None
+    extractor: Extractor
+    notes: list[str]  # which figures were left out, and why
+    clip: dict[str, str] | None = None  # the network of the CLIP score
 
 
 def entry(row: Row, report: Report) -> dict[str, Any]:

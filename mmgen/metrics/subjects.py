@@ -13,7 +13,8 @@ from ..data.content import content_hash
 from ..data.resolve import DIGITS, locate, resolve
 from ..errors import ConfigError, DataError
 from ..system.files import at_home
-from ..models.model import MODEL_FILE, AnyModel
+from ..models.build import AnyModel
+from ..models.files import MODEL_FILE
 from ..sampling.folder import RECORD
 from ..sampling.record import Origin, make_record
 from ..sampling.drawing import SampleSettings, plan

@@ -7,14 +7,13 @@ randomness of its own: noise that its network is given beside the image, or drop
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import Tensor, nn
 
 from ..diffusion.preconditioning import DenoiserSettings, check_settings, preconditioning
 from ..diffusion.process import per_image
 from ..errors import ConfigError
+from .config import ModelConfig
 from .guidance import guided, is_single
 from ..networks.keyed_dropout import dropouts, keyed_dropout
 from ..networks import build_network
@@ -22,12 +21,10 @@ from ..networks.conditions import Condition
 from ..system.random import normal
 from ..diffusion.schedules import Schedule
 
-if TYPE_CHECKING:
-    from .model import ModelConfig
 
 
 class Denoiser(nn.Module):
-    """A network with its preconditioning: `model.denoise(y, sigma)` is x_hat, `model.sample(...)` draws images."""
+    """A network with its preconditioning: `model.denoise(y, sigma)` is x_hat."""
 
     def __init__(self, config: ModelConfig, network: nn.Module | None = None) -> None:
         super().__init__()
@@ -133,10 +130,3 @@ class Denoiser(nn.Module):
         scale = torch.where(sigma > high * alpha, high / sigma, 1 / alpha)
         y = per_image(scale, z.double()) * z.double()
         return self.denoise(y, within, condition, guidance, noise, clip=clip).to(z.dtype)
-
-    def sample(self, num: int, **options: Any) -> Tensor:
-        """Draws images, uint8 [num, C, H, W] on the CPU. Options: those of `sampling.SampleSettings` (steps, seed, classes,
-        guidance, sampler, grid, batch_size ...)."""
-        from ..sampling.drawing import SampleSettings, draw
-
-        return draw(self, SampleSettings(**options), range(num))[0]

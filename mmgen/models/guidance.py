@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..networks.conditions import Condition, concatenate
 
 if TYPE_CHECKING:
-    from .model import ModelConfig
+    from .config import ModelConfig
 
 
 def guided(

@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import __version__
 from ..diffusion.preconditioning import preconditioning
-from ..models.model import ModelConfig
+from ..models.config import ModelConfig
 
 # Licence of the published weights of a family: (the hub's word, in words). Each folder of diffusers has its own.
 LICENCES = {

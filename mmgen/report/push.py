@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import ConfigError, MmgenError, ModelError
 from .model_card import model_card
-from ..models.model import MODEL_FILE, find_model, read_config
+from ..models.files import MODEL_FILE, find_model, read_config
 
 PICTURES = ("samples.png", "curves.png")
 CARD = "README.md"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, nearest, shortened
-from ..models.model import ModelConfig
+from ..models.config import ModelConfig
 
 WORDS = ("random", "balanced")
 

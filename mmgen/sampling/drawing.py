@@ -19,7 +19,9 @@ from .denoiser_samplers import Churn
 from .sigma_grids import RESPACED, sigma_grid
 from ..diffusion.preconditioning import preconditioning
 from ..errors import ConfigError, nearest
-from ..models.model import AnyModel, ModelConfig, SamplingSettings, drawn_shape, kind_of, to_uint8
+from ..models.build import AnyModel
+from ..models.config import ModelConfig, SamplingSettings, drawn_shape, kind_of
+from ..models.pixels import to_uint8
 from ..networks.conditions import Condition, Labels
 from ..system.random import keys, normal, uniform
 from .flow_map_samplers import GRIDS, SAMPLERS, time_grid

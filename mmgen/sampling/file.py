@@ -16,7 +16,8 @@ import numpy as np
 from ..errors import ConfigError, MmgenError, cannot_write
 from ..system.files import remove_leftovers, replacing, write_json
 from ..report.images import grid
-from ..models.model import AnyModel, drawn_shape
+from ..models.build import AnyModel
+from ..models.config import drawn_shape
 from .missing import Progress, contiguous, draw_missing
 from .folder import Written, all_labels, check_num, check_pictures, disk_errors, finish
 from .record import Origin, make_record, may_continue, read_record

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..diffusion.process import diffuse
 from ..errors import ConfigError
-from ..models.flow_map import FlowMapSettings
+from ..diffusion.flow_map import FlowMapSettings
 from ..networks.conditions import Condition
 
 Noise = Callable[[int], Tensor]

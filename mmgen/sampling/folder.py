@@ -18,7 +18,8 @@ from torch import Tensor
 from ..errors import ConfigError, MmgenError, cannot_write
 from ..system.files import flush_to_disk, remove_leftovers, replacing, staging, write_json
 from ..report.images import is_whole_png, png_bytes
-from ..models.model import AnyModel, ModelConfig, drawn_shape
+from ..models.build import AnyModel
+from ..models.config import ModelConfig, drawn_shape
 from ..system.process import cores
 from .missing import Progress, draw_missing
 from .record import Origin, make_record, may_continue, read_record

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import MmgenError
-from ..models.model import AnyModel
+from ..models.build import AnyModel
 from .drawing import Plan, draw
 from ..system.processes import Team
 

@@ -13,7 +13,9 @@ from .. import __version__
 from ..config.sections import READING
 from ..errors import ConfigError
 from ..system.files import read_json, sha256_of
-from ..models.model import AnyModel, ModelConfig, drawn_shape, find_model, kind_of
+from ..models.build import AnyModel
+from ..models.config import ModelConfig, drawn_shape, kind_of
+from ..models.files import find_model
 from .drawing import Plan
 
 FORMAT = 1

@@ -18,7 +18,7 @@ import torch
 
 from ..errors import TrainingError
 from ..system.files import write_json
-from ..models.model import ModelConfig
+from ..models.config import ModelConfig
 from ..system.processes import Team
 from .batches import Batch
 from .cost import PassCost, pass_cost

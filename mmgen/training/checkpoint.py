@@ -27,7 +27,7 @@ from torch import nn
 
 from ..errors import MmgenError, ModelError, TrainingError, cannot_write, shortened
 from ..system.files import replacing_folder
-from ..models.model import check_state
+from ..models.files import check_state
 from ..system.processes import Team
 from ..system.tensor_files import save_tensors
 from .checkpoint_sums import damage, read_state, write_state

@@ -11,7 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config.sections import TrainSettings
-from ..models.model import ModelConfig, build_model
+from ..models.build import build_model
+from ..models.config import ModelConfig
 from ..networks import blocks, checkpoint_blocks
 from ..networks.conditions import Labels
 from ..networks.empty import without_weights

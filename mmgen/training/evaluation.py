@@ -16,7 +16,8 @@ from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import MmgenError
 from ..report.images import labelled_rows
-from ..models.model import AnyModel, ModelConfig
+from ..models.build import AnyModel
+from ..models.config import ModelConfig
 from ..sampling.drawing import SampleSettings, draw
 from ..encoders.vae import decoder, normalise
 from .collapse import spread_of

@@ -22,7 +22,7 @@ from ..metrics.features import LARGEST_PIXELS, Extractor, auto_extractor, build_
 from ..metrics.image_sets import dataset_images, drawn_images
 from ..metrics.reference_sets import ReferenceSet, collect_reference
 from ..metrics.score import ScoreSettings, figure_name, score
-from ..models.model import AnyModel
+from ..models.build import AnyModel
 from ..sampling.drawing import SampleSettings, plan
 from ..system.files import read_json, write_json
 from ..system.processes import Team

@@ -8,7 +8,7 @@ from torch import Tensor
 from .augment import AugmentSettings, augment
 from ..config.sections import DataSettings
 from ..models.latents import LatentSettings
-from ..models.model import from_uint8
+from ..models.pixels import from_uint8
 from ..networks.conditions import Condition
 from ..system.random import keys, uniform
 from ..encoders.vae import draw_latents

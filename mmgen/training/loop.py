@@ -23,7 +23,9 @@ from ..data.latents import LatentDataset
 from ..errors import TrainingError
 from ..report.images import save_png
 from ..metrics.frechet import halves_distance
-from ..models.model import MODEL_FILE, AnyModel, ModelConfig, build_model, save_model
+from ..models.build import AnyModel, build_model
+from ..models.config import ModelConfig
+from ..models.files import MODEL_FILE, save_model
 from ..networks import checkpoint_blocks
 from ..system.process import keep_large_blocks
 from ..system.processes import team_of

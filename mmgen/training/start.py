@@ -17,10 +17,8 @@ from ..data import Dataset, DataShape
 from ..data.latents import LatentDataset, load_latents
 from ..data.resolve import find_latents
 from ..errors import ConfigError, DataError
-from ..config.imm import ImmConfig
 from ..system.lock import only_run_in
 from ..system.processes import COLLECTIVE_TIMEOUT, team_of
-from ..methods.imm import imm_model_config, imm_task
 from .loop import Trainer
 from .run_folder import RunFolder
 from .sharding import asks_for_shards
@@ -170,22 +168,3 @@ def _train(
         return trainer.run()
     finally:
         accelerator.end_training()
-
-
-def train_imm(
-    config: ImmConfig,
-    out: Path,
-    reporter: Reporter,
-    *,
-    device: str = "auto",
-    max_seconds: float = math.inf,
-    data_progress: DataProgress = contextlib.nullcontext,
-) -> Outcome:
-    """Trains, or resumes, IMM in the folder `out`. Arguments and errors are those of `run_training`."""
-    accelerator = make_accelerator(config.train, config.run, out, device)
-    dataset = load_shared(config.data, reporter, data_progress)
-    model_config = imm_model_config(config, dataset.shape)
-    return run_training(
-        "train-imm", config, dataset, lambda accelerator: imm_task(config, model_config),
-        accelerator=accelerator, out=out, reporter=reporter, max_seconds=max_seconds,
-    )  # fmt: skip

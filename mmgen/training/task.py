@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 from torch import nn
 
-from ..models.model import AnyModel, ModelConfig
+from ..models.build import AnyModel
+from ..models.config import ModelConfig
 from .batches import Batch
-
-if TYPE_CHECKING:
-    from .figures import Scorer
 
 
 @dataclass
@@ -56,7 +54,8 @@ class Task:
         picture: picture(model, seed, scores) takes the place of the sample grid, in previews and at the end; called by the main
             process. `scores`: number of steps -> its score as a text. None: no picture, now.
         finish: finish(model, folder, scorer) at the end of a run, in all processes: more entries for results.json, of which
-            those of the main process count. `scorer` is None where nothing is measured.
+            those of the main process count. `scorer` is a `figures.Scorer`, or None where
+            nothing is measured.
         levels: the edges of the noise levels that numbers are logged for, in sigma, ascending.
         advice: what to try where training collapses, besides what helps every method; ends with a comma and a blank.
     """
@@ -67,7 +66,7 @@ class Task:
     frozen: Sequence[nn.Module] = ()
     group_size: int = 1
     picture: Callable[[AnyModel, int, dict[str, str]], Image.Image | None] | None = None
-    finish: Callable[[AnyModel, Path, Scorer | None], dict[str, Any] | None] | None = None
+    finish: Callable[[AnyModel, Path, Any], dict[str, Any] | None] | None = None
     levels: Sequence[float] = ()
     advice: str = ""
 

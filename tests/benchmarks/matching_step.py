@@ -12,7 +12,8 @@ from mmgen.config import sections as configs
 from mmgen import data
 from mmgen.config import teacher as teacher_config
 from mmgen.config.distill import DistillConfig, resolve
-from mmgen.models.model import build_model, save_model
+from mmgen.models.build import build_model
+from mmgen.models.files import save_model
 from mmgen.methods.distill.method import distill_task, find_teacher, student_model_config
 from mmgen.training.loop import Trainer
 from mmgen.methods.teacher import teacher_model_config

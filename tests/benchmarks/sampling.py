@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from mmgen import data
-from mmgen.models.model import Model, save_model
+from mmgen.models.files import save_model
+from mmgen.models.flow_model import FlowModel
 from mmgen.sampling.folder import write_png
 from mmgen.sampling.record import Origin
 from mmgen.sampling.drawing import SampleSettings, draw
@@ -56,11 +57,11 @@ def rows(size: Size, device: str) -> Iterator[Row]:
         yield compared("sampling", one, size, device)
 
 
-def make_model(preset: str, changes: dict, device: str) -> tuple[Model, Path]:
+def make_model(preset: str, changes: dict, device: str) -> tuple[FlowModel, Path]:
     config = imm_config(preset, **changes)
     dataset = data.load("digits") if preset == "digits-imm" else noise_images(32)
     torch.manual_seed(0)
-    model = Model(imm_model_config(config, dataset.shape)).to(device).eval().requires_grad_(False)
+    model = FlowModel(imm_model_config(config, dataset.shape)).to(device).eval().requires_grad_(False)
     folder = temporary_folder()
     save_model(folder / "model.safetensors", model.config, model.network.state_dict())
     return model, folder

@@ -18,7 +18,8 @@ from mmgen.data import Dataset
 from mmgen.methods.distill.method import distill_task, find_teacher, student_model_config
 from mmgen.methods.imm import imm_model_config, imm_task
 from mmgen.methods.teacher import teacher_model_config, teacher_task
-from mmgen.models.model import build_model, save_model
+from mmgen.models.build import build_model
+from mmgen.models.files import save_model
 from mmgen.training.loop import Trainer
 from mmgen.training.task import Reporter
 

@@ -14,7 +14,7 @@ from ...data.latents import LatentDataset
 from ...models.denoiser import Denoiser
 from ...sampling.denoiser_samplers import most_steps, samplers_of
 from ...report.images import labelled_rows
-from ...models.model import SamplingSettings
+from ...models.config import SamplingSettings
 from ...sampling.drawing import SampleSettings, draw, plan
 from ...diffusion.schedules import ScheduleSettings
 from ...training.evaluation import COLUMNS, layout, real_images, with_score

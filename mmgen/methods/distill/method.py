@@ -19,7 +19,8 @@ from ...models.denoiser import Denoiser
 from ...config.sections import READING, DataSettings
 from ...config.distill import DistillConfig, settled, student_denoiser, student_network, student_schedule
 from ...errors import ConfigError
-from ...models.model import AnyModel, ModelConfig, SamplingSettings
+from ...models.build import AnyModel
+from ...models.config import ModelConfig, SamplingSettings
 from ...networks import checkpoint_blocks, widen_input, without_augment
 from ...report.push import CONVERTED
 from ...sampling.drawing import check_defaults

@@ -16,7 +16,8 @@ from ...diffusion.preconditioning import DenoiserSettings, preconditioning
 from ...models.guidance import knows_null
 from ...models.denoiser import Denoiser
 from ...errors import ConfigError, ModelError
-from ...models.model import ModelConfig, check_state, read_config
+from ...models.config import ModelConfig
+from ...models.files import check_state, read_config
 from ...networks.empty import fill, without_weights
 from ...diffusion.schedules import ScheduleSettings, make_schedule
 

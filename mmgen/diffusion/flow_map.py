@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..diffusion.process import ddim_coefficients, per_image
+from .process import ddim_coefficients
 from ..errors import ConfigError
-from .guidance import guided
-from ..networks.conditions import Condition
-from ..diffusion.schedules import SCHEDULES, Schedule
+from .schedules import SCHEDULES, Schedule
 
 
 @dataclass(frozen=True)
@@ -72,29 +70,3 @@ def network_times(flow: FlowMapSettings, s: Tensor, t: Tensor) -> tuple[Tensor, 
     """The two times as the network gets them, c_noise(t) and c_noise(s) or c_noise(t - s), float64 [N]."""
     second = s if flow.second_time == "s" else t - s
     return flow.time_scale * t, flow.time_scale * second
-
-
-def guided_output(
-    network: nn.Module, flow: FlowMapSettings, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None, guidance: float
-) -> Tensor:
-    """The network's raw output with guidance: see `guidance.guided`.
-
-    x [N, C, H, W] float; s, t float64 [N]. Returns float32 [N, C, H, W].
-    """
-    scaled = (per_image(input_scale(flow, t), x) * x).float()
-    return guided(network, scaled, *network_times(flow, s, t), condition, guidance)
-
-
-def flow_map(
-    network: nn.Module,
-    flow: FlowMapSettings,
-    x: Tensor,
-    s: Tensor,
-    t: Tensor,
-    condition: Condition | None = None,
-    guidance: float = 1.0,
-) -> Tensor:
-    """f_{s,t}(x) in x's dtype; the network itself computes in its own precision. Shapes as in `guided_output`."""
-    c_skip, c_out = coefficients(flow, s, t)
-    output = guided_output(network, flow, x, s, t, condition, guidance)
-    return per_image(c_skip, x) * x + per_image(c_out, x) * output.to(x.dtype)

@@ -1,0 +1,66 @@
+"""A flow map with its network: what IMM trains."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..diffusion.flow_map import FlowMapSettings, coefficients, input_scale, network_times
+from ..diffusion.process import per_image
+from ..networks import build_network
+from ..networks.conditions import Condition
+from .config import ModelConfig
+from .guidance import guided
+
+
+class FlowModel(nn.Module):
+    """A flow map with its network: `model.f(x, s, t)` jumps from t to s."""
+
+    def __init__(self, config: ModelConfig, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.network = network or build_network(
+            config.network,
+            resolution=config.resolution,
+            channels=config.channels,
+            num_classes=config.num_classes,
+            augment_dim=config.augment_dim,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.config.channels, self.config.resolution, self.config.resolution
+
+    def f(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None, guidance: float = 1.0) -> Tensor:
+        """f_{s,t}(x): see `flow_map`."""
+        return flow_map(self.network, self.config.flow, x, s, t, condition, guidance)
+
+
+def guided_output(
+    network: nn.Module, flow: FlowMapSettings, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None, guidance: float
+) -> Tensor:
+    """The network's raw output with guidance: see `guidance.guided`.
+
+    x [N, C, H, W] float; s, t float64 [N]. Returns float32 [N, C, H, W].
+    """
+    scaled = (per_image(input_scale(flow, t), x) * x).float()
+    return guided(network, scaled, *network_times(flow, s, t), condition, guidance)
+
+
+def flow_map(
+    network: nn.Module,
+    flow: FlowMapSettings,
+    x: Tensor,
+    s: Tensor,
+    t: Tensor,
+    condition: Condition | None = None,
+    guidance: float = 1.0,
+) -> Tensor:
+    """f_{s,t}(x) in x's dtype; the network itself computes in its own precision. Shapes as in `guided_output`."""
+    c_skip, c_out = coefficients(flow, s, t)
+    output = guided_output(network, flow, x, s, t, condition, guidance)
+    return per_image(c_skip, x) * x + per_image(c_out, x) * output.to(x.dtype)

@@ -1,0 +1,51 @@
+"""Imports point one way, down the list of rooms, and no module is part of a circle; imports inside functions count as well."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import mmgen
+
+ROOT = Path(mmgen.__file__).parent
+ROOMS = (  # a room may import from those below it, and from itself
+    {"cli"}, {"methods"}, {"training"}, {"metrics"}, {"sampling"}, {"data", "formats", "encoders"}, {"report"}, {"config"},
+    {"presets"}, {"losses"}, {"models"}, {"networks"}, {"diffusion"}, {"system"}, {"errors", "__init__"},
+)  # fmt: skip
+LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def imports() -> dict[str, set[str]]:
+    """Of each module, `room.name`, those of mmgen that it imports, wherever in the file."""
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
+    modules = {name.removesuffix(".__init__"): path for name, path in modules.items()}
+    found: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        package = name.split(".") if path.name == "__init__.py" and name != "__init__" else name.split(".")[:-1]
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not node.level:
+                continue
+            base = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+            for target in (".".join([*base, alias.name]) for alias in node.names):
+                known = target if target in modules else target.rpartition(".")[0]
+                found[name].add(known or "__init__")
+        found[name].discard(name)
+    return found
+
+
+def test_imports_point_down():
+    wrong = {
+        f"{name} -> {target}"
+        for name, targets in imports().items()
+        for target in targets
+        if name not in ("__init__", "__main__") and LEVEL[name.split(".")[0]] > LEVEL[target.split(".")[0]]
+    }
+    assert not wrong, sorted(wrong)
+
+
+def test_there_is_no_circle():
+    graph = imports()
+    del graph["__init__"]  # the public API names modules of many rooms; what imports it asks for the version
+    TopologicalSorter({name: targets - {"__init__"} for name, targets in graph.items()}).prepare()
