@@ -12,6 +12,7 @@ from families import EDM, FILES, IMM, PRESET, converted, edm2_tensors, found, ne
 from golden import arrays, settings, state
 
 from mmgen.errors import ModelError
+from mmgen.sampling.drawing import SampleSettings, draw
 from mmgen.formats import adm, edm, edm2, imm, reading, recognise
 from mmgen.formats.family import ConvertOptions
 from mmgen.models.files import load_model, save_model
@@ -106,7 +107,7 @@ def test_through_a_model_file(name, tmp_path):
     if result.config.latents is not None:  # IMM's DiT: its autoencoder is not at hand
         assert (result.config.latents.vae, result.config.latents.resolution) == ("stabilityai/sd-vae-ft-ema", 64)
         return
-    images = model.sample(2, steps=2, seed=0)
+    images = draw(model, SampleSettings(2), range(2))[0]
     assert images.shape == (2, *model.image_shape) and images.dtype == torch.uint8
 
 

@@ -168,7 +168,7 @@ def run(
     """Trains with a bar or JSON lines, shows the outcome, and ends with the status of the signal that stopped it, if one did.
 
     Args:
-        train: of a module of `training`, such as `start.train_imm`.
+        train: of a method, such as `methods.imm.train_imm`.
         watch: the logged number that the bar shows.
         next_commands, more: see `show_outcome`.
     """
