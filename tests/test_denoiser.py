@@ -18,7 +18,7 @@ from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
 from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
 from mmgen.models.config import ModelConfig
-from mmgen.models.files import METADATA_KEY, load_model, read_config, save_model
+from mmgen.models.files import METADATA_KEY, read_config, save_model
 from mmgen.models.flow_model import FlowModel
 from mmgen.networks import UNetSettings, build_network
 from mmgen.diffusion.schedules import COSINE, FLOW
