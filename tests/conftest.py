@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import sys
 from pathlib import Path
@@ -20,6 +22,22 @@ def fresh_accelerator():
     yield
     if (state := sys.modules.get("accelerate.state")) is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pytest_configure(config) -> None:
+    """`python -m pytest` runs the fast part. What is named runs whole: `python -m pytest tests` is everything."""
+    config.addinivalue_line("markers", "slow: left out by `python -m pytest` without a file or folder")
+    if config.args_source is not config.ArgsSource.ARGS and not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freed_memory():
+    """Trainings in this process tell malloc to keep every block (`keep_large_blocks`): given back here, as no process ends."""
+    yield
+    gc.collect()
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ def refuse(*_, **__):
     raise urllib.error.URLError("Name or service not known")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def full(tmp_path_factory) -> Path:
     """A folder with full-size random networks under the published names."""
     pytest.importorskip("cleanfid.inception_pytorch")

@@ -37,6 +37,7 @@ def test_training_scores_and_pictures(own_cache):
     assert any(re.search("^scoring", line) and "0/48" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_distillation_shows_the_teacher(own_cache):
     make_denoiser(Path("teacher.safetensors"), channels=1, num_classes=10)
     status, lines = on_terminal(
@@ -50,6 +51,7 @@ def test_distillation_shows_the_teacher(own_cache):
     assert fractions  # within a batch: after each of the teacher's steps
 
 
+@pytest.mark.slow
 def test_decoding_and_scoring_of_folders(own_cache):
     for name in ("a", "b"):
         Path(name).mkdir()
@@ -70,6 +72,7 @@ def test_decoding_and_scoring_of_folders(own_cache):
     check(lines, "decoding", "training")
 
 
+@pytest.mark.slow
 def test_sampling_and_scoring_of_a_model(own_cache, digits_model):
     status, lines = on_terminal("sample", str(digits_model), "--num", "48", "--steps", "4", "--batch-size", "16", cwd=Path.cwd())
     assert status == 0, lines
@@ -81,6 +84,7 @@ def test_sampling_and_scoring_of_a_model(own_cache, digits_model):
     check(lines, "reference digits", str(digits_model)[:20])
 
 
+@pytest.mark.slow
 def test_latents(own_cache):
     write_vae(Path("vae"))
     status, lines = on_terminal("cache-latents", "--data", "digits", "--vae", "vae", "--out", "latents", cwd=Path.cwd())

@@ -16,6 +16,8 @@ from tests.benchmarks import imm_step, matching_step, plain_imm, plain_matching
 from tests.benchmarks.__main__ import BENCHMARKS, main
 from tests.benchmarks.runs import imm_config, imm_trainer
 
+pytestmark = pytest.mark.slow
+
 
 def shake(network):
     """Outputs of the order of one, not of the initial 1e-5."""

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 from tiny_model import make_denoiser, make_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 ABLATIONS = ROOT / "examples/distill_ablations.py"
 QUICK = ("--seeds", "1", "--iterations", "2", "--teacher-iterations", "2", "--samples", "32", "--out", "table")

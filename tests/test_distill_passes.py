@@ -195,7 +195,12 @@ def test_a_student_begins_as_its_teacher_whatever_its_own_noise(place):
         used = matching.make_schedule(COSINE)
         own = keys(0, torch.arange(4)) if student.is_random else None
         ours, theirs = student.x_hat(z, t, used, label, noise=own), teacher.model.x_hat(z, t, used, label)
-        assert torch.equal(ours, theirs) == (not student.settings.noise_dropout)
+        if student.settings.noise_dropout:
+            assert (ours - theirs).abs().max() > 1e-3
+        elif student.settings.noise_channels:  # a wider convolution may add up in another order: float32's rounding
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+        else:
+            assert torch.equal(ours, theirs)
         assert not student.training and all(p.requires_grad for p in student.parameters())
     other = student.x_hat(z, t, used, label, noise=own + 1)
     assert not torch.equal(ours, other)

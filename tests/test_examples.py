@@ -15,6 +15,8 @@ from PIL import Image
 from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 from mmgen.training.task import Outcome
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

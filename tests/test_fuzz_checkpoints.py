@@ -21,7 +21,7 @@ from mmgen.errors import ModelError
 from mmgen.formats.reading import read
 from mmgen.formats.recognise import describe
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")  # of pickletools, about the content
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:invalid escape sequence")]  # of pickletools, about the content
 
 SEEDS = ["edm", "edm, protocol 2", "edm2", "zip", "legacy", "safetensors"]
 

@@ -26,7 +26,7 @@ from original_files import (
 )
 from test_safe_pickle import Calls, inner_bytes, number, storage_file, tensor_file
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence")  # of pickletools, about the content
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:invalid escape sequence")]  # of pickletools, about the content
 
 
 # Hostile files

@@ -17,7 +17,7 @@ from hostile_images import BAD, encoded, picture, zip_of
 
 import mmgen
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 HUB = ("../..", "a/b/c", "user/..", "user/na me", "user/na\nme", "user/-", "hf://", "hf://../../etc", "user/" + "x" * 500, "user/é",
        "https://x/y", "\x1b[31m/x", "~nobody/x", "/", "", ".", "x" * 5000)  # fmt: skip
 

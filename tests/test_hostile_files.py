@@ -26,7 +26,7 @@ from mmgen.training.checkpoint import load_checkpoint
 from mmgen.training.ema import EMA
 from mmgen.training.run_folder import RunFolder
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore:Duplicate name")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore:Duplicate name")]
 GOOD = encoded(picture())
 CELL = {"bytes": GOOD, "path": None}
 DAMAGED = {  # as any JSON file of a folder

@@ -19,7 +19,7 @@ from mmgen.data import resolve
 from mmgen.data.cache import cache_root
 from mmgen.errors import DataError
 
-pytestmark = [pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore:Duplicate name")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache"), pytest.mark.filterwarnings("ignore:Duplicate name")]
 GOOD = encoded(picture())
 
 

@@ -12,7 +12,7 @@ from mmgen.config import distill as distill_config, imm as imm_config, teacher a
 from mmgen.errors import MmgenError
 from mmgen.system.schema import flatten
 
-pytestmark = pytest.mark.usefixtures("own_cache")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("own_cache")]
 COMMANDS = {"train-imm": imm_config.ImmConfig, "train-teacher": teacher_config.TeacherConfig,
             "distill": distill_config.DistillConfig}  # fmt: skip
 RESOLVE = {"train-imm": imm_config.resolve, "train-teacher": teacher_config.resolve, "distill": distill_config.resolve}

@@ -32,7 +32,7 @@ def nothing_found(tmp_path, monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> tuple[Path, str]:
     path = tmp_path_factory.mktemp("tiny") / "mine.pt"
     return path, write_inception(path)
@@ -78,6 +78,7 @@ def clean_fid_features(mode: str, weights: Path, folder: Path, monkeypatch) -> n
     return fid.get_folder_features(str(folder), model, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["tf", "clean", "torch"])
 @pytest.mark.filterwarnings("ignore")
 def test_features_are_clean_fids(mode, full, tmp_path, monkeypatch):

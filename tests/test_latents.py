@@ -368,6 +368,7 @@ def in_a_child(out):
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 def test_killed_at_any_moment_and_resumed_is_the_same_bit_for_bit(many, tmp_path, monkeypatch):
     monkeypatch.chdir(many)
@@ -387,6 +388,7 @@ def test_killed_at_any_moment_and_resumed_is_the_same_bit_for_bit(many, tmp_path
     assert last.exitcode == 0 and digests(out) == digests(many / "one")
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(many, tmp_path):
     (tmp_path / "run.py").write_text(RUN)
     launcher = "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "run.py")

@@ -17,6 +17,8 @@ from mmgen.training.gradients import measure_and_clip
 from mmgen.training.numbers import BadLoss, Numbers
 from mmgen.methods.imm import train_imm
 
+pytestmark = pytest.mark.slow
+
 
 def accelerator(scaler=None):
     unscale = (lambda optimizer: None) if scaler is None else scaler.unscale_

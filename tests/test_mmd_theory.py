@@ -39,6 +39,8 @@ from mmgen.losses.moment_matching import (
 from mmgen.system.random import keys, normal, uniform
 from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 
+pytestmark = pytest.mark.slow
+
 COSINE = make_schedule(ScheduleSettings("vp_cosine"))
 MEANS = torch.tensor([[-0.8, -0.4], [0.7, -0.5], [0.1, 0.8]], dtype=torch.float64)
 SHARES = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)

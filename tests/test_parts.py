@@ -93,7 +93,7 @@ def test_without_averages_the_model_has_the_weights(tmp_path):
 
 def test_the_first_part_is_averaged_at_every_step(tmp_path):
     """A half-life in images is one in images, whosever turn it is."""
-    changes = {"train.ema_half_lives": [32], "run.checkpoint_every": 16, "run.keep_checkpoints": 99}
+    changes = {"train.ema_half_lives": [32], "train.ema_rampup": 0, "run.checkpoint_every": 16, "run.keep_checkpoints": 99}
     run_toy(tmp_path / "run", **changes)
     key, average = "in_conv.weight", None
     folders = sorted((tmp_path / "run/checkpoints").iterdir())
@@ -170,10 +170,8 @@ def test_finish_and_picture_are_the_methods_own(tmp_path):
     assert len(finished) == 1  # nothing was trained since
 
 
-def test_a_run_of_another_command_or_length_is_refused(tmp_path):
+def test_a_run_of_another_command_is_refused(tmp_path):
     run_toy(tmp_path / "run")
-    with pytest.raises(TrainingError, match="train.max_images = 160, not 320"):  # the learning rate falls towards it
-        again(tmp_path / "run", **{"train.max_images": 320})
     record = json.loads((tmp_path / "run/config.json").read_text())
     (tmp_path / "run/config.json").write_text(json.dumps(record | {"command": "train-imm"}))
     with pytest.raises(TrainingError, match="a run of `mmgen train-imm`, not of `mmgen toy`"):
@@ -231,6 +229,7 @@ def test_groups_stay_together():
         share_batch(12, 4, 2, 8)
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path):
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

@@ -18,6 +18,8 @@ from tiny_model import make_denoiser
 
 from mmgen.system.processes import COLLECTIVE_TIMEOUT
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 TINY = ["--set", "network.model_channels=8", "--set", "network.channel_mult=[1]", "--set", "network.dropout=0.1"]

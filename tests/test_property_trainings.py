@@ -28,6 +28,8 @@ from mmgen.training.run_folder import RunFolder
 from mmgen.training.start import make_accelerator
 from mmgen.methods.teacher import teacher_model_config, teacher_task
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = {
     "unet": {"network.kind": "unet", "network.model_channels": 4, "network.channel_mult": [1, 2], "network.num_blocks": 1,
              "network.attn_resolutions": [4]},

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from tiny_model import make_denoiser
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 on_cpu = pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 shards on GPUs only")

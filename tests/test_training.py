@@ -79,6 +79,7 @@ def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path):
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_is_the_same_bit_for_bit(tmp_path):
     """SIGKILL in the middle of steps, saves and start-up; then the same command again."""
     command = [
@@ -123,6 +124,7 @@ def test_killed_at_any_moment_and_resumed_is_the_same_bit_for_bit(tmp_path):
     assert lines == list(range(16, 1601, 16))  # no line twice, none lost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_end_with_the_usual_status(tmp_path, number, status):
     command = [sys.executable, "-m", "mmgen", "train-imm", "--device", "cpu", "--out", "run", "--set", "run.log_every=1",
