@@ -157,7 +157,7 @@ def test_finish_and_picture_are_the_methods_own(tmp_path):
             finished.append((model.config.denoiser is not None, folder, scorer))
             return {"teacher": {"8": 1.5}}
 
-        task.finish, task.picture = finish, lambda model, seed: Image.new("RGB", (30 + seed, 20), "red")
+        task.finish, task.picture = finish, lambda model, seed, scores: Image.new("RGB", (30 + seed, 20), "red")
         return task
 
     outcome = run_toy(tmp_path / "run", make=make, **{"run.preview_every": 64})
