@@ -7,29 +7,44 @@ import sys
 
 def main() -> None:
     from .system.process import tune
+    from .system.streams import standard_streams
 
-    tune()
+    with standard_streams() as out:
+        tune()
+        status = _run()
+        out.flush()
+        if out.loss is not None and status == 0:
+            print(f"error: the standard output cannot be written: {out.loss}", file=sys.stderr)
+            status = 1
+    sys.exit(status)
+
+
+def _run() -> int:
+    """The exit status of the command that was typed."""
     from .cli import app
     from .errors import MmgenError, shortened
 
     try:
         app()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except MmgenError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(error.exit_status)
+        return error.exit_status
     except (MemoryError, RuntimeError) as error:
         if not _is_memory(error):
             raise
         print("error: the memory is too small: take a smaller network or batch, or smaller images", file=sys.stderr)
-        sys.exit(1)
+        return 1
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {_one_line(f'{shortened(str(error.filename), 200)}: {error.strerror}')}", file=sys.stderr)
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
 
 
 def _one_line(error: Exception) -> str:

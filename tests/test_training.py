@@ -1,7 +1,6 @@
-"""The training loop: resuming, exactness, accumulation, bad losses. On the embedded digits with a tiny network."""
+"""The training loop: resuming, exactness, accumulation. On the embedded digits with a tiny network."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -18,7 +17,6 @@ from toy_task import Quiet
 from mmgen.config import sections as configs
 from mmgen.errors import ConfigError, TrainingError
 from mmgen.config.imm import ImmConfig, resolve
-from mmgen.training import loop
 from mmgen.training.batches import data_indices, split_batch
 from mmgen.training.ema import EMA, ema_decays
 from mmgen.training.optim import learning_rate
@@ -125,12 +123,15 @@ def test_killed_at_any_moment_and_resumed_is_the_same_bit_for_bit(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signals_save_and_end_with_the_usual_status(tmp_path, number, status):
     command = [sys.executable, "-m", "mmgen", "train-imm", "--device", "cpu", "--out", "run", "--set", "run.log_every=1",
                "--batch-size", "16"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # SIGINT is ignored where the tests run in the background
+    )  # fmt: skip
     log = tmp_path / "run/log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
         time.sleep(0.05)
@@ -160,24 +161,6 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
         assert runs[size][0] == pytest.approx(runs[16][0], rel=1e-5)
         for key, value in runs[16][1].items():
             torch.testing.assert_close(runs[size][1][key], value, rtol=1e-3, atol=2e-5)
-
-
-def test_a_loss_that_is_not_finite_names_step_and_checkpoint(tmp_path, monkeypatch):
-    config = tiny(**{"run.log_every": 7})
-    original = loop.fetch
-
-    def broken(dataset, first, *rest):
-        batch = original(dataset, first, *rest)
-        if first >= 80:
-            batch.images = torch.full(batch.images.shape, math.nan)
-        return batch
-
-    monkeypatch.setattr(loop, "fetch", broken)
-    with pytest.raises(TrainingError, match=r"the loss is nan at step 6 .*000000000064"):
-        train_imm(config, tmp_path / "run", Quiet(), device="cpu")
-    monkeypatch.undo()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert train_imm(config, tmp_path / "run", Quiet(), device="cpu").finished
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -171,23 +172,27 @@ def _places(out: Path, format: str | None, steps: list[int] | list[None]) -> tup
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Ctrl-C ends with status 130 and SIGTERM with 143, after temporary files are gone."""
+    """Ctrl-C ends with status 130, SIGTERM with 143 and a hang-up with 129, after temporary files are gone."""
+    got: list[int] = []
 
-    def terminate(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
+    def terminate(number: int, frame: object) -> None:
+        if not got:  # a closed terminal hangs up several times
+            got.append(number)
+            raise KeyboardInterrupt
 
-    try:
-        before = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not in the main thread: whoever runs this there handles signals
-        before = None
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere whoever runs this handles signals
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
+                before[number] = signal.signal(number, terminate)
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except KeyboardInterrupt:
         typer.echo("interrupted: the same command continues with the images still missing", err=True)
-        raise typer.Exit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
+        raise typer.Exit(128 + (got[0] if got else signal.SIGINT)) from None
     finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _show(written: list[Written]) -> None:

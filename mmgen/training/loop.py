@@ -20,8 +20,6 @@ from torch import nn
 from ..config.sections import OptimizerSettings, RunSettings, TrainSettings
 from ..data import Dataset
 from ..data.latents import LatentDataset
-from ..errors import TrainingError
-from ..report.images import save_png
 from ..metrics.frechet import halves_distance
 from ..models.build import AnyModel, build_model
 from ..models.config import ModelConfig
@@ -37,7 +35,7 @@ from .compute import compile_network, set_precision
 from .ema import EMA, ema_decays, ramp_up
 from .figures import make_scorer
 from .gradients import measure_and_clip
-from .numbers import BadLoss, Numbers
+from .numbers import Numbers
 from .optim import build_optimizer, learning_rate
 from .run_folder import RunFolder
 from .run_log import RunLog
@@ -45,6 +43,7 @@ from .sharding import gathered, is_sharded, shard, synchronise_gradients
 from .stopping import StopRequest
 from .task import Outcome, Part, Reporter, Task
 from .threads import choice
+from .updates import Updates, with_its_gradient
 
 __all__ = ["BEST_FILE", "Outcome", "Part", "Reporter", "Task", "Trainer"]
 
@@ -102,6 +101,7 @@ class Trainer:
         self.progress = Progress()
         self.history = RunLog(folder, reporter, accelerator)
         self.numbers = Numbers(accelerator, single=len(self.task.parts) == 1)
+        self.updates = Updates(accelerator, reporter.note, self._remedy)
         self.team = team_of(accelerator)
         if run.batch_per_device == "auto":
             self.parts = self._parts_that_fit()
@@ -124,7 +124,7 @@ class Trainer:
     # ------------------------------------------------------------------ a run
 
     def run(self) -> Outcome:
-        """Resumes where a checkpoint stands, trains, measures. Raises TrainingError for a loss that is not finite."""
+        """Resumes where a checkpoint stands, trains, measures. Raises TrainingError where no loss is finite any more."""
         run = self.run_settings
         self._resume()
         first, total = self.progress.images, self.train.max_images
@@ -199,7 +199,7 @@ class Trainer:
             group["lr"] = learning_rate(self.optimizer, first, self.train.max_images)
         if part.prepare is not None:
             part.prepare(lambda: self._batches(first))
-        total = 0.0
+        total, found = 0.0, []
         for round_, batch in enumerate(self._batches(first)):
             # Gradients travel between devices in the last round only
             last = round_ == parts.rounds - 1
@@ -207,15 +207,20 @@ class Trainer:
                 with accelerator.autocast() if self.sharded else contextlib.nullcontext():  # else it is in the objective
                     loss, numbers = objective(batch)
                 loss = loss / parts.rounds
-                accelerator.backward(loss)
+                accelerator.backward(with_its_gradient(loss))
             total = total + loss.detach()
-            self.numbers.add(numbers)
+            found.append(numbers)
         norm = measure_and_clip(part.network, optimizer, self.optimizer.grad_clip, accelerator)
-        optimizer.step()
+        made = self.updates.make(name, optimizer, total, norm, first // self.train.batch_size + 1)
         optimizer.zero_grad()
-        self.ema.update(ramp_up(self.train, first))  # whatever part was updated: decays are per step
-        self.numbers.add_step(name, total, norm)
         self.progress.images = first + self.train.batch_size
+        if not made:
+            self.numbers.skip_step(name)
+            return
+        self.ema.update(ramp_up(self.train, first))  # whatever part was updated: decays are per step
+        for numbers in found:
+            self.numbers.add(numbers)
+        self.numbers.add_step(name, total, norm)
 
     def _gradients_travel(self, part: Part, objective: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
         if self.sharded:
@@ -239,19 +244,14 @@ class Trainer:
 
     # ------------------------------------------------------------------ numbers
 
+    def _remedy(self) -> str:
+        good = list_checkpoints(self.folder.checkpoints)
+        last = f"goes on from {good[-1]}" if good else "begins anew, as there is no checkpoint yet"
+        return f"the same command with a lower optimizer.lr, optimizer.grad_clip=1 or train.precision=tf32 {last}"
+
     def _flush(self) -> dict[str, Any]:
-        """Losses and numbers since the last call. Raises TrainingError where a loss is not finite."""
-        try:
-            numbers = self.numbers.flush()
-        except BadLoss as bad:
-            good = list_checkpoints(self.folder.checkpoints)
-            last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint before it"
-            what = f"the {bad.what}" if self.numbers.single else f"the {bad.what} of the {bad.part}"
-            step = self.progress.images // self.train.batch_size + bad.offset + 1
-            raise TrainingError(
-                f"{what} is {bad.value} at step {step} of {self.folder.path}; {last}. "
-                "Try a lower optimizer.lr, optimizer.grad_clip=1, or train.precision=tf32, in another --out"
-            ) from bad
+        """Losses and numbers since the last call."""
+        numbers = self.numbers.flush()
         if not numbers:
             return {}
         return numbers | {"learning_rate": learning_rate(self.optimizer, self._last_step(), self.train.max_images)}
@@ -300,7 +300,7 @@ class Trainer:
         self.team.wait()
 
     def _save(self) -> None:
-        """The model files and a checkpoint. Losses are looked at first: nothing that is not finite is saved as good."""
+        """The model files and a checkpoint."""
         numbers, main, folder = self._flush(), self.team.is_main, self.folder.checkpoints
         if numbers and main:
             self._log(numbers)
@@ -311,7 +311,8 @@ class Trainer:
         save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.accelerator.scaler, self.progress, self.team)
         if main:
             remove_old(folder, self.run_settings.keep_checkpoints)
-            save_png(self.folder.path / "curves.png", evaluation.curves(self.history.lines, levels=self.task.levels))
+            curves = evaluation.curves(self.history.lines, levels=self.task.levels)
+            evaluation.keep(self.folder.path / "curves.png", curves, self.reporter.note)
 
     def _save_model(self, file: Path, name: str | None, **more: Any) -> None:
         """One model file, by the main process; all give it their pieces, and wait for it."""
@@ -343,7 +344,7 @@ class Trainer:
                 model, self.dataset, self.run_settings.eval_steps, self.train.seed, scores, self.reporter.work
             )
         if image is not None:
-            save_png(file, image)
+            evaluation.keep(file, image, self.reporter.note)
         return variance
 
     def _finish(self, anew: bool) -> dict[str, Any] | None:
@@ -365,7 +366,8 @@ class Trainer:
         halves = None
         if self.scorer is not None and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4:
             halves = halves_distance(self.dataset.images)
-        save_png(self.folder.path / "curves.png", evaluation.curves(self.history.lines, halves, self.task.levels))
+        curves = evaluation.curves(self.history.lines, halves, self.task.levels)
+        evaluation.keep(self.folder.path / "curves.png", curves, self.reporter.note)
         last = self.history.figures_at(self.progress.images)
         results = {
             "images": images,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.previews = path / "previews"
         self.log_file = path / "log.jsonl"
+        self.unwritten: list[str] = []  # lines that the log had no room for, yet
         self.changed: dict[str, list[Any]] = {}  # settings of `optimizer` and `train` -> [before, now], of a run that goes on
 
     def open(self, command: str, config: dict[str, Any], dataset: Dataset | LatentDataset) -> None:
@@ -138,12 +140,18 @@ class RunFolder:
         return kept
 
     def log(self, line: dict[str, Any]) -> None:
-        """Appends a line. Raises MmgenError where it cannot be written."""
+        """Appends a line. Raises MmgenError where it cannot be written; then it is written with the next one."""
+        self.unwritten.append(json.dumps(line) + "\n")
+        size = 0
         try:
+            size = self.log_file.stat().st_size if self.log_file.exists() else 0
             with open(self.log_file, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write("".join(self.unwritten))
         except OSError as error:
+            with contextlib.suppress(OSError):  # of what is there now, no part of a line
+                os.truncate(self.log_file, size)
             raise cannot_write(self.log_file, error) from error
+        self.unwritten.clear()
 
     def read_results(self, images: int) -> dict[str, Any] | None:
         """results.json, if it is of so many images; None where there is none, or it is damaged: it is then written anew."""

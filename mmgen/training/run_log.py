@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+from ..errors import MmgenError
 from .run_folder import RunFolder
 from .task import Reporter
 
@@ -14,6 +17,7 @@ class RunLog:
     def __init__(self, folder: RunFolder, reporter: Reporter, accelerator: Any) -> None:
         self.folder, self.reporter, self.accelerator = folder, reporter, accelerator
         self.lines: list[dict[str, Any]] = []
+        self._told: set[str] = set()  # what cannot be written, so that it is said once
 
     def rewind(self, images: int) -> None:
         """Back to what was logged when so many images were seen: training resumes there."""
@@ -24,9 +28,22 @@ class RunLog:
         """line: "images", "step" and "seconds" and what there is to tell."""
         self.lines.append(line)
         if self.accelerator.is_main_process:
-            self.folder.log(line)
+            with self._going_on("log"):
+                self.folder.log(line)
             self.reporter.log(line)
-        self.accelerator.log(scalars_of(line), step=line["images"])
+        with self._going_on("trackers"):
+            self.accelerator.log(scalars_of(line), step=line["images"])
+
+    @contextlib.contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """A log that cannot be written ends no training: it is said once, until it can be written again."""
+        try:
+            yield
+            self._told.discard(what)
+        except (MmgenError, OSError) as error:
+            if what not in self._told:
+                self.reporter.note(f"{error}; training goes on")
+            self._told.add(what)
 
     def figures_at(self, images: int) -> dict[str, Any]:
         """The line that holds figures of this number of images, empty where there is none."""
