@@ -100,7 +100,7 @@ def test_an_interval_of_which_nothing_is_left():
 
 def test_the_curves_show_the_norm():
     line = {"images": 16, "learning_rate": 1e-3, "loss": 1.0, "loss_max": 2.0, "gradient_norm": 3.0, "skipped_steps": 0}
-    panels = evaluation._numbers([line, {**line, "images": 32}])
+    panels = evaluation._numbers([line, {**line, "images": 32}], ())
     assert [(panel.title, list(panel.series)) for panel in panels] == [("loss", ["loss"]), ("gradient norm", ["gradient norm"])]
 
 

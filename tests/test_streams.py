@@ -72,12 +72,16 @@ def output(name: str, kind: str) -> str:
     return f"{name}-{kind.replace(' ', '-')}{SUFFIX.get(name, '')}"
 
 
+def kinds_of(name: str) -> list[str]:
+    return ["pipe", "stdout full"] if COMMANDS[name][1] == "results.json" else list(KINDS)  # trainings take longest
+
+
 @pytest.fixture(scope="module")
 def results(place) -> dict[tuple[str, str], tuple[int, str]]:
     """(command, kind) -> the exit status, what it said."""
     if not Path("/dev/full").exists():
         pytest.skip("no device that is always full")
-    keys = [(name, kind) for name in COMMANDS for kind in KINDS if name != "cache-latents" or (place / "vae").exists()]
+    keys = [(name, kind) for name in COMMANDS for kind in kinds_of(name) if name != "cache-latents" or (place / "vae").exists()]
     cases = []
     for name, kind in keys:
         arguments, done = COMMANDS[name]
@@ -90,8 +94,8 @@ def results(place) -> dict[tuple[str, str], tuple[int, str]]:
     return dict(zip(keys, json.loads(script.stdout), strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, kind", [(name, kind) for name in COMMANDS for kind in kinds_of(name)])
 def test_streams_that_do_not_work(name, kind, place, results):
     if (name, kind) not in results:
         pytest.skip("diffusers is not installed")
@@ -170,6 +174,7 @@ def test_a_terminal_that_hangs_up_saves_the_training(tmp_path):
         assert len(list(file.keys())) > 10
 
 
+@pytest.mark.slow
 def test_nohup_is_obeyed(tmp_path):
     """A hang-up that is ignored stays so."""
     command = [sys.executable, "-m", "mmgen", "train-imm", *TINY, *RUN, "--max-images", "320", "--out", "run"]
@@ -184,6 +189,7 @@ def test_nohup_is_obeyed(tmp_path):
     assert process.wait(90) == 0 and (tmp_path / "run/checkpoints/000000000320").is_dir()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_hangs_up_leaves_whole_samples(place):
     out = place / "hung-up"
     process, terminal = on_a_terminal(["sample", "model.safetensors", *CPU, "--num", "4000", "--batch-size", "4", "--out", out], place)

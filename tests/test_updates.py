@@ -160,6 +160,7 @@ if rank == 0:
 """
 
 
+@pytest.mark.slow
 def test_all_processes_leave_out_what_one_of_them_met(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
