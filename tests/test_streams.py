@@ -20,7 +20,7 @@ from test_training import Quiet, tiny
 from tiny_model import make_denoiser, make_model
 from tiny_vae import write_images
 
-from mmgen.errors import MmgenError
+from mmgen.errors import cannot_write
 from mmgen.sampling.record import read_record
 from mmgen.training import evaluation, run_folder
 from mmgen.training.run_folder import RunFolder
@@ -229,11 +229,12 @@ def test_a_log_on_a_full_disk_does_not_end_the_training(tmp_path, monkeypatch):
 
 def test_pictures_on_a_full_disk_do_not_end_the_training(tmp_path, monkeypatch):
     def full(path, image):
-        raise MmgenError(f"cannot write {path}: No space left on device: make room there")
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise cannot_write(path, error) from error
 
     monkeypatch.setattr(evaluation, "save_png", full)
     reporter = Quiet()
     config = tiny(**{"run.preview_every": 64, "run.eval_num": 0, "train.max_images": 64})
     assert train_imm(config, tmp_path / "run", reporter, device="cpu").finished
-    assert any("previews/000000000064.png: No space left" in note for note in reporter.notes)
+    assert any("previews/000000000064.png cannot be written (No space left on device)" in note for note in reporter.notes)
     assert (tmp_path / "run/checkpoints/000000000064").is_dir()

@@ -113,7 +113,7 @@ def keep(file: Path, image: Image.Image, note: Callable[[str], None]) -> None:
     try:
         save_png(file, image)
     except MmgenError as error:
-        note(f"{error}; training goes on")
+        note(f"{file} cannot be written ({getattr(error.__cause__, 'strerror', error)}): training goes on without")
 
 
 def curves(log: Sequence[dict[str, Any]], halves: float | None = None, levels: Sequence[float] = ()) -> Image.Image:

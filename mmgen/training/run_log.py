@@ -28,10 +28,10 @@ class RunLog:
         """line: "images", "step" and "seconds" and what there is to tell."""
         self.lines.append(line)
         if self.accelerator.is_main_process:
-            with self._going_on("log"):
+            with self._going_on("log.jsonl"):
                 self.folder.log(line)
             self.reporter.log(line)
-        with self._going_on("trackers"):
+        with self._going_on("the trackers"):
             self.accelerator.log(scalars_of(line), step=line["images"])
 
     @contextlib.contextmanager
@@ -42,7 +42,8 @@ class RunLog:
             self._told.discard(what)
         except (MmgenError, OSError) as error:
             if what not in self._told:
-                self.reporter.note(f"{error}; training goes on")
+                reason = getattr(error.__cause__ or error, "strerror", None) or error
+                self.reporter.note(f"{what} cannot be written ({reason}): training goes on without")
             self._told.add(what)
 
     def figures_at(self, images: int) -> dict[str, Any]:
