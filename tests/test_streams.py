@@ -103,7 +103,7 @@ def test_streams_that_do_not_work(name, kind, place, results):
     full = kind == "stdout full"
     assert status == int(full), said
     assert "Traceback" not in said and "nterrupted" not in said and "Aborted" not in said, said
-    assert said.count("error") == int(full) and (not full or said.endswith(SAYS_NOTHING_MORE)), said
+    assert said.count("error: ") == int(full) and (not full or said.endswith(SAYS_NOTHING_MORE)), said
     assert said or kind != "stderr full"  # the result
     if done is not None:
         assert (out / done).is_file() if done else out.is_file()
@@ -234,7 +234,7 @@ def test_pictures_on_a_full_disk_do_not_end_the_training(tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation, "save_png", full)
     reporter = Quiet()
-    config = tiny(**{"run.preview_every": 64, "run.eval_num": 0, "train.max_images": 64})
+    config = tiny(**{"run.preview_every": 32, "run.eval_num": 0, "train.max_images": 64})
     assert train_imm(config, tmp_path / "run", reporter, device="cpu").finished
-    assert any("previews/000000000064.png cannot be written (No space left on device)" in note for note in reporter.notes)
+    assert any("previews/000000000032.png cannot be written (No space left on device)" in note for note in reporter.notes)
     assert (tmp_path / "run/checkpoints/000000000064").is_dir()
