@@ -24,7 +24,7 @@ from mmgen.errors import cannot_write
 from mmgen.sampling.record import read_record
 from mmgen.training import evaluation, run_folder
 from mmgen.training.run_folder import RunFolder
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 
 fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
 TESTS = Path(__file__).parent

@@ -16,7 +16,7 @@ from test_training import Quiet, assert_same, tiny, weights
 
 from mmgen.errors import TrainingError
 from mmgen.training import loop
-from mmgen.training.start import train_imm
+from mmgen.methods.imm import train_imm
 from mmgen.training.updates import MOST, MOST_SCALED, Updates, with_its_gradient
 
 TESTS = Path(__file__).parent
