@@ -23,7 +23,7 @@ from mmgen.system.random import keys, normal
 from mmgen.diffusion.schedules import SCHEDULES, VARIANCE_PRESERVING, ScheduleSettings, make_schedule
 from mmgen.training.batches import data_indices, split_batch
 
-NAMES = ("fm", "vp_cosine", "ddpm_linear", "edm")
+NAMES = ("fm", "vp_cosine", "ddpm_linear", "edm", "discrete")
 times = st.floats(1e-6, 1 - 1e-6)
 shifts = st.floats(math.log(1e-3), math.log(1e3)).map(math.exp)
 schedules = st.builds(ScheduleSettings, st.sampled_from(NAMES), shifts)

@@ -63,9 +63,9 @@ def test_what_is_no_model_is_refused(model, tmp_path):
     (tmp_path / "empty").mkdir()
     for name, said in {
         "none.safetensors": "there is no model at",
-        "empty": "folder without model.safetensors",
-        "cut.safetensors": "cannot be read",
-        "foreign.safetensors": "not one of mmgen's",
+        "empty": "is a folder without weights",
+        "cut.safetensors": "damaged or cut short|cannot be read",
+        "foreign.safetensors": "is of no family that mmgen knows",
     }.items():
         with pytest.raises(ModelError, match=said):
             run(tmp_path / name, "--out", tmp_path / "out")

@@ -83,11 +83,10 @@ def _images(name: str, num: int, steps: int | None, seed: int, device: str) -> I
 
     if not is_model(name):
         return image_set(name).first(num)
-    from ..models.files import load_model
     from ..sampling.drawing import SampleSettings, plan
     from ..sampling.record import Origin
 
-    model = load_model(Origin.of(name).file, choose_device(device))
+    model = Origin.of(name).load(choose_device(device))
     return drawn_images(model, plan(model.config, SampleSettings(steps=steps, seed=seed)), num, name=name)
 
 

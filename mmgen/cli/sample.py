@@ -117,12 +117,11 @@ def sample(
             raise ConfigError(f"--num must be at least 1, not {num}")
 
         from ..sampling import drawing as sampling, file as sample_file, folder as sample_folder
-        from ..models.files import load_model, read_config
         from ..sampling.record import Origin
         from ..system.processes import find_team
 
         origin = Origin.of(model, ema)
-        config = read_config(origin.file)
+        config = origin.config
         common = {"seed": seed, "classes": classes, "guidance": guidance, "sampler": sampler}
         common |= {"grid": grid, "etas": etas, "batch_size": batch_size}
         common |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
@@ -132,7 +131,7 @@ def sample(
         for note in dict.fromkeys(note for chosen in plans for note in chosen.notes):
             if team.is_main:
                 typer.echo(f"note: {note}", err=True)
-        loaded = load_model(origin.file, choose_device(device))
+        loaded = origin.load(choose_device(device))
         write = {"png": sample_folder.write_png, "npz": sample_file.write_npz, "grid": sample_file.write_grid}[layout]
 
         written = []

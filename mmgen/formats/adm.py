@@ -122,7 +122,9 @@ _PRECONDITIONS = {"edm": "edm_cm", "consistency_distillation": "cm", "consistenc
 
 
 def matches(found: Found) -> bool:
-    return {"input_blocks.0.0.weight", "time_embed.0.weight"} <= found.tensors.keys()
+    """ADM's U-Net; that of latent diffusion has the same names and cross-attention besides."""
+    there = {"input_blocks.0.0.weight", "time_embed.0.weight"} <= found.tensors.keys()
+    return there and not any(".transformer_blocks." in key for key in found.tensors)
 
 
 def convert(found: Found, options: ConvertOptions) -> Converted:

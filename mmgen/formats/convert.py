@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 
-from .. import __version__
 from .family import Converted, ConvertOptions
 from .reading import Found, read
-from .recognise import FAMILIES, convert, family_module, family_of
+from .recognise import FAMILIES, convert, family_module, family_of, provenance
 from ..errors import ConfigError, ModelError, nearest
 from ..system.files import remove_leftovers, replacing
 from ..report.model_card import model_card
@@ -92,19 +91,9 @@ def _checked(found: Found, converted: Converted, weights: str) -> Converted:
     with without_weights():
         network = build_model(converted.config).network
     check_state(network.state_dict(), converted.state, str(found.path))
-    provenance = {
-        "file": found.path.name,
-        "sha256": found.sha256,
-        "container": found.container,
-        "family": converted.family,
-        "mmgen_version": __version__,
-        "weights": weights,
-        "left_out": found.left_out | converted.left_out,
-        "assumed": list(converted.assumed),
-        "sampled": list(converted.sampled),
-    }
-    config = replace(converted.config, training={**converted.config.training, CONVERTED: provenance})
-    return replace(converted, config=config, left_out=provenance["left_out"])
+    origin = provenance(found, converted, weights)
+    config = replace(converted.config, training={**converted.config.training, CONVERTED: origin})
+    return replace(converted, config=config, left_out=origin["left_out"])
 
 
 def _own(found: Found, to: str) -> Converted:

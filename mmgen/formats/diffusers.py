@@ -37,6 +37,9 @@ from .reading import Found
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _VERSION = "0.31.0"  # of diffusers, the oldest that mmgen is used with
 _PREFIX = "unet."
+_OF_AVERAGES = (  # what diffusers' EMAModel adds to the config of the network that it averages
+    "decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power",
+)  # fmt: skip
 _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # of attention before diffusers 0.17
 _OLD_KEY = re.compile(r".*\battentions\.\d+\.(query|key|value|proj_attn)\.\w+")
 _NEW_KEY = re.compile(r"(.*\battentions\.\d+\.)(to_q|to_k|to_v|to_out\.0)(\.\w+)")
@@ -78,7 +81,7 @@ def _convert_unet(found: Found, config: dict[str, Any], options: ConvertOptions)
     if config.get("class_embed_type") is not None:
         raise ModelError(f"{name} has class_embed_type = {config['class_embed_type']!r}: only classes by number are supported")
     old = any(_OLD_KEY.fullmatch(key) for key in found.tensors)
-    plain = {key: value for key, value in config.items() if not key.startswith("_")}
+    plain = {key: value for key, value in config.items() if not key.startswith("_") and key not in _OF_AVERAGES}
     settings = DiffusersUNetSettings(config=json.dumps(plain, sort_keys=True), old_attention_names=old)
     classes = config.get("num_class_embeds") or 0
     denoiser = read_scheduler(found.arguments.get("scheduler"), name)

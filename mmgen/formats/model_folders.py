@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ModelError, shortened
 from ..system.files import at_home, exists, read_json
 from ..models.files import MODEL_FILE
+from ..models.places import missing_run
 
 COMPONENTS = ("unet", "transformer")
 _STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")
@@ -55,7 +56,8 @@ def model_folder(folder: Path) -> Folder:
     if name is None:
         raise ModelError(f"{place} is a folder without weights: it has no diffusion_pytorch_model.safetensors or .bin")
     arguments = {} if config is None else {"config": config}
-    for scheduler in (place, folder / "scheduler", *([place.parent / "scheduler"] if _has_pipeline(place.parent) else [])):
+    above = [parent / "scheduler" for parent in (place.parent.parent, place.parent) if _has_pipeline(parent)]
+    for scheduler in (place, folder / "scheduler", *above):
         if (found := _json(scheduler / "scheduler_config.json")) is not None and config is not None:
             arguments["scheduler"] = found
     if pipeline is not None:
@@ -106,6 +108,8 @@ def locate(place: str | os.PathLike) -> Path:
     word = str(place)
     repository, _, file = word.removeprefix("hf://").partition("/")
     name, _, file = file.partition("/")
+    if (sentence := missing_run(word)) is not None:
+        raise ModelError(sentence)
     local = word.startswith(("/", ".", "~")) or not name or (not word.startswith("hf://") and (file or name.endswith(_SINGLE)))
     if local:
         raise ModelError(

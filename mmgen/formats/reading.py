@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ from ..errors import ConfigError, ModelError, nearest
 from ..system.files import parse_json, sha256_of
 from .contents import choose
 from .model_folders import locate, model_folder
+from .prefixes import network_in
 from .safe_pickle import Holder, materialise
 from .torch_files import opened, refuse_other_formats
+from .training_folders import weights_place
 
 _WEIGHTS = ("ema", "model")
 
@@ -49,7 +51,11 @@ def read(place: str | os.PathLike, *, weights: str = "ema") -> Found:
     path = locate(place)
     if not path.is_dir():
         return _read_file(path, weights)
-    folder = model_folder(path)
+    inner, beside = weights_place(path, weights)
+    if not inner.is_dir():
+        found = _read_file(inner, weights)
+        return replace(found, left_out=found.left_out | beside)
+    folder = model_folder(inner)
     parts = [_read_file(file, weights) for file in folder.files]
     tensors: dict[str, Tensor] = {}
     for part in parts:
@@ -60,7 +66,7 @@ def read(place: str | os.PathLike, *, weights: str = "ema") -> Found:
         name = sorted(folder.weight_map.keys() ^ tensors.keys())[0]
         raise ModelError(f"the parts of the weights in {path} do not fit their index: it differs in {name}; fetch it again")
     arguments = {**parts[0].arguments, **folder.arguments}
-    left_out = {key: reason for part in parts for key, reason in part.left_out.items()} | folder.left_out
+    left_out = {key: reason for part in parts for key, reason in part.left_out.items()} | folder.left_out | beside
     sha256 = parts[0].sha256 if len(parts) == 1 else hashlib.sha256("".join(p.sha256 for p in parts).encode()).hexdigest()
     container = "diffusers folder" if "config" in folder.arguments else f"folder with {parts[0].container}"
     if len(parts) > 1:
@@ -76,15 +82,21 @@ def _read_file(path: Path, weights: str) -> Found:
     sha256 = sha256_of(path)
     if _is_safetensors(path):
         tensors, arguments = _read_safetensors(path)
-        return Found(path, "safetensors", tensors, arguments, {}, sha256)
+        beside: dict[str, str] = {}
+        if "mmgen" not in arguments:
+            tensors, beside = network_in(tensors, weights, str(path))
+        return Found(path, "safetensors", tensors, arguments, beside, sha256)
     with opened(path) as file:
         chosen = choose(file.value, weights, str(path))
         container = file.container
         if container == "pickle":
             held = file.value if type(file.value) is Holder else next((v for v in file.value.values() if type(v) is Holder), None)
             container = "EDM pickle" if held is not None and held.persistent else "pickle"
-        tensors = materialise(chosen.tensors, str(path), path.stat().st_size)
-    return Found(path, container, tensors, chosen.arguments, chosen.left_out, sha256)
+        stored, beside = chosen.tensors, {}
+        if "class_name" not in chosen.arguments:
+            stored, beside = network_in(stored, weights, str(path))
+        tensors = materialise(stored, str(path), path.stat().st_size)
+    return Found(path, container, tensors, chosen.arguments, chosen.left_out | beside, sha256)
 
 
 def _is_safetensors(path: Path) -> bool:

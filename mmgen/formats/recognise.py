@@ -6,6 +6,7 @@ from collections import Counter
 from types import ModuleType
 from typing import Any
 
+from .. import __version__
 from ..errors import ConfigError, ModelError, nearest
 from .family import Converted, ConvertOptions
 from .reading import Found
@@ -23,6 +24,7 @@ FAMILIES = {  # a family's word, also of Converted.family -> in words
     "diffusers-unet2d": "UNet2DModel of diffusers",
     "diffusers-dit": "DiT of diffusers",
 }
+UNSUPPORTED = {"lightningdit": "LightningDiT (hustvl/LightningDiT)"}  # recognised, so that it is not taken for another
 _PRECISIONS = ("fp32", "fp16")
 
 
@@ -55,6 +57,8 @@ def _told_apart(family: str, found: Found) -> str:
         first, last = found.tensors.get("input_blocks.0.0.weight"), found.tensors.get("out.2.weight")
         same = first is not None and last is not None and first.ndim == last.ndim == 4 and len(last) == first.shape[1]
         return "consistency" if same else "adm"
+    if family == "dit" and {"blocks.0.mlp.w12.weight", "feat_rope.freqs_cos"} & found.tensors.keys():
+        return "lightningdit"
     if family == "dit" and (any(key.startswith("projectors.") for key in found.tensors) or "proj_coeff" in said):
         return "repa"
     if family == "dit" and ("path_type" in said or str(said.get("model", "")).startswith("SiT")):
@@ -78,6 +82,10 @@ def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Convert
     family = family_of(found)
     if family == "mmgen":
         raise ModelError(f"{found.path} is a model of mmgen's already: sample from it as it is")
+    if family in UNSUPPORTED:
+        raise ModelError(
+            f"{found.path} is a {UNSUPPORTED[family]}, whose rotary positions, RMS norms and SwiGLU no network of mmgen has"
+        )
     if family is None:
         first = ", ".join(ascii(key[:60])[1:-1] for key in list(found.tensors)[:3])
         known = ", ".join(text for word, text in FAMILIES.items() if word != "mmgen")
@@ -94,6 +102,21 @@ def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Convert
         ) from error
 
 
+def provenance(found: Found, converted: Converted, weights: str) -> dict[str, Any]:
+    """Where a converted model comes from, for its config and its card."""
+    return {
+        "file": found.path.name,
+        "sha256": found.sha256,
+        "container": found.container,
+        "family": converted.family,
+        "mmgen_version": __version__,
+        "weights": weights,
+        "left_out": found.left_out | converted.left_out,
+        "assumed": list(converted.assumed),
+        "sampled": list(converted.sampled),
+    }
+
+
 def describe(found: Found, options: ConvertOptions = ConvertOptions()) -> dict[str, Any]:
     """What `mmgen inspect` says of a file: words, numbers, and a list under "left out" and "mmgen can"."""
     family = family_of(found)
@@ -101,7 +124,7 @@ def describe(found: Found, options: ConvertOptions = ConvertOptions()) -> dict[s
     rows: dict[str, Any] = {
         "file": str(found.path),
         "container": found.container,
-        "family": FAMILIES.get(family, "unknown"),
+        "family": _family_words(found, family),
         "tensors": len(found.tensors),
         "numbers in them": sum(tensor.numel() for tensor in found.tensors.values()),
         "precision": ", ".join(f"{dtype} ({count})" if len(numbers) > 1 else dtype for dtype, count in numbers.most_common()),
@@ -119,14 +142,28 @@ def describe(found: Found, options: ConvertOptions = ConvertOptions()) -> dict[s
     except ConfigError as error:
         if family == "dit":  # SiT's tensors have the same names
             rows["family"] = "DiT or SiT"
+        if family in ("adm", "consistency") and not options.preset:  # nor do those two
+            rows["family"] = "ADM or consistency models"
         return rows | {"mmgen can": [f"convert it, once told more: {error}"]}
     except ModelError as error:
         return rows | {"mmgen can": [f"not convert it: {error}"]}
     config = converted.config
+    rows["family"] = FAMILIES[converted.family]
     shape = {"resolution": config.resolution, "channels": config.channels, "num_classes": config.num_classes}
     rows["left out"] += [f"{key}: {reason}" for key, reason in converted.left_out.items()]
     rows |= {"assumed": list(converted.assumed), "sampling": list(converted.sampled)}
     return rows | _shape(shape) | {"mmgen can": _abilities(converted)}
+
+
+def _family_words(found: Found, family: str | None) -> str:
+    """The family in words; a class of diffusers that is none of the supported ones by its own name."""
+    from .diffusers_dit import is_dit
+
+    config = found.arguments.get("config")
+    name = str(config.get("_class_name", "")) if isinstance(config, dict) else ""
+    if family in ("diffusers-unet2d", "diffusers-dit") and name and name != "UNet2DModel" and not is_dit(config):
+        return f"{ascii(name)[1:-1]} of diffusers"
+    return {**FAMILIES, **UNSUPPORTED}.get(family, "unknown")
 
 
 def _shape(config: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +174,13 @@ def _shape(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _abilities(converted: Converted) -> list[str]:
+    from .diffusers import pipeline_of
+
     kind = "a flow map" if converted.config.denoiser is None else "a denoiser"
     able = [f"convert it to {kind}, and sample from that: mmgen convert, mmgen sample"]
-    if converted.family in ("dit", "diffusers-unet2d", "diffusers-dit"):
+    try:
+        pipeline_of(converted.config, converted.state)
         able.append("write it as a folder of diffusers: mmgen convert --to diffusers")
+    except ConfigError as error:
+        able.append(f"not write it for diffusers: {error}")
     return [*able, "write it back under its original names: mmgen convert --to pt"]

@@ -176,17 +176,16 @@ def _check_options(samples: Sequence[str], models: Sequence[bool], settings: Fid
 
 
 def _drawn(word: str, settings: FidSettings) -> list[Subject]:
-    from ..models.files import load_model, read_config
-    from ..sampling.record import Origin
     from ..sampling.drawing import SampleSettings, plan
+    from ..sampling.record import Origin
 
     given = {key: value for key, value in settings.drawing.items() if value is not None}
     origin = Origin.of(word, given.pop("ema", None))
-    steps, config = given.pop("steps", [None]), read_config(origin.file)
+    steps, config = given.pop("steps", [None]), origin.config
     each = [SampleSettings(steps=count, batch_size=settings.batch_size, **given) for count in steps]
     for one in each:  # before anything is loaded
         plan(config, one)
-    return model_subjects(load_model(origin.file, settings.device), origin, each, settings.num or NUM, settings.repeat)
+    return model_subjects(origin.load(settings.device), origin, each, settings.num or NUM, settings.repeat)
 
 
 def _extractor(subjects: Sequence[Subject], settings: FidSettings, bar: Bar) -> tuple[Extractor, str | None]:

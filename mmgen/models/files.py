@@ -20,6 +20,7 @@ from .build import AnyModel
 from .config import ModelConfig, check_config, kind_of
 from .denoiser import Denoiser
 from .flow_model import FlowModel
+from .places import missing_run
 
 METADATA_KEY = "mmgen"
 FORMAT = 1
@@ -114,6 +115,8 @@ def find_model(place: str | os.PathLike, ema: str | None = None) -> Path:
         if ema:
             raise ModelError(f"{place} has no {name}; {_averages(path)}")
         raise ModelError(f"{place} is a folder without {MODEL_FILE}: it is not a run folder, or its run has not saved yet")
+    if (sentence := missing_run(str(place))) is not None:
+        raise ModelError(sentence)
     repository = str(place).removeprefix("hf://")
     if str(place).startswith(("/", ".", "~")) or repository.count("/") != 1 or repository.endswith(".safetensors"):
         raise ModelError(f"there is no model at {place}: give a .safetensors file, a run folder or a hub repository user/name")

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats.family import ConvertOptions
+from ..formats.opening import open_model
 from ..models import denoiser, flow_model
-from ..models.files import find_model, load_model
 from .drawing import SampleSettings, draw
 
 
@@ -30,12 +31,17 @@ class Denoiser(Draws, denoiser.Denoiser):
     """A denoiser that draws."""
 
 
-def load(place: str | os.PathLike, *, ema: str | None = None, device: str | torch.device = "cpu") -> FlowModel | Denoiser:
+def load(
+    place: str | os.PathLike, *, ema: str | None = None, device: str | torch.device = "cpu", weights: str = "ema", **options: Any
+) -> FlowModel | Denoiser:
     """Loads a model from a file, a run folder or a hub repository: a `FlowModel` or a `Denoiser`.
+
+    Other projects' checkpoints are converted in memory; `options` are those of `mmgen convert`: type, preset, heads, classes ...
 
     >>> model = mmgen.load("runs/digits-imm")
     >>> images = model.sample(64, steps=2)  # uint8 [64, 1, 8, 8]
-    >>> teacher = mmgen.load("teacher.safetensors")  # what `mmgen convert` wrote
+    >>> teacher = mmgen.load("edm-cifar10-32x32-cond-vp.pkl")
     >>> x = teacher.denoise(y, sigma, Labels(torch.tensor([3, 4]), num_classes=10))  # x_hat of y = x + sigma e
     """
-    return load_model(find_model(place, ema), device, FlowModel, Denoiser)
+    opened = open_model(place, ema, weights=weights, options=ConvertOptions(**options))
+    return opened.build(device, FlowModel, Denoiser)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ import torch
 from .. import __version__
 from ..config.sections import READING
 from ..errors import ConfigError
-from ..system.files import read_json, sha256_of
+from ..system.files import read_json
+from ..formats.opening import OpenedModel, open_model
 from ..models.build import AnyModel
 from ..models.config import ModelConfig, drawn_shape, kind_of
-from ..models.files import find_model
 from .drawing import Plan
 
 FORMAT = 1
@@ -48,12 +48,23 @@ class Origin:
     file: Path
     sha256: str
     ema: str | None = None  # which average was asked for
+    opened: OpenedModel | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of(cls, place: str | os.PathLike, ema: str | None = None) -> Origin:
-        """Finds the file that a MODEL argument means, as `models.load` does, and hashes it. Raises ModelError."""
-        file = find_model(place, ema)
-        return cls(str(place), file, sha256_of(file), ema)
+        """Finds the model that a MODEL argument means, as `mmgen.load` does, and hashes it. Raises ModelError."""
+        opened = open_model(place, ema)
+        return cls(str(place), opened.file, opened.sha256, ema, opened)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._opened().config
+
+    def load(self, device: str | torch.device = "cpu") -> AnyModel:
+        return self._opened().build(device)
+
+    def _opened(self) -> OpenedModel:
+        return self.opened or open_model(self.file)
 
 
 def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more: Any) -> dict[str, Any]:

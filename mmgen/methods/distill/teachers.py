@@ -9,17 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...formats.family import ConvertOptions
-from ...formats.reading import read
-from ...formats.recognise import convert, family_of
 from ...diffusion.preconditioning import DenoiserSettings, preconditioning
-from ...models.guidance import knows_null
-from ...models.denoiser import Denoiser
-from ...errors import ConfigError, ModelError
-from ...models.config import ModelConfig
-from ...models.files import check_state, read_config
-from ...networks.empty import fill, without_weights
 from ...diffusion.schedules import ScheduleSettings, make_schedule
+from ...errors import ModelError
+from ...formats.family import ConvertOptions
+from ...formats.opening import open_model
+from ...models.denoiser import Denoiser
+from ...models.guidance import knows_null
+from ...models.config import ModelConfig
 
 NEGLIGIBLE = 1e-3  # of a schedule's times: a part of it outside the trained range that is no longer is not worth a word
 
@@ -52,27 +49,11 @@ def load_teacher(
     are taken. Raises ModelError, with one sentence, for what cannot be read, or gives no conditional means (a flow map, a
     consistency model, a student), and ConfigError for an option that is missing, unknown or contradicts the file.
     """
-    found = read(place, weights=weights)
-    if family_of(found) == "mmgen":
-        if options != ConvertOptions() or weights != "ema":
-            raise ConfigError(f"{place} is a model of mmgen's, which says itself what it is: leave out weights, type and preset")
-        config, state = read_config(found.path if found.path.is_file() else found.path / "model.safetensors"), found.tensors
-    else:
-        try:
-            converted = convert(found, options)
-        except ConfigError as error:
-            if options != ConvertOptions():
-                raise
-            raise ConfigError(f"{error}: say so to `mmgen convert`, and give what that writes as the teacher") from error
-        config, state = converted.config, converted.state
-    _check(config, place)
-    with without_weights():
-        model = Denoiser(config)
-    check_state(model.network.state_dict(), state, str(found.path))
-    fill(model.network, state)
-    folder = found.path if found.path.is_dir() else found.path.parent
+    opened = open_model(place, weights=weights, options=options)
+    _check(opened.config, place)
+    folder = opened.file if opened.file.is_dir() else opened.file.parent
     run = folder if (folder / "checkpoints").is_dir() and (folder / "log.jsonl").is_file() else None
-    return Teacher(model.to(device).eval().requires_grad_(False), str(place), found.sha256, run)
+    return Teacher(opened.build(device), str(place), opened.sha256, run)
 
 
 def _check(config: ModelConfig, place: str | os.PathLike) -> None:
