@@ -52,3 +52,10 @@ def test_subset_of_a_folder(tmp_path):
 def test_follow_links_without_a_folder_is_refused(tmp_path):
     sentence = refused("fid", "hf://user/name", "--follow-links", status=2)
     assert "--follow-links is for folders" in sentence
+
+
+def test_labels_that_match_nothing_are_told_where_they_are_needed(tmp_path):
+    lists = {"dataset.json": {"labels": [["x/9.png", 1]]}}
+    folder_of(tmp_path / "d", {"0.png": png(0), "1.png": png(1), **lists})
+    sentence = refused("train-imm", "--data", tmp_path / "d", *FEW, "--conditional", "--out", tmp_path / "r", status=2)
+    assert "dataset.json lists 1 names, and 0 of 2 images are among them" in sentence and "train --unconditional" in sentence

@@ -43,7 +43,7 @@ def fetch(repo: str, reading: Reading, looked: list[str]) -> tuple[Path, list[st
     except Exception as error:  # huggingface_hub's own, and those of requests or httpx, by version
         reason = _reason(repo, error)
         if complete is None:
-            return folder, [f"whether all of its files are there is not known, as {reason}"]
+            return folder, [f"not known whether all of its files are there: {reason}"]
         found = "looked in" if folder is None else "found only a part of it in"
         raise DataError(f"cannot get {repo}: {found} {', '.join(looked)}, and {reason}") from error
 

@@ -44,6 +44,10 @@ def load_data(settings: DataSettings, progress: Callable[[int, int], None] | Non
             progress=progress,
             **{key: getattr(settings, key) for key in READING},
         )
+    if settings.conditional and dataset.labels is None:
+        raise ConfigError(
+            f"data.conditional needs class labels, and the data have none ({dataset.description}): train --unconditional"
+        )
     if settings.conditional and settings.num_classes not in (None, dataset.num_classes):
         raise ConfigError(f"data.num_classes is {settings.num_classes}, but {settings.name} has {dataset.num_classes} classes")
     return dataset
