@@ -11,6 +11,8 @@ from tiny_model import NAMES, make_denoiser
 
 import mmgen
 from mmgen.errors import ConfigError
+from mmgen.sampling import pipeline as module
+from mmgen.sampling.drawing import SampleSettings, draw
 from mmgen.sampling.pipeline import Pipeline
 
 
@@ -29,9 +31,13 @@ def test_images_are_those_of_the_model(pipe):
     assert np.array_equal(array[..., 0], wanted[:, 0].numpy().astype(np.float32) / 255)
     tensor = pipe(3, 2, class_labels=[3, 5], generator=7, output_type="pt").images
     assert torch.equal(tensor, wanted.float() / 255)
-    guided = pipe(2, 4, class_labels="zero", generator=1, guidance_scale=1e4, output_type="pt").images
-    assert torch.equal(guided, pipe.model.sample(2, steps=4, seed=1, classes=[0], guidance=1e4).float() / 255)
-    assert not torch.equal(guided, pipe(2, 4, class_labels="zero", generator=1, output_type="pt").images)
+
+
+def test_settings_reach_the_sampler(pipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "draw", lambda model, settings, *more: asked.append(settings) or draw(model, settings, *more))
+    pipe(2, 4, class_labels="zero", generator=1, guidance_scale=2.5, sampler="restart")
+    assert asked == [SampleSettings(steps=4, seed=1, classes=["zero"], guidance=2.5, sampler="restart")]
 
 
 def test_generators_tuples_and_callbacks(pipe):
