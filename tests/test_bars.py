@@ -28,6 +28,7 @@ def check(lines: list[str], *names: str) -> None:
         assert any(count[1] == count[2] for count in counts), found[-3:]
 
 
+@pytest.mark.slow
 def test_training_scores_and_pictures(own_cache):
     status, lines = on_terminal("train-imm", *TINY, "--set", "run.eval_steps=[1, 2]", "--out", "run", cwd=Path.cwd())
     assert status == 0, lines

@@ -68,6 +68,7 @@ def clean_fid_figures(a: Path, b: Path, mode: str, weights: Path, monkeypatch) -
         return distance, clean_fid.compute_kid(str(a), str(b), use_dataparallel=False, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode, count", [("tf", 24), ("clean", 24), ("torch", 8)])
 def test_agrees_with_clean_fid(mode, count, weights, tmp_path, monkeypatch):
     monkeypatch.setenv("MMGEN_CACHE", str(tmp_path / "cache"))

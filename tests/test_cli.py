@@ -70,6 +70,7 @@ def test_train_then_sample_then_train_on(tmp_path):
         assert archive["arr_0"].shape == (12, 8, 8, 1) and archive["arr_1"].shape == (12,)
 
 
+@pytest.mark.slow
 def test_the_default_folder_tells_settings_apart(tmp_path):
     result = mmgen("train-imm", *TINY, "--max-images", "16", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -77,6 +78,7 @@ def test_the_default_folder_tells_settings_apart(tmp_path):
     assert re.fullmatch(r"digits-imm-[0-9a-f]{6}", folder.name)
 
 
+@pytest.mark.slow
 def test_dry_run_trains_nothing(tmp_path):
     result = mmgen("train-imm", "--dry-run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -90,6 +92,7 @@ def test_dry_run_trains_nothing(tmp_path):
         assert low < float(re.search(r"([\d.]+) G multiply-adds", result.stdout)[1]) < high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -82,6 +82,7 @@ def test_training_brings_the_moments_nearer(place, tmp_path, method):
         assert sum(losses[-5:]) < sum(losses[:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [
     {}, {"loss.method": "instant", "loss.preconditioner": "adam"}, {"student.dropout": 0.2, "student.noise_channels": 1},
 ], ids=["alternating", "instant", "random"])  # fmt: skip
