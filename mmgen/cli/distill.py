@@ -82,6 +82,7 @@ def distill(
     preset: option.Preset = None,
     config: option.ConfigFile = None,
     set_: option.Set = None,
+    init: option.Init = None,
     batch_size: option.BatchSize = None,
     lr: option.LearningRate = None,
     max_images: option.MaxImages = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import COUNT, DEVICE, NUMBER
+from .options import COUNT, DEVICE, NUMBER, home
 
 _images = partial(typer.Option, rich_help_panel="Images")
 _training = partial(typer.Option, rich_help_panel="Training (defaults: the preset's)")
@@ -36,6 +36,7 @@ ImageColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the 
 LabelColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the labels. Default: the first one.")]
 OnCorrupt = Annotated[str | None, _images(metavar="WORD", help="Damaged images: stop or skip. Default: stop.")]
 
+Init = Annotated[str | None, _training(metavar="MODEL", help="Begin with its weights: any model of the same network.")]
 Preset = Annotated[
     str | None, _training(metavar="NAME", help="The recipe; an unknown name lists them all. Default: by the data.")
 ]
@@ -75,7 +76,7 @@ _SETTINGS = {
     "on_corrupt": "data.on_corrupt", "conditional": "data.conditional", "image_column": "data.image_column",
     "label_column": "data.label_column", "subset": "data.subset", "revision": "data.revision",
     "follow_links": "data.follow_links", "batch_size": "train.batch_size", "batch_per_device": "run.batch_per_device",
-    "lr": "optimizer.lr", "max_images": "train.max_images", "seed": "train.seed", "precision": "train.precision",
+    "init": "train.init", "lr": "optimizer.lr", "max_images": "train.max_images", "seed": "train.seed", "precision": "train.precision",
     "compile": "run.compile", "checkpoint_every": "run.checkpoint_every", "preview_every": "run.preview_every",
     "eval_every": "run.eval_every", "eval_num": "run.eval_num",
 }  # fmt: skip
@@ -84,6 +85,8 @@ _SETTINGS = {
 def shared_changes(given: dict[str, Any]) -> dict[str, Any]:
     """The shared options among a command's arguments, name -> value, as settings by dotted key; those not given are left out."""
     changes = {key: given[name] for name, key in _SETTINGS.items() if given.get(name) is not None}
+    if "train.init" in changes:
+        changes["train.init"] = home(changes["train.init"])
     if (count := changes.get("run.batch_per_device", "")).isdecimal():
         changes["run.batch_per_device"] = int(count)
     if given.get("log_with") is not None:

@@ -77,6 +77,8 @@ class TrainSettings:
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"  # tf32 is fp32 where there is no GPU
     ema_betas: tuple[float, ...] = (0.9999,)  # averages of the weights kept, by decay per step; none at all: the weights
     ema_half_lives: tuple[int, ...] = ()  # more averages, by half-life in images
+    init: str = ""  # a model whose weights the training begins with; of a distillation, the student's
+    init_sha256: str = ""  # of its file, filled in
     ema_rampup: float = 0.05  # at first no average has a half-life of more than this part of the images seen; 0: no such limit
 
 

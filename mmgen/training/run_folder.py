@@ -36,7 +36,7 @@ _FREE_SECTIONS = ("run", "sampling", "optimizer")
 # ... how training goes on, ...
 _FREE = {"train.max_images", "train.precision", "train.ema_rampup"}
 # ... and where files lie and how they are read: what came out of them is compared by its hash
-_FREE |= {"teacher.name", "data.name", "data.split", "data.resolution", "data.channels", "data.num_classes"}
+_FREE |= {"teacher.name", "train.init", "data.name", "data.split", "data.resolution", "data.channels", "data.num_classes"}
 _FREE |= {"data.image_column", "data.label_column", "data.on_corrupt", "data.subset", "data.revision", "data.follow_links"}
 
 
@@ -105,7 +105,7 @@ class RunFolder:
             was, is_ = before.get(key, _MISSING), after.get(key, _MISSING)
             if was == is_:
                 continue
-            if key.split(".")[0] in ("optimizer", "train") and is_ is not _MISSING and is_free(key):
+            if key.split(".")[0] in ("optimizer", "train") and key != "train.init" and is_ is not _MISSING and is_free(key):
                 self.changed[key] = [None if was is _MISSING else was, is_]
             if not is_free(key) and was is not _MISSING:  # a setting that an older version did not have is as it was there
                 raise TrainingError(

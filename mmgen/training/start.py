@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..data.resolve import find_latents
 from ..errors import ConfigError, DataError
 from ..system.lock import only_run_in
 from ..system.processes import COLLECTIVE_TIMEOUT, team_of
+from .initial import begin_with, read_initial
 from .loop import Trainer
 from .run_folder import RunFolder
 from .sharding import asks_for_shards
@@ -139,6 +141,14 @@ def run_training(
 
     Raises ConfigError, DataError, TrainingError and MmgenError, each with one sentence.
     """
+    if config.train.init:
+        initial, make_plain = read_initial(config.train.init), make_task
+        config = replace(config, train=replace(config.train, init_sha256=initial.sha256))
+        reporter.note(f"the training begins with the weights of {initial.place} (sha256 {initial.sha256[:12]})")
+
+        def make_task(accelerator: Any) -> Task:
+            return begin_with(make_plain(accelerator), initial)
+
     with only_run_in(out, reporter.note) if accelerator.is_main_process else contextlib.nullcontext():
         return _train(command, config, dataset, make_task, accelerator, out, reporter, max_seconds)
 

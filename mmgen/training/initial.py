@@ -1,0 +1,71 @@
+"""Weights that a training begins with: `--init`, of any model that mmgen reads whose network is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError, shortened
+from ..formats.family import ConvertOptions
+from ..formats.reading import read
+from ..formats.recognise import convert, family_of
+from ..models.config import ModelConfig
+from ..models.files import read_config
+from .task import Task
+
+_NO_WEIGHTS = {"dropout", "gradient_checkpointing"}  # settings of networks that may differ
+
+
+@dataclass(frozen=True)
+class Initial:
+    place: str  # as it was given
+    sha256: str  # of the file
+    config: ModelConfig
+    state: dict[str, Tensor]
+
+
+def read_initial(place: str) -> Initial:
+    """A model file, a run folder, a hub repository, or what `mmgen convert` reads. Raises ModelError and ConfigError."""
+    found = read(place)
+    if family_of(found) == "mmgen":
+        config = read_config(found.path if found.path.is_file() else found.path / "model.safetensors")
+        return Initial(place, found.sha256, config, found.tensors)
+    converted = convert(found, ConvertOptions())
+    return Initial(place, found.sha256, converted.config, converted.state)
+
+
+def begin_with(task: Task, initial: Initial) -> Task:
+    """The weights into the network that becomes the model. Raises ConfigError naming the first thing in which it is another."""
+    network = next(iter(task.parts.values())).network
+    if difference := _difference(task.model_config, initial.config) or _of_tensors(network, initial.state):
+        raise ConfigError(f"--init {initial.place}: its network is another one: {difference}")
+    network.load_state_dict(initial.state)
+    return task
+
+
+def _difference(wanted: ModelConfig, found: ModelConfig) -> str | None:
+    ours, theirs = _network(wanted), _network(found)
+    for key in ours | theirs:
+        if key not in _NO_WEIGHTS and ours.get(key) != theirs.get(key):
+            return f"network.{key} is {shortened(ours.get(key))} here and {shortened(theirs.get(key))} there"
+    for key in ("channels", "resolution", "num_classes", "augment_dim"):
+        if getattr(wanted, key) != getattr(found, key):
+            return f"{key} is {getattr(wanted, key)} here and {getattr(found, key)} there"
+    return None
+
+
+def _network(config: ModelConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config.network)
+
+
+def _of_tensors(network: nn.Module, state: dict[str, Tensor]) -> str | None:
+    ours = network.state_dict()
+    for key in ours | state:
+        if key not in state or key not in ours:
+            return f"{key} is {'not there' if key in ours else 'there and not here'}"
+        if ours[key].shape != state[key].shape:
+            return f"{key} is {list(ours[key].shape)} here and {list(state[key].shape)} there"
+    return None

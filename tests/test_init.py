@@ -1,0 +1,48 @@
+"""--init: a training that begins with given weights, which its config names by hash."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+from test_training import Quiet, tiny
+
+from mmgen.errors import ConfigError, TrainingError
+from mmgen.methods.imm import train_imm
+from mmgen.system.files import sha256_of
+
+
+def train(folder, **changes) -> Quiet:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    reporter = Quiet()
+    train_imm(tiny(**{"run.eval_num": 0, "train.max_images": 32, "run.checkpoint_every": 16, **changes}), folder, reporter, device="cpu")
+    return reporter
+
+
+def test_a_run_begins_with_the_weights_and_says_so(tmp_path):
+    train(tmp_path / "first")
+    given = tmp_path / "first/model.safetensors"
+    still = {"optimizer.lr": 1e-30, "optimizer.warmup_images": 0, "train.seed": 5, "train.init": str(given), "network.dropout": 0.0}
+    reporter = train(tmp_path / "second", **still)
+    found = load_file(tmp_path / "second/checkpoints/000000000016/network.safetensors")
+    assert all(torch.equal(value, found[key]) for key, value in load_file(given).items())
+    recorded = json.loads((tmp_path / "second/config.json").read_text())["config"]["train"]
+    assert recorded["init"] == str(given) and recorded["init_sha256"] == sha256_of(given)
+    assert any("begins with the weights of" in note for note in reporter.notes)
+    # a run folder is its model; the same content under another name goes on, another content does not
+    still |= {"train.init": str(tmp_path / "first"), "train.max_images": 48}
+    assert any("resuming" in note for note in train(tmp_path / "second", **still).notes)
+    train(tmp_path / "third", **{"train.seed": 9})
+    with pytest.raises(TrainingError, match="train.init_sha256"):
+        train(tmp_path / "second", **{**still, "train.init": str(tmp_path / "third")})
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"network.model_channels": 16}, "network.model_channels is 16 here and 8 there"),
+    ({"data.conditional": False}, "num_classes is 0 here and 10 there"),
+])  # fmt: skip
+def test_another_network_is_named(change, words, tmp_path):
+    train(tmp_path / "first", **{"train.max_images": 16})
+    with pytest.raises(ConfigError, match=f"--init .*first: its network is another one: {words}"):
+        train(tmp_path / "second", **{"train.init": str(tmp_path / "first"), **change})
