@@ -212,7 +212,7 @@ def test_adm_images_of_another_size_are_refused_and_their_features_cached(publis
 
 
 def test_model_of_the_hub_leaves_nothing_in_the_hubs_cache(digits_model, monkeypatch, tmp_path):
-    from mmgen.models import model as models
+    from mmgen.models import files as models
 
     shutil.copy(digits_model, tmp_path / "model.safetensors")
     monkeypatch.setattr(models, "_download", lambda repository, name: tmp_path / "model.safetensors")

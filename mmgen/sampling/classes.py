@@ -34,7 +34,7 @@ def class_numbers(classes: str | Sequence[int | str], config: ModelConfig) -> st
         if number not in drawn:
             raise ConfigError(f"class {_shown(number, config)} had no images in the training data, so the model cannot draw it")
     if not numbers:
-        raise ConfigError("classes must be at least one")
+        raise ConfigError(f"classes must be at least one number from 0 to {config.num_classes - 1}")
     return numbers
 
 
