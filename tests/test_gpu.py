@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_report_of_a_cpu(tmp_path, capsys):
-    sections = ["golden", "numerics", "memory", "profile", "training"]
+    sections = ["golden", "numerics", "presets", "profile", "training"]
     only = [part for name in sections for part in ("--only", name)]
     assert gpu.main(["--minutes", "8", "--out", str(tmp_path), "--device", "cpu", *only]) == 0, capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())

@@ -1,7 +1,7 @@
 """What a GPU does with mmgen, in one command: numerics, golden arrays, resuming, compilation, memory, speed, a training.
 
     python -m tests.gpu --minutes 9 --out gpu-report      # run it again to go on where it stopped
-    python -m tests.gpu --only numerics --only speed --out gpu-report
+    python -m tests.gpu --only numerics --only presets --out gpu-report
     MMGEN_DATA_DIR=data python -m tests.gpu ...           # trains on data/cifar10, else on noise
 
 It writes report.json after every section, report.md and speed.png. Without a GPU it runs small, which says only that it runs.
@@ -24,16 +24,15 @@ import torch
 
 from mmgen.system.files import replacing
 
-from .memory import memory
 from .numerics import numerics
 from .report import markdown, speed_picture
 from .runs import compiled, golden, resume
-from .speed import profile, speed
+from .speed import presets, profile
 from .training import training
 
 SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
-    "golden": golden, "numerics": numerics, "resume": resume, "compile": compiled, "memory": memory, "speed": speed,
-    "profile": profile, "training": training,
+    "golden": golden, "numerics": numerics, "resume": resume, "compile": compiled, "profile": profile,
+    "presets": presets, "training": training,
 }  # fmt: skip
 OPTIONAL = ("diffusers", "transformers", "peft", "tensorboard", "datasets", "cleanfid")
 

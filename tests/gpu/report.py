@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-WAYS = ["plain, tf32", "tf32", "bf16", "bf16, compiled"]
+WAYS = ["tf32", "bf16", "bf16, compiled"]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -27,23 +27,21 @@ def markdown(report: dict[str, Any]) -> str:
             for name, row in cases.items()
         ]
         parts += ["## Against the CPU in float32: relative error of loss / gradient\n", table(["method, network", *columns], rows)]
-    if presets := report.get("memory", {}).get("presets"):
-        rows = [
-            [name, number(row["batch"]), number(row.get("computed")), number(row.get("measured")), row.get("error", "")[:60]]
-            for name, row in presets.items()
-        ]
-        parts += ["## Memory of a step, GiB\n", table(["preset", "images a pass", "computed", "measured", ""], rows)]
-    if presets := report.get("speed", {}).get("presets"):
-        rows = []
+    if presets := report.get("presets", {}).get("presets"):
+        rows, memory = [], []
         for name, row in presets.items():
-            best = max((row[way] for way in WAYS[1:] if way in row), default=None)
-            ratio = best / row["plain, tf32"] if best and "plain, tf32" in row else None
-            share = max((value for key, value in row.items() if key.endswith("share")), default=None)
-            rows.append([name, number(row["batch"]), *(number(row.get(way), ".4g") for way in WAYS), number(ratio, ".2f"),
-                         number(share, ".1%")])  # fmt: skip
-        peak = report["speed"].get("matrix_rate_bf16")
+            ways = row["ways"]
+            best = max((way["rate"] for way in ways.values()), default=None)
+            ratio = best / row["plain"] if best and "plain" in row else None
+            share = max((way["share"] for way in ways.values() if "share" in way), default=None)
+            rates = [number(ways.get(way, {}).get("rate"), ".4g") for way in WAYS]
+            rows.append([name, number(row["batch"]), number(row.get("plain"), ".4g"), *rates, number(ratio, ".2f"), number(share, ".1%")])
+            both = [f"{number(ways[way]['computed'])} / {number(ways[way].get('measured'))}" if way in ways else "" for way in WAYS]
+            memory.append([name, number(row["batch"]), *both])
+        peak = report["presets"].get("matrix_rate_bf16")
         title = "## Images a second" + (f"; bf16 matrix products: {peak / 1e12:.0f} TFLOP/s" if peak else "") + "\n"
-        parts += [title, table(["preset", "images a pass", *WAYS, "best to plain", "share of the matrix rate"], rows)]
+        parts += [title, table(["preset", "images a pass", "plain, tf32", *WAYS, "best to plain", "share of the matrix rate"], rows)]
+        parts += ["## Memory of a step, GiB: computed / measured\n", table(["preset", "images a pass", *WAYS], memory)]
     if top := report.get("profile", {}).get("top"):
         rows = [[row["name"], f"{row['share']:.1%}", str(row["count"])] for row in top[:12]]
         title = f"## A step of cifar10-imm: {report['profile']['milliseconds']:.1f} ms, {report['profile']['kernels']} kernels\n"
@@ -62,11 +60,14 @@ def markdown(report: dict[str, Any]) -> str:
 
 def speed_picture(report: dict[str, Any]) -> Image.Image | None:
     """Bars of images a second, each preset against its fastest way."""
-    presets = report.get("speed", {}).get("presets")
+    presets = report.get("presets", {}).get("presets")
     if not presets:
         return None
     colours = {"plain, tf32": "#999999", "tf32": "#88b0d8", "bf16": "#3f7fbf", "bf16, compiled": "#0b3c6f"}
-    shown = [(name, [(way, row[way]) for way in WAYS if way in row]) for name, row in presets.items()]
+    shown = [
+        (name, [("plain, tf32", row["plain"]) for _ in ["plain"] if "plain" in row] + [(way, found["rate"]) for way, found in row["ways"].items()])
+        for name, row in presets.items()
+    ]
     height = 30 + sum(24 + 18 * len(ways) for _, ways in shown)
     image = Image.new("RGB", (760, height), "white")
     draw, y = ImageDraw.Draw(image), 12

@@ -1,4 +1,6 @@
-"""Images a second of every kind of step, side by side with the plain reference, and the share of the card's matrix rate."""
+"""Images a second and peak memory of a step of every preset: side by side with the plain reference, as a share of the card's
+matrix rate, and against what `--dry-run` says.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from mmgen.training.cost import Work, estimate
 
 from ..benchmarks.imm_step import plain_steps
 from .cases import Case, imm_case
-from .memory import preset_cases
+from .presets import preset_cases
 
 SECONDS = 2.0  # of each measurement
 
@@ -57,41 +59,46 @@ def rate(step: Callable[[], Any], images: int, device: str, seconds: float = SEC
     return steps * images / (time.perf_counter() - start)
 
 
-def speed(device: str, small: bool) -> dict[str, Any]:
-    """{preset: {way: images/s}} for eager and compiled, TF32 and bf16, and the textbook's step; `mfu` of the fastest."""
+def presets(device: str, small: bool) -> dict[str, Any]:
+    """{preset: {way: {"rate": images/s, "share": of the matrix rate, "computed" and "measured": GiB}}}; `plain`: the textbook's."""
     peak = matrix_rate(device, torch.bfloat16) if device == "cuda" else None
+    seconds = 0.1 if small else SECONDS
     rows, failed = {}, []
     for case, work, batch in preset_cases(small):
-        row: dict[str, Any] = {"batch": batch}
+        row: dict[str, Any] = {"batch": batch, "ways": {}}
         ways = [("tf32", False)] if small else [("tf32", False), ("bf16", False), ("bf16", True)]
         for precision, compile_ in ways:
             way = precision + (", compiled" if compile_ else "")
             try:
-                row[way], flops = measured(case, work, batch, device, precision, compile_, 0.1 if small else SECONDS)
-                if peak:
-                    row[f"{way}, share"] = row[way] * flops / peak
+                row["ways"][way] = measured(case, work, batch, device, precision, compile_, seconds, peak)
             except Exception as error:  # noqa: BLE001 a report says what fails and goes on
                 failed.append(f"{case.name}, {way}: {type(error).__name__}: {error}"[:400])
             release(device)
-        if case.name.endswith("imm") or "-imm-" in case.name:
+        if "imm" in case.name and (small or "-imm-" not in case.name or case.name.endswith("-b")):
             try:
-                row["plain, tf32"] = rate(plain(case, device, batch), batch, device, 0.1 if small else SECONDS)
+                row["plain"] = rate(plain(case, device, batch), batch, device, seconds)
             except Exception as error:  # noqa: BLE001
                 failed.append(f"{case.name}, plain: {type(error).__name__}: {error}"[:400])
             release(device)
         rows[case.name] = row
+        print(case.name, row, flush=True)
     return {"presets": rows, "matrix_rate_bf16": peak, "failed": failed}
 
 
 def measured(
-    case: Case, work: Work, batch: int, device: str, precision: str, compile_: bool, seconds: float
-) -> tuple[float, float]:
-    """Images/s, and FLOP an image."""
+    case: Case, work: Work, batch: int, device: str, precision: str, compile_: bool, seconds: float, peak: float | None
+) -> dict[str, Any]:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     trainer = case.make(device, precision, batch, **({"run.compile": True} if compile_ else {}))
     cost = estimate(trainer.train, trainer.task.model_config, trainer.parts, work)
-    found = rate(trainer._step, batch, device, seconds)
+    found: dict[str, Any] = {"rate": rate(trainer._step, batch, device, seconds), "computed": cost.total / 2**30}
     trainer.numbers.flush()
-    return found, cost.flops_per_step / batch
+    if device == "cuda":
+        found["measured"] = torch.cuda.max_memory_allocated() / 2**30
+    if peak:
+        found["share"] = found["rate"] * cost.flops_per_step / batch / peak
+    return found
 
 
 def plain(case: Case, device: str, batch: int) -> Callable[[], Any]:
