@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From images to images in 8 steps, in nine minutes on two CPU cores and without a download: a diffusion teacher of digits,
+# From images to images in 8 steps, on two CPU cores, in minutes, and without a download: a diffusion teacher of digits,
 # its student, its samples, and how far both are from the data.
 #
 #     examples/digits_chain.sh                          # everything is in runs/ then
