@@ -9,7 +9,8 @@ from mmgen.config.sections import read_preset
 from mmgen.config.imm import resolve
 from mmgen.data import load
 from mmgen.methods.imm import imm_model_config
-from mmgen.models.model import build_model, save_model
+from mmgen.models.build import build_model
+from mmgen.models.files import save_model
 
 from .measuring import Row, Size, process, temporary_folder
 
