@@ -2,9 +2,11 @@
 
 import json
 
+import original_files
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from golden import state
 from safetensors.torch import load_file
 from test_training import Quiet, tiny
 
@@ -46,3 +48,9 @@ def test_another_network_is_named(change, words, tmp_path):
     train(tmp_path / "first", **{"train.max_images": 16})
     with pytest.raises(ConfigError, match=f"--init .*first: its network is another one: {words}"):
         train(tmp_path / "second", **{"train.init": str(tmp_path / "first"), **change})
+
+
+def test_a_foreign_file_that_needs_an_option_is_converted_first(tmp_path):
+    path = original_files.write_pt(tmp_path / "in.pt", state("dit_learn_sigma"), wrap="ema", namespace={"num_heads": 4})
+    with pytest.raises(ConfigError, match="say so to `mmgen convert`, and give what that writes as --init"):
+        train(tmp_path / "run", **{"train.init": str(path)})

@@ -33,7 +33,10 @@ def read_initial(place: str) -> Initial:
     if family_of(found) == "mmgen":
         config = read_config(found.path if found.path.is_file() else found.path / "model.safetensors")
         return Initial(place, found.sha256, config, found.tensors)
-    converted = convert(found, ConvertOptions())
+    try:
+        converted = convert(found, ConvertOptions())
+    except ConfigError as error:
+        raise ConfigError(f"{error}: say so to `mmgen convert`, and give what that writes as --init") from error
     return Initial(place, found.sha256, converted.config, converted.state)
 
 
