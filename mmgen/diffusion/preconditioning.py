@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from . import betas
 from .betas import position
-from .schedules import VARIANCE_PRESERVING, ScheduleSettings, make_schedule
+from .schedules import ScheduleSettings, make_schedule
 
 BETA_D, BETA_MIN = 19.9, 0.1  # of `vp`
 TIMESTEPS = 1000  # M of `vp` and `iddpm`
@@ -317,7 +317,7 @@ class Process(Preconditioning):
 
     @property
     def variance_preserving(self) -> bool:
-        return self.process.name in VARIANCE_PRESERVING
+        return make_schedule(self.process).keeps == "variance"
 
     def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z = a x + s e and output = p x + q e, solved for x."""

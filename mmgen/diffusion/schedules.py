@@ -34,6 +34,7 @@ class Schedule:
     d_alpha: Callable[[Tensor], Tensor]
     d_sigma: Callable[[Tensor], Tensor]
     eta_inverse: Callable[[Tensor], Tensor]
+    keeps: Literal["variance", "sum", "alpha"] = "variance"  # which is 1: alpha^2 + sigma^2, alpha + sigma, or alpha
     t_max: float = 1.0  # the largest time that IMM trains and samples at (IMM, appendix C.7)
 
     def eta(self, t: Tensor) -> Tensor:
@@ -61,6 +62,7 @@ FLOW = Schedule(
     d_alpha=lambda t: -torch.ones_like(t),
     d_sigma=lambda t: torch.ones_like(t),
     eta_inverse=lambda eta: torch.where(torch.isinf(eta), torch.ones_like(eta), eta / (1 + eta)),
+    keeps="sum",
     t_max=0.994,
 )
 
@@ -80,7 +82,6 @@ SCHEDULES = {schedule.name: schedule for schedule in (FLOW, COSINE)}
 
 RHO = 7  # of `edm`
 BETA_MIN, BETA_MAX = 0.1, 20.0  # of `ddpm_linear`
-VARIANCE_PRESERVING = ("vp_cosine", "ddpm_linear", "discrete")
 
 
 @dataclass(frozen=True)
@@ -112,18 +113,11 @@ def make_schedule(settings: ScheduleSettings) -> Schedule:
     low, high = settings.sigma_min, settings.sigma_max
     if not 0 < low < high < math.inf:
         raise ConfigError(f"0 < schedule.sigma_min < schedule.sigma_max must hold, not {low}, {high}")
-    if settings.name == "discrete":
-        schedule = _discrete(settings)
-    elif settings.name == "ddpm_linear":
-        schedule = _ddpm_linear()
-    elif settings.name == "edm":
-        schedule = _edm(low, high)
-    else:
-        schedule = SCHEDULES[settings.name]
+    schedule = MAKERS[settings.name](settings)
     return schedule if settings.shift == 1 else _shifted(schedule, settings.shift)
 
 
-def _ddpm_linear() -> Schedule:
+def _ddpm_linear(settings: ScheduleSettings) -> Schedule:
     def exponent(t: Tensor) -> Tensor:
         """-2 log alpha, the integral of beta from 0 to t."""
         return 0.5 * (BETA_MAX - BETA_MIN) * t**2 + BETA_MIN * t
@@ -178,8 +172,8 @@ def _discrete(settings: ScheduleSettings) -> Schedule:
     )
 
 
-def _edm(sigma_min: float, sigma_max: float) -> Schedule:
-    low, high = sigma_min ** (1 / RHO), sigma_max ** (1 / RHO)
+def _edm(settings: ScheduleSettings) -> Schedule:
+    low, high = settings.sigma_min ** (1 / RHO), settings.sigma_max ** (1 / RHO)
     return Schedule(
         name="edm",
         alpha=torch.ones_like,
@@ -187,7 +181,15 @@ def _edm(sigma_min: float, sigma_max: float) -> Schedule:
         d_alpha=torch.zeros_like,
         d_sigma=lambda t: RHO * (high - low) * ((1 - t) * low + t * high) ** (RHO - 1),
         eta_inverse=lambda eta: ((eta ** (1 / RHO) - low) / (high - low)).clamp(0, 1),
+        keeps="alpha",
     )
+
+
+# A further schedule is a function, a line here, and its name in `ScheduleSettings`.
+MAKERS: dict[str, Callable[[ScheduleSettings], Schedule]] = {
+    "fm": lambda settings: FLOW, "vp_cosine": lambda settings: COSINE, "ddpm_linear": _ddpm_linear, "edm": _edm,
+    "discrete": _discrete,
+}  # fmt: skip
 
 
 def _shifted(base: Schedule, shift: float) -> Schedule:
@@ -197,9 +199,9 @@ def _shifted(base: Schedule, shift: float) -> Schedule:
     """
 
     def scale(t: Tensor) -> Tensor:
-        if base.name == "edm":
+        if base.keeps == "alpha":
             return torch.ones_like(t)
-        if base.name == "fm":
+        if base.keeps == "sum":
             return base.alpha(t) + shift * base.sigma(t)
         return (base.alpha(t) ** 2 + (shift * base.sigma(t)) ** 2).sqrt()
 
@@ -207,16 +209,16 @@ def _shifted(base: Schedule, shift: float) -> Schedule:
         return base.alpha(t) * base.d_sigma(t) - base.d_alpha(t) * base.sigma(t)
 
     def d_alpha(t: Tensor) -> Tensor:
-        if base.name == "edm":
+        if base.keeps == "alpha":
             return torch.zeros_like(t)
-        if base.name == "fm":
+        if base.keeps == "sum":
             return -shift * wronskian(t) / scale(t) ** 2
         return -(shift**2) * base.sigma(t) * wronskian(t) / scale(t) ** 3
 
     def d_sigma(t: Tensor) -> Tensor:
-        if base.name == "edm":
+        if base.keeps == "alpha":
             return shift * base.d_sigma(t)
-        if base.name == "fm":
+        if base.keeps == "sum":
             return shift * wronskian(t) / scale(t) ** 2
         return shift * base.alpha(t) * wronskian(t) / scale(t) ** 3
 

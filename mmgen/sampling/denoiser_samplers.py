@@ -23,7 +23,7 @@ from torch import Tensor
 from ..diffusion.preconditioning import DenoiserSettings, preconditioning
 from ..networks.conditions import Condition
 from .flow_map_samplers import Noise, full
-from ..diffusion.schedules import VARIANCE_PRESERVING, ScheduleSettings
+from ..diffusion.schedules import ScheduleSettings, make_schedule
 
 
 @dataclass(frozen=True)
@@ -145,5 +145,5 @@ def start(settings: DenoiserSettings, sigma: float, noise: Tensor, schedule: Sch
     Models with timesteps are sampled from z = noise, which has the variance 1 that their z has: then y = sqrt(1 + sigma^2)
     noise. So are those of a variance-preserving schedule: their own, or a student's, `schedule`.
     """
-    preserving = schedule.name in VARIANCE_PRESERVING if schedule else preconditioning(settings).variance_preserving
+    preserving = make_schedule(schedule).keeps == "variance" if schedule else preconditioning(settings).variance_preserving
     return (math.sqrt(1 + sigma**2) if preserving else sigma) * noise
