@@ -196,7 +196,7 @@ def test_a_student_begins_as_its_teacher_whatever_its_own_noise(place):
         own = keys(0, torch.arange(4)) if student.is_random else None
         ours, theirs = student.x_hat(z, t, used, label, noise=own), teacher.model.x_hat(z, t, used, label)
         if student.settings.noise_dropout:
-            assert (ours - theirs).abs().max() > 1e-3
+            assert not torch.equal(ours, theirs)
         elif student.settings.noise_channels:  # a wider convolution may add up in another order: float32's rounding
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
         else:
