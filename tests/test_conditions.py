@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmgen.errors import ConfigError
 from mmgen.models.guidance import guided
-from mmgen.networks import DiTSettings, build_network
+from mmgen.networks import DiTSettings, EDM2Settings, build_network
 from mmgen.networks.conditions import Condition, Labels, class_numbers, concatenate
 
 
@@ -74,3 +74,15 @@ def test_a_network_of_classes_takes_labels_of_its_classes_only():
     for wrong in (words(), Labels(torch.tensor([3, 0, 4]), 10), torch.tensor([3, 0, 4])):
         with pytest.raises(ConfigError, match=r"Labels\(classes, num_classes=5\), not on (Words|10 classes|Tensor)"):
             network(x, t, t, wrong)
+
+
+def test_what_a_network_lacks_is_refused_and_what_it_supports_is_built():
+    dit, edm2 = DiTSettings(hidden_size=32, depth=1, num_heads=2), EDM2Settings(model_channels=64, channel_mult=(1,), num_blocks=1)
+    for settings, lacks in ((dit, {"augment_dim"}), (edm2, {"augment_dim", "second_time"})):
+        for name in ("augment_dim", "second_time", "extra_channels"):
+            options = {"resolution": 8, "channels": 3, "second_time": False, name: 2}
+            if name in lacks:
+                with pytest.raises(ConfigError, match=f"a network of kind '{settings.kind}' (takes no|has no)"):
+                    build_network(settings, **options)
+            else:
+                assert name in build_network(settings, **options).supports

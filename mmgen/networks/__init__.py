@@ -20,6 +20,17 @@ from .limits import check_sizes
 from .unet import UNet, UNetSettings
 from .uvit import UViT, UViTSettings
 
+# A further network is a file, a line here, and its settings in `NetworkSettings`. Its class says by `supports` which of the
+# options of `build_network` it has.
+NETWORKS: dict[type, type[nn.Module]] = {
+    UNetSettings: UNet, DiTSettings: DiT, ADMSettings: ADM, EDM2Settings: EDM2, DiffusersUNetSettings: DiffusersUNet,
+    UViTSettings: UViT,
+}  # fmt: skip
+_LACKS = {
+    "augment_dim": "takes no augmentation label",
+    "second_time": "has no second time: it can be a denoiser, not a flow map",
+    "extra_channels": "takes no channels beside those of the image",
+}
 NetworkSettings = UNetSettings | DiTSettings | ADMSettings | EDM2Settings | DiffusersUNetSettings | UViTSettings
 
 
@@ -40,24 +51,12 @@ def build_network(
     such a one, or has no place for an augmentation label.
     """
     check_sizes(settings, resolution=resolution, channels=channels, num_classes=num_classes)
-    options = {"second_time": second_time, "extra_channels": extra_channels}
-    if isinstance(settings, UNetSettings):
-        return UNet(settings, resolution, channels, num_classes, augment_dim, **options)
-    if isinstance(settings, ADMSettings):
-        return ADM(settings, resolution, channels, num_classes, augment_dim, **options)
-    if augment_dim:
-        raise ConfigError(f"a network of kind {settings.kind!r} takes no augmentation label")
-    if isinstance(settings, DiTSettings):
-        return DiT(settings, resolution, channels, num_classes, **options)
-    if isinstance(settings, UViTSettings):
-        return UViT(settings, resolution, channels, num_classes, **options)
-    if second_time:
-        raise ConfigError(f"a network of kind {settings.kind!r} has no second time: it can be a denoiser, not a flow map")
-    if isinstance(settings, EDM2Settings):
-        return EDM2(settings, resolution, channels, num_classes, extra_channels=extra_channels)
-    if extra_channels:
-        raise ConfigError(f"a network of kind {settings.kind!r} takes no channels beside those of the image")
-    return DiffusersUNet(settings, resolution, channels, num_classes)
+    network = NETWORKS[type(settings)]
+    options = {"augment_dim": augment_dim, "second_time": second_time, "extra_channels": extra_channels}
+    for name in [name for name in options if name not in network.supports]:
+        if options.pop(name):
+            raise ConfigError(f"a network of kind {settings.kind!r} {_LACKS[name]}")
+    return network(settings, resolution, channels, num_classes, **options)
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

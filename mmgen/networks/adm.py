@@ -122,6 +122,8 @@ class ADM(nn.Module):
     With `extra_channels` more than C come in, behind those of the image.
     """
 
+    supports = frozenset({"second_time", "augment_dim", "extra_channels"})
+
     def __init__(
         self, settings: ADMSettings, resolution: int, channels: int, num_classes: int = 0, augment_dim: int = 0, *,
         second_time: bool = False, extra_channels: int = 0,

@@ -32,6 +32,8 @@ class DiffusersUNet(nn.Module):
 
     has_null_class = False
 
+    supports = frozenset(())
+
     def __init__(self, settings: DiffusersUNetSettings, resolution: int, channels: int, num_classes: int = 0) -> None:
         super().__init__()
         self.settings, self.num_classes = settings, num_classes

@@ -85,6 +85,8 @@ class DiT(nn.Module):
     Raises ConfigError for settings of denoisers together with a second time.
     """
 
+    supports = frozenset({"second_time", "extra_channels"})
+
     def __init__(
         self, settings: DiTSettings, resolution: int, channels: int, num_classes: int = 0, *,
         second_time: bool = True, extra_channels: int = 0,

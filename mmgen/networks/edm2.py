@@ -149,6 +149,8 @@ class EDM2(nn.Module):
     augmentation label. With `extra_channels` more than C come in, behind those of the image.
     """
 
+    supports = frozenset({"extra_channels"})
+
     def __init__(
         self, settings: EDM2Settings, resolution: int, channels: int, num_classes: int = 0, *, extra_channels: int = 0
     ) -> None:

@@ -145,6 +145,8 @@ class UNet(nn.Module):
     images that were not augmented. With `extra_channels` more than C come in, behind those of the image.
     """
 
+    supports = frozenset({"second_time", "augment_dim", "extra_channels"})
+
     def __init__(
         self, settings: UNetSettings, resolution: int, channels: int, num_classes: int = 0, augment_dim: int = 0, *,
         second_time: bool = True, extra_channels: int = 0,

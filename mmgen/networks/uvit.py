@@ -148,6 +148,8 @@ class UViT(nn.Module):
     augmentation label. Raises ConfigError for settings that make no network.
     """
 
+    supports = frozenset({"second_time", "extra_channels"})
+
     def __init__(
         self, settings: UViTSettings, resolution: int, channels: int, num_classes: int = 0, *,
         second_time: bool = True, extra_channels: int = 0,
