@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from mmgen.config.imm import resolve
-from mmgen.training import threads
 from mmgen.methods.imm import train_imm
+from mmgen.training import threads
 from mmgen.training.threads import ThreadChoice, choice
 
 IDLE, BUSY = {1: 0.16, 2: 0.14}, {1: 0.16, 2: 0.8}  # seconds of a step by threads: the digits' on two cores

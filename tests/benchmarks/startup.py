@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from mmgen.config.sections import read_preset
 from mmgen.config.imm import resolve
+from mmgen.config.sections import read_preset
 from mmgen.data import load
 from mmgen.methods.imm import imm_model_config
 from mmgen.models.build import build_model
