@@ -9,10 +9,14 @@ from ..diffusion.preconditioning import DenoiserSettings, check_settings
 from ..diffusion.schedules import ScheduleSettings
 from ..errors import ConfigError
 from ..networks import NetworkSettings
+from ..networks.text import TextSettings, check_text
 from ..networks.limits import check_sizes
 from ..diffusion.flow_map import FlowMapSettings
 from ..diffusion.flow_map import check_settings as check_flow
 from .latents import LatentSettings
+
+
+MOST_CAPTIONS = 1000  # kept in a model file
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class ModelConfig:
     num_classes: int = 0  # 0: unconditional
     null_trained: bool | None = None  # trained on images without a class too, as guidance needs; None: see `guidance.knows_null`
     augment_dim: int = 0  # width of the augmentation label that the network was trained with; 0: none
+    text: TextSettings | None = None  # of a model that draws what a text says, which has no classes
+    captions: list[str] | None = None  # of its training images, one each of at most MOST_CAPTIONS: drawn from where no prompt is given
     class_names: list[str] | None = None
     class_counts: list[int] | None = None  # images per class in the training data
     data: str = ""  # the --data word of the training data
@@ -51,6 +57,11 @@ class ModelConfig:
     latents: LatentSettings | None = None  # of a model in an autoencoder's latent space
     sampling: SamplingSettings = SamplingSettings()
     training: dict[str, Any] = field(default_factory=dict)  # provenance: settings, images seen, which EMA
+
+
+def is_conditional(config: ModelConfig) -> bool:
+    """Whether images are drawn of a class or a text."""
+    return config.num_classes > 0 or config.text is not None
 
 
 def kind_of(config: ModelConfig) -> str:
@@ -77,6 +88,12 @@ def check_config(config: ModelConfig) -> None:
         check_settings(config.denoiser)
     else:
         check_flow(config.flow)
+    if config.text is not None:
+        check_text(config.text)
+        if config.num_classes:
+            raise ConfigError("a model is conditioned on text or on classes, not on both")
+    if config.captions is not None and (config.text is None or not 0 < len(config.captions) <= MOST_CAPTIONS):
+        raise ConfigError(f"captions are of a model that is conditioned on text, and 1 to {MOST_CAPTIONS:,}")
     for name, values in (("class_names", config.class_names), ("class_counts", config.class_counts)):
         if values is not None and len(values) > max(config.num_classes, 1):
             raise ConfigError(f"{name} has {len(values):,} entries for {config.num_classes:,} classes")

@@ -40,6 +40,7 @@ class Denoiser(nn.Module):
             augment_dim=config.augment_dim,
             second_time=False,
             extra_channels=self.settings.noise_channels,
+            text=config.text,
         )
         if self.settings.noise_dropout and dropouts(self.network) == 0:
             raise ConfigError("denoiser.noise_dropout needs a network with dropout, and this one has none or one of 0")

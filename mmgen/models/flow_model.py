@@ -25,6 +25,7 @@ class FlowModel(nn.Module):
             channels=config.channels,
             num_classes=config.num_classes,
             augment_dim=config.augment_dim,
+            text=config.text,
         )
 
     @property

@@ -48,13 +48,16 @@ def _precise(output: Tensor, x: Tensor) -> Tensor:
 
 
 def knows_null(config: ModelConfig) -> bool | None:
-    """Whether a model also learned images without a class, as guidance needs; None where nothing says.
+    """Whether a model also learned images without a class or text, as guidance needs; None where nothing says.
 
-    Not where the network has no null class, and not where it was trained with label dropout 0.
+    Not where the network has no null class, and not where it was trained with label dropout (of text caption dropout) 0.
     """
+    data = config.training.get("config", {}).get("data", {})
+    if config.text is not None:
+        dropout = data.get("caption_dropout")
+        return config.null_trained if not isinstance(dropout, int | float) else dropout > 0
     if config.num_classes == 0 or not getattr(config.network, "null_class", config.network.kind != "diffusers_unet2d"):
         return False
     if config.null_trained is not None:
         return config.null_trained
-    data = config.training.get("config", {}).get("data", {})
     return data["label_dropout"] > 0 if isinstance(data.get("label_dropout"), int | float) else None

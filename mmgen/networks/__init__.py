@@ -17,6 +17,7 @@ from .diffusers_unet import DiffusersUNet, DiffusersUNetSettings
 from .dit import DiT, DiTSettings
 from .edm2 import EDM2, EDM2Settings
 from .limits import check_sizes
+from .text import TextSettings, check_text
 from .unet import UNet, UNetSettings
 from .uvit import UViT, UViTSettings
 
@@ -30,6 +31,7 @@ _LACKS = {
     "augment_dim": "takes no augmentation label",
     "second_time": "has no second time: it can be a denoiser, not a flow map",
     "extra_channels": "takes no channels beside those of the image",
+    "text": "takes no text: choose unet, dit or uvit",
 }
 NetworkSettings = UNetSettings | DiTSettings | ADMSettings | EDM2Settings | DiffusersUNetSettings | UViTSettings
 
@@ -43,16 +45,22 @@ def build_network(
     augment_dim: int = 0,
     second_time: bool = True,
     extra_channels: int = 0,
+    text: TextSettings | None = None,
 ) -> nn.Module:
-    """A freshly initialised network for images [N, channels, resolution, resolution]; num_classes 0 is unconditional.
+    """A freshly initialised network for images [N, channels, resolution, resolution], conditioned on one of `num_classes`
+    classes, on `text`, or on nothing (num_classes 0).
 
     `second_time`: whether it is given s beside t, as a flow map is and a denoiser is not. `extra_channels`: how many
     channels it is given behind those of the image, such as a student's noise. Raises ConfigError for a network that cannot be
     such a one, or has no place for an augmentation label.
     """
     check_sizes(settings, resolution=resolution, channels=channels, num_classes=num_classes)
+    if text is not None:
+        check_text(text)
+        if num_classes:
+            raise ConfigError("a network is conditioned on text or on classes, not on both")
     network = NETWORKS[type(settings)]
-    options = {"augment_dim": augment_dim, "second_time": second_time, "extra_channels": extra_channels}
+    options = {"augment_dim": augment_dim, "second_time": second_time, "extra_channels": extra_channels, "text": text}
     for name in [name for name in options if name not in network.supports]:
         if options.pop(name):
             raise ConfigError(f"a network of kind {settings.kind!r} {_LACKS[name]}")

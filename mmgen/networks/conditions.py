@@ -71,6 +71,38 @@ class Labels(Condition):
         return replace(self, classes=torch.full_like(self.classes, self.num_classes))
 
 
+@dataclass(frozen=True, eq=False)
+class Text(Condition):
+    """Texts as a network takes them: ids for an encoder of its own, or the features of a frozen one.
+
+    >>> text = Text(torch.tensor([[1, 99]]), torch.tensor([[True, True]]), empty=Text(torch.tensor([[1, 0]]), torch.tensor([[True, False]])))
+    >>> text[[0, 0]].null().tokens
+    tensor([[1, 0],
+            [1, 0]])
+    """
+
+    tokens: Tensor  # ids int64 [N, L], or features [N, L, D]
+    mask: Tensor  # bool [N, L]: where there is a token
+    pooled: Tensor | None = None  # [N, P], a vector for the whole text
+    sizes: Tensor | None = None  # SDXL's [N, 6]: height and width, top and left of the crop, target's height and width
+    empty: Text | None = None  # one row: what the null is, the encoding of "" or of a negative prompt, without sizes
+
+    def null(self) -> Text:
+        """`empty` in every row. The sizes stay: they are of the image, not of the text. Raises ValueError without one."""
+        if self.empty is None:
+            raise ValueError("these texts have no null: `empty` is not set")
+        rows = self.empty[torch.zeros(len(self), dtype=torch.int64, device=self.empty.tokens.device)].to(self.tokens.device)
+        return replace(self, tokens=rows.tokens.to(self.tokens.dtype), mask=rows.mask, pooled=rows.pooled)
+
+    def to(self, device: str | torch.device, non_blocking: bool = False) -> Text:
+        moved = super().to(device, non_blocking)
+        return moved if self.empty is None else replace(moved, empty=self.empty.to(device, non_blocking))
+
+    def pin_memory(self) -> Text:
+        pinned = super().pin_memory()
+        return pinned if self.empty is None else replace(pinned, empty=self.empty.pin_memory())
+
+
 def concatenate(conditions: Sequence[Condition]) -> Any:
     """Conditions of one kind behind each other."""
     first, rows = conditions[0], [condition.tensors() for condition in conditions]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..errors import ConfigError
 from .conditions import Condition, class_numbers
 from .keyed_dropout import checkpointed
+from .text import CrossAttention, TextEncoder, TextSettings, start_attention_at_zero
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 
 EPSILON = 1e-6  # of every layer norm
@@ -51,18 +52,23 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the emb (adaLN-zero)."""
+    """Attention and MLP, each shifted, scaled and gated by the emb (adaLN-zero); between them, attention to a text, if any."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, mlp_epsilon: float = EPSILON) -> None:
+    def __init__(
+        self, dim: int, heads: int, mlp_ratio: float, mlp_epsilon: float = EPSILON, text: TextSettings | None = None
+    ) -> None:
         super().__init__()
         self.heads, hidden, self.mlp_epsilon = heads, int(dim * mlp_ratio), mlp_epsilon
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.modulation = nn.Linear(dim, 6 * dim)
+        self.cross = CrossAttention(dim, text) if text is not None else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb).chunk(6, dim=1)
         x = x + gate1[:, None] * self._attend(modulate(_layer_norm(x), shift1, scale1))
+        if self.cross is not None:
+            x = x + self.cross(x, tokens, mask)
         hidden = F.gelu(self.fc1(modulate(_layer_norm(x, self.mlp_epsilon), shift2, scale2)), approximate="tanh")
         return x + gate2[:, None] * self.fc2(hidden)
 
@@ -79,17 +85,17 @@ def _layer_norm(x: Tensor, epsilon: float = EPSILON) -> Tensor:
 class DiT(nn.Module):
     """x float [N, C, R, R], times float64 [N] -> float [N, C, R, R], with `learn_sigma` [N, 2 C, R, R].
 
-    `condition`: class labels, the null being the last row of the table, or None for all null. With `extra_channels`
+    `condition`: class labels, the null being the last row of the table, with `text` texts, or None for all null. With `extra_channels`
     more than C come in, behind those of the image.
 
     Raises ConfigError for settings of denoisers together with a second time.
     """
 
-    supports = frozenset({"second_time", "extra_channels"})
+    supports = frozenset({"second_time", "extra_channels", "text"})
 
     def __init__(
         self, settings: DiTSettings, resolution: int, channels: int, num_classes: int = 0, *,
-        second_time: bool = True, extra_channels: int = 0,
+        second_time: bool = True, extra_channels: int = 0, text: TextSettings | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if second_time and (settings.learn_sigma or settings.reversed_flow):
@@ -104,8 +110,9 @@ class DiT(nn.Module):
         self.time_mlp = TimeMLP(SINUSOID_DIM, dim)
         self.second_time_mlp = TimeMLP(SINUSOID_DIM, dim) if second_time else None
         self.label_embed = nn.Embedding(num_classes + settings.null_class, dim) if num_classes else None
+        self.text = TextEncoder(text, dim) if text is not None else None
         self.blocks = nn.ModuleList(
-            Block(dim, settings.num_heads, settings.mlp_ratio, settings.mlp_epsilon) for _ in range(settings.depth)
+            Block(dim, settings.num_heads, settings.mlp_ratio, settings.mlp_epsilon, text) for _ in range(settings.depth)
         )
         self.out_modulation = nn.Linear(dim, 2 * dim)
         self.out_channels = 2 * channels if settings.learn_sigma else channels
@@ -127,6 +134,7 @@ class DiT(nn.Module):
         # adaLN-zero: every block starts as the identity, the network as zero
         for layer in [block.modulation for block in self.blocks] + [self.out_modulation, self.out]:
             nn.init.zeros_(layer.weight)
+        start_attention_at_zero(self)
 
     def forward(
         self, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Condition | None = None, augment: Tensor | None = None
@@ -143,13 +151,17 @@ class DiT(nn.Module):
             if not self.has_null_class and (label == self.num_classes).any():
                 raise ConfigError("this DiT has no null class: every image needs a class, and guidance must be 1")
             emb = emb + self.label_embed(label)
+        text: tuple[Tensor, ...] = ()
+        if self.text is not None:
+            *text, pooled = self.text(condition, t)
+            emb = emb + pooled
         emb = F.silu(emb)
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
             if self.settings.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpointed(block, x, emb)
+                x = checkpointed(block, x, emb, *text)
             else:
-                x = block(x, emb)
+                x = block(x, emb, *text)
         shift, scale = self.out_modulation(emb).chunk(2, dim=1)
         x = self.out(modulate(_layer_norm(x), shift, scale))
         x = x.reshape(n, self.side, self.side, patch, patch, channels)

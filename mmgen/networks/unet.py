@@ -18,6 +18,7 @@ from .conditions import Condition, class_numbers
 from .keyed_dropout import checkpointed
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
+from .text import CrossAttention, TextEncoder, TextSettings
 from .winograd import Conv2d
 
 EPSILON = 1e-6  # of every group norm
@@ -84,11 +85,12 @@ def upsample(x: Tensor, resample: str) -> Tensor:
 
 
 class Block(nn.Module):
-    """A residual block with optional resampling and optional single-head self-attention after it."""
+    """A residual block with optional resampling, and optional single-head self-attention and attention to a text after it."""
 
     def __init__(
         self, in_channels: int, out_channels: int, emb_channels: int, dropout: float, *,
         attention: bool = False, resampling: Literal["up", "down"] | None = None, resample: str = "box",
+        text: TextSettings | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.resampling, self.resample = resampling, resample
@@ -104,14 +106,18 @@ class Block(nn.Module):
             self.norm2 = _norm(out_channels)
             self.qkv = _conv(out_channels, 3 * out_channels, 1, gain=math.sqrt(0.2))
             self.proj = _conv(out_channels, out_channels, 1, gain=1e-5)
+        self.cross = CrossAttention(out_channels, text) if attention and text is not None else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         hidden = self.conv0(self._resampled(F.silu(self.norm0(x))))
         hidden = F.silu(self.norm1(hidden + self.affine(emb)[:, :, None, None]))
         hidden = self.conv1(self.dropout(hidden))
         x = x if self.skip is None else self.skip(self._resampled(x))
         x = (x + hidden) * SKIP_SCALE
-        return (x + self._attend(x)) * SKIP_SCALE if self.attention else x
+        x = (x + self._attend(x)) * SKIP_SCALE if self.attention else x
+        if self.cross is None:
+            return x
+        return x + self.cross(x.flatten(2).transpose(1, 2), tokens, mask).transpose(1, 2).reshape(x.shape)
 
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resampling is None:
@@ -141,15 +147,15 @@ class AuxiliaryDown(nn.Module):
 class UNet(nn.Module):
     """x float [N, C, R, R], times float64 [N] -> float [N, C, R, R].
 
-    `condition`: class labels, or None for all null. `augment` float [N, augment_dim] or None for
+    `condition`: class labels, with `text` texts, or None for all null. `augment` float [N, augment_dim] or None for
     images that were not augmented. With `extra_channels` more than C come in, behind those of the image.
     """
 
-    supports = frozenset({"second_time", "augment_dim", "extra_channels"})
+    supports = frozenset({"second_time", "augment_dim", "extra_channels", "text"})
 
     def __init__(
         self, settings: UNetSettings, resolution: int, channels: int, num_classes: int = 0, augment_dim: int = 0, *,
-        second_time: bool = True, extra_channels: int = 0,
+        second_time: bool = True, extra_channels: int = 0, text: TextSettings | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.settings, self.num_classes = settings, num_classes
@@ -162,13 +168,14 @@ class UNet(nn.Module):
             self.register_buffer("frequencies", positional_frequencies(width, endpoint=True), persistent=False)
         self.label_embed = _linear(num_classes, embed_dim) if num_classes else None
         self.augment_embed = _linear(augment_dim, embed_dim, bias=False) if augment_dim else None
+        self.text = TextEncoder(text, embed_dim) if text is not None else None
         self.time_mlp = TimeMLP(embed_dim, emb)
         self.second_time_mlp = TimeMLP(embed_dim, emb) if second_time else None
         for mlp in filter(None, (self.time_mlp, self.second_time_mlp)):
             _initialise(mlp.linear0, 1.0), _initialise(mlp.linear1, 1.0)
 
         def block(in_channels: int, out_channels: int, **options) -> Block:
-            return Block(in_channels, out_channels, emb, settings.dropout, resample=settings.resample, **options)
+            return Block(in_channels, out_channels, emb, settings.dropout, resample=settings.resample, text=text, **options)
 
         # Names of the blocks are EDM's: side of the image, then place.
         self.encoder = nn.ModuleDict()
@@ -208,7 +215,7 @@ class UNet(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Tensor:
-        emb = self._embed(t, s, condition, augment)
+        emb, *text = self._embed(t, s, condition, augment)
         image, skips = x, []
         for name, module in self.encoder.items():
             if name.endswith("_conv"):
@@ -217,30 +224,36 @@ class UNet(nn.Module):
                 x = skips.pop()
                 x = image = (x + module(image)) * SKIP_SCALE
             else:
-                x = self._run(module, x, emb)
+                x = self._run(module, x, emb, *text)
             skips.append(x)
         for name, module in self.decoder.items():
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self._run(module, x, emb)
+            x = self._run(module, x, emb, *text)
         return self.out_conv(F.silu(self.out_norm(x)))
 
-    def _run(self, block: Block, x: Tensor, emb: Tensor) -> Tensor:
+    def _run(self, block: Block, *inputs: Tensor) -> Tensor:
         if self.settings.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpointed(block, x, emb)
-        return block(x, emb)
+            return checkpointed(block, *inputs)
+        return block(*inputs)
 
-    def _embed(self, t: Tensor, s: Tensor | None, condition: Condition | None, augment: Tensor | None) -> Tensor:
-        """[N, 4 model_channels] from the times, the class and the augmentation."""
+    def _embed(
+        self, t: Tensor, s: Tensor | None, condition: Condition | None, augment: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """[N, 4 model_channels] from the times, the class or text and the augmentation; of a text its tokens and their mask."""
         frequencies = self.frequencies * (2 * math.pi if self.settings.embedding == "fourier" else 1)
         emb = sinusoid(t, frequencies, sine_first=True)
         if self.label_embed is not None:
             label = class_numbers(condition, self.num_classes, t)
             one_hot = F.one_hot(label, self.num_classes + 1)[:, :-1].to(emb.dtype)
             emb = emb + self.label_embed(one_hot * math.sqrt(self.num_classes))
+        text: tuple[Tensor, ...] = ()
+        if self.text is not None:
+            *text, pooled = self.text(condition, t)
+            emb = emb + pooled
         if augment is not None:
             emb = emb + self.augment_embed(augment)
         emb = self.time_mlp(emb)
         if self.second_time_mlp is not None:
             emb = emb + self.second_time_mlp(sinusoid(s, frequencies, sine_first=True))
-        return F.silu(emb)
+        return F.silu(emb), *text

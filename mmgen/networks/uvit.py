@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from .conditions import Condition, class_numbers
 from .keyed_dropout import checkpointed
 from .dropout import Dropout
+from .text import CrossAttention, TextEncoder, TextSettings, start_attention_at_zero
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 
 EPSILON = 1e-6  # of every norm
@@ -76,13 +77,14 @@ class ConvBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, then an MLP, each on normalised tokens with the embedding's scale and shift. Starts as the identity.
+    """Self-attention, then an MLP, each on normalised tokens with the embedding's scale and shift, and between them attention to a
+    text, if any. Starts as the identity.
 
     x [N, tokens, D]; emb [N, emb_channels]. Queries and keys are normalised to root mean square 1 in each head, times a
     learned gain.
     """
 
-    def __init__(self, dim: int, emb_channels: int, settings: UViTSettings) -> None:
+    def __init__(self, dim: int, emb_channels: int, settings: UViTSettings, text: TextSettings | None = None) -> None:
         super().__init__()
         hidden = int(dim * settings.mlp_ratio)
         self.heads = dim // settings.channels_per_head
@@ -92,10 +94,13 @@ class TransformerBlock(nn.Module):
         self.key_gain = nn.Parameter(torch.ones(settings.channels_per_head))
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.dropout = Dropout(settings.dropout)
+        self.cross = CrossAttention(dim, text) if text is not None else None
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, tokens: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         scale1, shift1, scale2, shift2 = self.affine(emb)[:, None].chunk(4, dim=2)
         x = x + self._attend(_layer_norm(x) * (1 + scale1) + shift1)
+        if self.cross is not None:
+            x = x + self.cross(x, tokens, mask)
         hidden = F.gelu(self.fc1(_layer_norm(x) * (1 + scale2) + shift2), approximate="tanh")
         return x + self.fc2(self.dropout(hidden))
 
@@ -144,15 +149,15 @@ class Resampling(nn.Module):
 class UViT(nn.Module):
     """x float [N, C + extra_channels, R, R], times float64 [N] -> float [N, C, R, R].
 
-    `condition`: class labels, the null being the last row of the table, or None for all null. It takes no
+    `condition`: class labels, the null being the last row of the table, with `text` texts, or None for all null. It takes no
     augmentation label. Raises ConfigError for settings that make no network.
     """
 
-    supports = frozenset({"second_time", "extra_channels"})
+    supports = frozenset({"second_time", "extra_channels", "text"})
 
     def __init__(
         self, settings: UViTSettings, resolution: int, channels: int, num_classes: int = 0, *,
-        second_time: bool = True, extra_channels: int = 0,
+        second_time: bool = True, extra_channels: int = 0, text: TextSettings | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.settings, self.num_classes = settings, num_classes
@@ -163,6 +168,7 @@ class UViT(nn.Module):
         self.time_mlp = TimeMLP(SINUSOID_DIM, emb)
         self.second_time_mlp = TimeMLP(SINUSOID_DIM, emb) if second_time else None
         self.label_embed = nn.Embedding(num_classes + 1, emb) if num_classes else None
+        self.text = TextEncoder(text, emb) if text is not None else None
 
         self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()
         self.in_conv = nn.Conv2d((channels + extra_channels) * patch**2, widths[0], 3, padding=1)
@@ -173,7 +179,7 @@ class UViT(nn.Module):
                 self.encoder[f"{side}x{side}_block{index}"] = ConvBlock(width, emb, dropout)
             self.encoder[f"{side}x{side}_down"] = Resampling(width, widths[level + 1], "down")
         self.position = nn.Parameter(torch.empty(1, sides[-1] ** 2, widths[-1]))
-        self.transformer = nn.ModuleList(TransformerBlock(widths[-1], emb, settings) for _ in range(settings.depth))
+        self.transformer = nn.ModuleList(TransformerBlock(widths[-1], emb, settings, text) for _ in range(settings.depth))
         for level, (side, width, count) in reversed(levels):
             dropout = settings.dropout if side <= settings.dropout_resolution else 0.0
             self.decoder[f"{side}x{side}_up"] = Resampling(widths[level + 1], width, "up")
@@ -200,13 +206,14 @@ class UViT(nn.Module):
                 ends += [module.proj, module.fc2]
         for layer in ends:
             nn.init.zeros_(layer.weight)
+        start_attention_at_zero(self)
 
     def forward(
         self, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Tensor:
         if augment is not None:
             raise ValueError("UViT takes no augmentation label")
-        emb, patch = self._embed(t, s, condition), self.settings.patch_size
+        (emb, *text), patch = self._embed(t, s, condition), self.settings.patch_size
         x = self.in_conv(F.pixel_unshuffle(x, patch))
         skips = []
         for name, module in self.encoder.items():
@@ -218,7 +225,7 @@ class UViT(nn.Module):
         shape = x.shape
         x = x.flatten(2).transpose(1, 2) + self.position
         for block in self.transformer:
-            x = self._run(block, x, emb)
+            x = self._run(block, x, emb, *text)
         x = x.transpose(1, 2).reshape(shape)
         for name, module in self.decoder.items():
             x = module(x) if name.endswith("_up") else self._run(module, x, emb, skips.pop())
@@ -229,15 +236,19 @@ class UViT(nn.Module):
             return checkpointed(block, *inputs)
         return block(*inputs)
 
-    def _embed(self, t: Tensor, s: Tensor | None, condition: Condition | None) -> Tensor:
-        """[N, emb_channels] from the times and the class."""
+    def _embed(self, t: Tensor, s: Tensor | None, condition: Condition | None) -> tuple[Tensor, ...]:
+        """[N, emb_channels] from the times and the class or text; of a text its tokens and their mask."""
         dtype = self.time_mlp.linear0.weight.dtype
         emb = self.time_mlp(sinusoid(t, self.frequencies, sine_first=False).to(dtype))
         if self.second_time_mlp is not None:
             emb = emb + self.second_time_mlp(sinusoid(s, self.frequencies, sine_first=False).to(dtype))
         if self.label_embed is not None:
             emb = emb + self.label_embed(class_numbers(condition, self.num_classes, t))
-        return F.silu(emb)
+        text: tuple[Tensor, ...] = ()
+        if self.text is not None:
+            *text, pooled = self.text(condition, t)
+            emb = emb + pooled
+        return F.silu(emb), *text
 
 
 def level_widths(settings: UViTSettings, resolution: int) -> list[int]:

@@ -14,7 +14,8 @@ from ..config.sections import TrainSettings
 from ..models.build import build_model
 from ..models.config import ModelConfig
 from ..networks import blocks, checkpoint_blocks
-from ..networks.conditions import Labels
+from ..models.conditions import example
+from ..networks.conditions import Condition
 from ..networks.empty import without_weights
 from .batches import Parts
 
@@ -111,14 +112,14 @@ def estimate(
     )
 
 
-def _inputs(config: ModelConfig, count: int) -> tuple[torch.Tensor | Labels | None, ...]:
+def _inputs(config: ModelConfig, count: int) -> tuple[torch.Tensor | Condition | None, ...]:
     """What a network of this model is called with; a denoiser has no second time."""
     own_noise = config.denoiser.noise_channels if config.denoiser is not None else 0
     with torch.device("meta"):
         x = torch.empty(count, config.channels + own_noise, config.resolution, config.resolution)
         t = torch.empty(count, dtype=torch.float64)
-        condition = Labels(torch.zeros(count, dtype=torch.int64), config.num_classes) if config.num_classes else None
         augment = torch.empty(count, config.augment_dim) if config.augment_dim else None
+    condition = example(config, count, "meta")
     return x, t, t if config.denoiser is None else None, condition, augment
 
 

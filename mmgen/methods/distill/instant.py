@@ -27,7 +27,7 @@ from ...losses.moment_matching import (
     preconditioned,
     teacher_gradient,
 )
-from ...networks.conditions import Labels
+from ...models.conditions import example
 from ...training.batches import Batch, fetch
 from .matching import Matching, Noised, full_precision
 from ...training.task import Part
@@ -134,8 +134,7 @@ def choose_derivative(matching: Matching) -> tuple[Derivative, str | None]:
     teacher = matching.teacher
     z_s = torch.zeros(1, *teacher.image_shape, dtype=torch.float64, device=teacher.device)
     middle = torch.full((1,), 0.5, dtype=torch.float64, device=teacher.device)
-    classes = teacher.config.num_classes
-    condition = Labels(torch.zeros(1, dtype=torch.int64, device=teacher.device), classes) if classes else None
+    condition = example(teacher.config, 1, teacher.device)
     function = TeacherFunction(matching)
     reason = lacks_forward_mode(function.at(z_s, Noised(z_s, middle, middle, condition, torch.zeros(1))), function.parameters)
     if reason is None:
