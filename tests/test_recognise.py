@@ -10,7 +10,7 @@ import torch
 from original_files import golden_settings, golden_state, write_diffusers, write_edm2_pickle, write_edm_pickle, write_pt
 
 from mmgen.formats.reading import read
-from mmgen.formats.recognise import FAMILIES, convert, describe, family_module, family_of
+from mmgen.formats.recognise import FAMILIES, convert, describe, family_of
 from mmgen.errors import ConfigError, ModelError
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2), "b.weight": torch.full((2,), 0.5).half()}
@@ -51,8 +51,8 @@ def test_families(tmp_path):
     assert family_of(read(write_pt(tmp_path / "a.pt", STATE))) is None
     with pytest.raises(ModelError, match="of no family that mmgen knows"):
         convert(read(tmp_path / "a.pt"))
-    for family in FAMILIES:
-        assert family == "mmgen" or callable(family_module(family).convert)
+    for name, family in FAMILIES.items():
+        assert name == "mmgen" or callable(family.module.convert)
 
 
 def test_describing(tmp_path):

@@ -65,7 +65,7 @@ def convert(
     done = convert_file(place, out, options, to=to, weights=weights, overwrite=overwrite)
     config = done.config
     rows: dict[str, Any] = {
-        "family": FAMILIES[done.family],
+        "family": FAMILIES[done.family].title,
         "draws": f"{config.channels} x {config.resolution} x {config.resolution}"
         + (f", {config.num_classes} classes" if config.num_classes else ", without classes"),
         "tensors": f"{done.used:,} used, {len(done.left_out):,} left out",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .family import Converted, ConvertOptions
 from .reading import Found, read
-from .recognise import FAMILIES, convert, family_module, family_of, provenance
+from .recognise import FAMILIES, convert, family_of, provenance
 from ..errors import ConfigError, ModelError, nearest
 from ..system.files import remove_leftovers, replacing
 from ..report.model_card import model_card
@@ -76,7 +76,7 @@ def convert_file(
         save_model(out, converted.config, converted.state)
         return _written(out, card, converted, found)
     if to == "pt":
-        state = family_module(converted.family).original_state(converted.config, converted.state)
+        state = FAMILIES[converted.family].module.original_state(converted.config, converted.state)
         with replacing(out) as temporary:
             save_torch(state, temporary)
         return _written(out, None, converted, found)

@@ -4,49 +4,48 @@ from __future__ import annotations
 
 from collections import Counter
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import __version__
 from ..errors import ConfigError, ModelError, nearest
+from . import adm, diffusers, dit, edm, edm2, imm
 from .family import Converted, ConvertOptions
 from .reading import Found
 
-FAMILIES = {  # a family's word, also of Converted.family -> in words
-    "mmgen": "mmgen's own",
-    "imm": "Inductive Moment Matching (lumaai/imm)",
-    "edm": "EDM (NVlabs/edm)",
-    "edm2": "EDM2 (NVlabs/edm2)",
-    "adm": "ADM (openai/guided-diffusion)",
-    "consistency": "consistency models (openai/consistency_models)",
-    "dit": "DiT (facebookresearch/DiT)",
-    "sit": "SiT (willisma/SiT)",
-    "repa": "REPA (sihyun-yu/REPA)",
-    "diffusers-unet2d": "UNet2DModel of diffusers",
-    "diffusers-dit": "DiT of diffusers",
+class Family(NamedTuple):
+    title: str
+    module: ModuleType | None = None  # with `matches`, `convert` and `original_state`; None: mmgen's own
+
+
+# A further family is a file and a line here. The modules are asked in this order; families of one module, by `_told_apart`.
+FAMILIES = {  # by name, which is also Converted.family
+    "mmgen": Family("mmgen's own"),
+    "imm": Family("Inductive Moment Matching (lumaai/imm)", imm),
+    "edm2": Family("EDM2 (NVlabs/edm2)", edm2),
+    "edm": Family("EDM (NVlabs/edm)", edm),
+    "diffusers-unet2d": Family("UNet2DModel of diffusers", diffusers),
+    "diffusers-dit": Family("DiT of diffusers", diffusers),
+    "dit": Family("DiT (facebookresearch/DiT)", dit),
+    "sit": Family("SiT (willisma/SiT)", dit),
+    "repa": Family("REPA (sihyun-yu/REPA)", dit),
+    "adm": Family("ADM (openai/guided-diffusion)", adm),
+    "consistency": Family("consistency models (openai/consistency_models)", adm),
 }
 UNSUPPORTED = {"lightningdit": "LightningDiT (hustvl/LightningDiT)"}  # recognised, so that it is not taken for another
 _PRECISIONS = ("fp32", "fp16")
 
 
-def family_module(family: str) -> ModuleType:
-    """The module with `matches`, `convert` and `original_state` of a family."""
-    from . import adm, diffusers, dit, edm, edm2, imm
-
-    modules = {"imm": imm, "edm": edm, "edm2": edm2, "adm": adm, "consistency": adm, "dit": dit, "sit": dit, "repa": dit}
-    return modules[family] if family in modules else {"diffusers-unet2d": diffusers, "diffusers-dit": diffusers}[family]
-
-
 def family_of(found: Found) -> str | None:
-    """A word of FAMILIES, from the names of the tensors and what the file says; None for a file that is of none of them.
+    """A name in FAMILIES, from the names of the tensors and what the file says; None for a file that is of none of them.
 
     ADM and consistency models have the same names: told by the channels that they put out (ADM's learn a variance too).
     DiT and SiT have the same names and shapes: "dit" unless the file says otherwise, and `convert` then asks.
     """
     if "mmgen" in found.arguments:
         return "mmgen"
-    for family in ("imm", "edm2", "edm", "diffusers-unet2d", "dit", "adm"):
-        if family_module(family).matches(found):
-            return _told_apart(family, found)
+    for name, family in FAMILIES.items():
+        if family.module is not None and family.module.matches(found):
+            return _told_apart(name, found)
     return None
 
 
@@ -88,17 +87,17 @@ def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Convert
         )
     if family is None:
         first = ", ".join(ascii(key[:60])[1:-1] for key in list(found.tensors)[:3])
-        known = ", ".join(text for word, text in FAMILIES.items() if word != "mmgen")
+        known = ", ".join(known.title for name, known in FAMILIES.items() if name != "mmgen")
         raise ModelError(f"{found.path} is of no family that mmgen knows (its tensors: {first} ...); known: {known}")
     if options.guide_all and family not in ("dit", "sit"):
         raise ConfigError(f"--guide-all is for DiT and SiT files, and {found.path} is none: leave it out")
     if (options.heads or options.classes) and family not in ("dit", "sit", "repa", "imm"):
         raise ConfigError(f"--heads and --classes are for DiT and its kin, and {found.path} says these itself: leave them out")
     try:
-        return family_module(family).convert(found, options)
+        return FAMILIES[family].module.convert(found, options)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise ModelError(
-            f"{found.path} says of its network what {FAMILIES[family]} never does ({type(error).__name__}: {str(error)[:100]})"
+            f"{found.path} says of its network what {FAMILIES[family].title} never does ({type(error).__name__}: {str(error)[:100]})"
         ) from error
 
 
@@ -148,7 +147,7 @@ def describe(found: Found, options: ConvertOptions = ConvertOptions()) -> dict[s
     except ModelError as error:
         return rows | {"mmgen can": [f"not convert it: {error}"]}
     config = converted.config
-    rows["family"] = FAMILIES[converted.family]
+    rows["family"] = FAMILIES[converted.family].title
     shape = {"resolution": config.resolution, "channels": config.channels, "num_classes": config.num_classes}
     rows["left out"] += [f"{key}: {reason}" for key, reason in converted.left_out.items()]
     rows |= {"assumed": list(converted.assumed), "sampling": list(converted.sampled)}
@@ -163,7 +162,7 @@ def _family_words(found: Found, family: str | None) -> str:
     name = str(config.get("_class_name", "")) if isinstance(config, dict) else ""
     if family in ("diffusers-unet2d", "diffusers-dit") and name and name != "UNet2DModel" and not is_dit(config):
         return f"{ascii(name)[1:-1]} of diffusers"
-    return {**FAMILIES, **UNSUPPORTED}.get(family, "unknown")
+    return FAMILIES[family].title if family in FAMILIES else UNSUPPORTED.get(family, "unknown")
 
 
 def _shape(config: dict[str, Any]) -> dict[str, Any]:
