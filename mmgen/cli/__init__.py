@@ -8,8 +8,10 @@ from __future__ import annotations
 import typer
 
 from .. import __version__
-from . import cache_latents, compare, convert, distill, fid, push, sample, train_imm, train_teacher
+from ..methods import METHODS
+from . import cache_latents, compare, convert, fid, push, sample
 from .help import Command, Group
+from .training import training_command
 
 app = typer.Typer(
     name="mmgen",
@@ -38,7 +40,7 @@ def _mmgen(
 
 
 COMMANDS = {
-    "train-imm": train_imm.train_imm, "train-teacher": train_teacher.train_teacher, "distill": distill.distill,
+    **{name: training_command(method) for name, method in METHODS.items()},
     "sample": sample.sample, "fid": fid.fid, "convert": convert.convert, "inspect": convert.inspect,
     "cache-latents": cache_latents.cache_latents, "push": push.push, "compare": compare.compare,
 }  # fmt: skip

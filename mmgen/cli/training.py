@@ -1,144 +1,67 @@
-"""What the training commands share: from options to settings, the tables that a person reads, the run itself."""
+"""The training commands, made of the methods' records by one factory; the tables that a person reads, the run itself."""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import inspect
 import os
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import ConfigError, shortened
+from ..errors import ConfigError
+from ..methods.method import Method
+from . import training_options as option
+from .options import check_device
 from .progress import progress_bar
 from .training_report import TrainingReport
 
 if TYPE_CHECKING:
     from ..config.sections import RunSettings
-    from ..data import DataShape
-    from ..models.config import ModelConfig
-    from ..training.cost import Work
+    from ..methods.choosing import Chosen
     from ..training.task import Outcome
 
 
-_PLACES = {"data.name", "teacher.name", "train.init"}  # settings that can be a path
+def training_command(method: Method) -> Callable[..., None]:
+    """The command of a method, for typer: its own options, then those that all methods share."""
 
+    def command(**given: Any) -> None:
+        changes = {**option.shared_changes(given), **option.own_changes(method.options, given)}
+        seconds = seconds_of(given["max_time"])
+        check_device(given["device"])
 
-@dataclass(frozen=True)
-class Chosen:
-    """What a command line means."""
+        from ..config.sections import parse_assignment
+        from ..methods.choosing import choose
 
-    preset: str
-    config: Any  # all settings
-    base: Any  # the preset's own
-    folder: Path  # of the run
-    note: str = ""  # why this preset was chosen
+        assignments = dict(parse_assignment(text) for text in given["set_"] or [])
+        chosen = choose(method, assignments, changes, preset=given["preset"], file=given["config"], out=given["out"])
+        notes = method.training().notes(chosen.config)
+        if is_main():
+            show_config(chosen, given["verbose"] or given["dry_run"])
+            for note in notes:
+                show(f"note: {note}", stderr=True)
+        if not given["dry_run"]:
+            run(method, chosen, device=given["device"], max_seconds=seconds)
+        elif is_main():
+            show_cost(method, chosen.config)
+
+    own = {one.name: (option.own_option(one, method.heading), None) for one in method.options}
+    shared = {name: option for name, option in option.SHARED.items() if name not in (*own, *method.without)}
+    command.__name__ = method.name.replace("-", "_")
+    command.__doc__ = inspect.cleandoc(method.help)
+    command.__annotations__ = {name: kind for name, (kind, _) in (own | shared).items()}
+    command.__signature__ = inspect.Signature([
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in (own | shared).items()
+    ])  # fmt: skip
+    return command
 
 
 def is_main() -> bool:
     """Whether this process speaks: one of those that `accelerate launch` starts does."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def choose(
-    command: str,
-    config_class: type,
-    resolve: Callable[..., Any],
-    data_presets: dict[str, str],
-    *,
-    preset: str | None,
-    file: Path | None,
-    assignments: Sequence[str] | None,
-    changes: dict[str, Any],
-    out: Path | None,
-    own_presets: dict[int, str] | None = None,
-) -> Chosen:
-    """The settings and the folder. Precedence: preset, --config, --set, other options. Raises ConfigError.
-
-    Args:
-        command: as typed, such as "train-imm".
-        config_class, resolve: of the command's config module.
-        data_presets: the preset of each data word that has one of its own; without --data it is that of digits.
-        preset, file, assignments, out: --preset, --config, --set, --out.
-        changes: what other options set, by dotted key.
-        own_presets: by resolution, those for data that have none of their own.
-    """
-    from ..config.sections import merge, nest, parse_assignment, preset_names, read_preset, read_toml
-
-    over = read_toml(file, command) if file else {}
-    over = merge(over, nest(dict(parse_assignment(text) for text in assignments or []), config_class))
-    over = merge(over, nest(changes, config_class))
-    note = ""
-    if preset is None:
-        word = over.get("data", {}).get("name", "digits")
-        if isinstance(word, str) and word in data_presets:
-            preset = data_presets[word]
-        elif isinstance(word, str) and own_presets and not is_latents(word):
-            preset, over, note = _for_own_images(over, own_presets)
-        else:
-            names = ", ".join(preset_names(command))
-            raise ConfigError(f"no preset belongs to the data {shortened(word)}: choose one with --preset, of {names}")
-    table = read_preset(preset, command)
-    config, base = resolve(table, over), resolve(table)
-    return Chosen(preset, config, base, out or Path("runs") / default_name(preset, config, base), note)
-
-
-def is_latents(word: str) -> bool:
-    from ..data.resolve import find_latents
-
-    return find_latents(word) is not None
-
-
-def _for_own_images(over: dict[str, Any], own_presets: dict[int, str]) -> tuple[str, dict[str, Any], str]:
-    """The preset for images that have none of their own, the settings with class labels where there are some, and a note."""
-    from ..config.sections import READING, DataSettings, merge
-    from ..data.survey import survey
-    from ..system.schema import from_dict
-
-    data = from_dict(DataSettings, over["data"], "data")
-    found = survey(data.name, **{key: getattr(data, key) for key in READING if key != "on_corrupt"})
-    small, large = sorted(own_presets)
-    size = small if (data.resolution or found.side) < (small + large) / 2 else large
-    labels = found.classes > 1 and over["data"].get("conditional", True)
-    over = merge({"data": {"conditional": labels}}, over)
-    classes = f"{found.classes:,} classes" if found.classes > 1 else "no classes"
-    note = (
-        f"{data.name}: {found.images:,} images, {classes}, about {found.side:,} pixels: preset {own_presets[size]}, for "
-        f"{data.resolution or size}x{data.resolution or size} pixels{' and with class labels' if labels else ''}; another with --preset"
-    )
-    return own_presets[size], over, note
-
-
-def default_name(preset: str, config: Any, base: Any) -> str:
-    """PRESET, or PRESET-XXXXXX where settings that matter to the weights differ from the preset's."""
-    free = ("run.",) if config.optimizer.decay != "none" else ("run.", "train.max_images")
-    different = {key: value for key, value in differences(config, base).items() if not key.startswith(free)}
-    if not different:
-        return preset
-    for key in _PLACES & different.keys():
-        different[key] = _one_spelling(different[key])
-    return f"{preset}-{hashlib.sha256(json.dumps(different, sort_keys=True).encode()).hexdigest()[:6]}"
-
-
-def _one_spelling(place: str) -> str:
-    """The same for `data/x`, `data/x/` and their absolute path, so that a run is found again however its files are named."""
-    if not os.path.exists(os.path.expanduser(place)):
-        return place  # a name
-    path = os.path.abspath(os.path.expanduser(place))
-    inside = os.path.relpath(path)
-    return path if inside.startswith(os.pardir) else inside
-
-
-def differences(config: Any, base: Any) -> dict[str, Any]:
-    """The settings of `config` that are not those of `base`, by dotted key."""
-    from ..system.schema import flatten
-
-    old = dict(flatten(base.to_dict()))
-    return {key: value for key, value in flatten(config.to_dict()) if key not in old or old[key] != value}
 
 
 def seconds_of(text: str | None) -> float:
@@ -155,33 +78,20 @@ def seconds_of(text: str | None) -> float:
     return seconds
 
 
-def run(
-    train: Callable[..., Outcome],
-    chosen: Chosen,
-    *,
-    device: str,
-    max_seconds: float,
-    watch: str = "loss",
-    next_commands: Sequence[str],
-    more: Callable[[dict[str, Any]], None] | None = None,
-) -> None:
-    """Trains with a bar or JSON lines, shows the outcome, and ends with the status of the signal that stopped it, if one did.
+def run(method: Method, chosen: Chosen, *, device: str, max_seconds: float) -> None:
+    """Trains with a bar or JSON lines, shows the outcome, and ends with the status of the signal that stopped it, if one did."""
+    from ..methods.run import train
 
-    Args:
-        train: of a method, such as `methods.imm.train_imm`.
-        watch: the logged number that the bar shows.
-        next_commands, more: see `show_outcome`.
-    """
-    report = TrainingReport(visible=is_main(), watch=watch)
+    report = TrainingReport(visible=is_main(), watch=method.training().watch(chosen.config))
     try:
         outcome = train(
-            chosen.config, chosen.folder, report, device=device, max_seconds=max_seconds,
+            method, chosen.config, chosen.folder, report, device=device, max_seconds=max_seconds,
             data_progress=lambda: progress_bar("decoding", 1),
         )  # fmt: skip
     finally:
         report.stop()
     if is_main():
-        show_outcome(outcome, chosen, next_commands, more)
+        show_outcome(outcome, chosen, method)
     if outcome.signal is not None:
         raise typer.Exit(128 + outcome.signal)
 
@@ -208,6 +118,8 @@ def show(content: Any, stderr: bool = False) -> None:
 
 def show_config(chosen: Chosen, whole: bool = False) -> None:
     """What will be trained, in a few lines; `whole`: all settings, a row per section, those that differ from the preset marked."""
+    from ..methods.choosing import differences
+
     changed = differences(chosen.config, chosen.base)
     if chosen.note:
         show(chosen.note, stderr=True)
@@ -252,15 +164,8 @@ def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def show_cost(config: Any, model_config_of: Callable[[DataShape], ModelConfig], work: Work, group_size: int = 1) -> None:
-    """The table of a dry run: the data, what a step costs, the memory of a device.
-
-    Args:
-        config: with data, train and run.
-        model_config_of: what is trained on data of this shape.
-        work: what a step does.
-        group_size: as the method's Task has it.
-    """
+def show_cost(method: Method, config: Any) -> None:
+    """The table of a dry run: the data, what a step costs, the memory of a device."""
     from rich.table import Column, Table
 
     from ..errors import DataError
@@ -269,6 +174,9 @@ def show_cost(config: Any, model_config_of: Callable[[DataShape], ModelConfig], 
     from ..training.sharding import asks_for_shards
     from ..training.start import expected_shape, load_data
 
+    training = method.training()
+    source, config = training.find(config, "cpu")
+    work, group_size = training.work(config)
     try:
         with progress_bar("decoding", 1) as progress:
             dataset = load_data(config.data, progress)
@@ -281,7 +189,7 @@ def show_cost(config: Any, model_config_of: Callable[[DataShape], ModelConfig], 
     auto, checkpointing = config.run.batch_per_device == "auto", config.run.gradient_checkpointing
     # auto is found on the devices when the run begins; here it is shown for one group in a pass, which is the least
     parts = share_batch(train.batch_size, group_size, processes, group_size if auto else config.run.batch_per_device)
-    model_config = model_config_of(shape)
+    model_config = training.model_config(config, shape, source)
     sharded = processes > 1 and asks_for_shards()
     cost = estimate(train, model_config, parts, work, sharded, checkpointing)
     gib, size, networks = 1024**3, shape.resolution, work.trained + work.frozen + work.whole
@@ -305,13 +213,8 @@ def show_cost(config: Any, model_config_of: Callable[[DataShape], ModelConfig], 
     show(table)
 
 
-def show_outcome(
-    outcome: Outcome, chosen: Chosen, next_commands: Sequence[str], more: Callable[[dict[str, Any]], None] | None = None
-) -> None:
-    """The table of figures, where things are, and what to type next.
-
-    more: shows what else a method has in its results, behind the table.
-    """
+def show_outcome(outcome: Outcome, chosen: Chosen, method: Method) -> None:
+    """The tables of scores, where things are, and what to type next."""
     folder = chosen.folder
     if outcome.signal is not None:
         show(f"stopped at {outcome.images:,} images and saved: the same command resumes", stderr=True)
@@ -319,12 +222,13 @@ def show_outcome(
     results = outcome.results or {}
     if results.get("values"):
         _show_figures(results)
-    if more is not None:
-        more(results)
+    if results.get("comparison"):
+        _show_comparison(results["comparison"])
     show(f"trained on {outcome.images:,} images in {results.get('seconds', 0) / 60:.1f} minutes")
     pictures = [folder / name for name in ("samples.png", "curves.png") if (folder / name).is_file()]
     show(f"pictures:  {'  '.join(map(str, pictures))}")
     show(f"model:     {folder / 'model.safetensors'}")
+    next_commands = [line.format(folder=shlex.quote(str(folder))) for line in method.next_commands]
     for i, line in enumerate([*next_commands, fid_command(folder, results, chosen.config.run)]):
         show(f"{'next:' if i == 0 else '':11}{line}")
 
@@ -351,3 +255,15 @@ def _show_figures(results: dict[str, Any]) -> None:
         show(f"Real against real: two halves of the data, {results['reference'] // 2:,} images each.")
     if title.startswith("FD-pixels"):
         show("FD-pixels is the Fréchet distance of raw pixels, not FID.")
+
+
+def _show_comparison(comparison: dict[str, Any]) -> None:
+    """The table of teacher and student."""
+    table, rows = table_of("", "sampler", "steps", "evaluations", comparison["figure"]), comparison["rows"]
+    for i, row in enumerate(rows):
+        best = " at its best" if i == comparison["best"] else ""
+        table.add_row(
+            row["who"] + best, row["sampler"], str(row["steps"]), str(row["evaluations"]), f"{row['value']:.3f}",
+            end_section=i + 1 < len(rows) and rows[i + 1]["who"] != row["who"],
+        )  # fmt: skip
+    show(table)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..errors import ConfigError, nearest
+from ..methods.method import Option
 from .options import COUNT, DEVICE, NUMBER, home
 
 _images = partial(typer.Option, rich_help_panel="Images")
@@ -70,7 +73,19 @@ Compile = Annotated[bool | None, _running("--compile/--no-compile", help="Use to
 DryRun = Annotated[bool, _running("--dry-run", help="Show settings, memory and cost; train nothing.")]
 Verbose = Annotated[bool, _running("--verbose", help="Show all settings before training.")]
 
-# The options that are single settings. Commands call them alike.
+# Of every training command, in the order of its help, with their defaults
+SHARED: dict[str, tuple[Any, Any]] = {
+    "data": (Data, None), "resolution": (Resolution, None), "channels": (Channels, None), "conditional": (Conditional, None),
+    "split": (Split, None), "subset": (Subset, None), "revision": (Revision, None), "image_column": (ImageColumn, None),
+    "label_column": (LabelColumn, None), "follow_links": (FollowLinks, None), "on_corrupt": (OnCorrupt, None),
+    "preset": (Preset, None), "config": (ConfigFile, None), "set_": (Set, None), "init": (Init, None), "batch_size": (BatchSize, None),
+    "lr": (LearningRate, None), "max_images": (MaxImages, None), "max_time": (MaxTime, None), "seed": (Seed, None),
+    "precision": (Precision, None), "checkpoint_every": (CheckpointEvery, None), "preview_every": (PreviewEvery, None),
+    "eval_every": (EvalEvery, None), "eval_num": (EvalNum, None), "log_with": (LogWith, None), "out": (Out, None),
+    "device": (Device, "auto"), "batch_per_device": (BatchPerDevice, None), "compile": (Compile, None),
+    "dry_run": (DryRun, False), "verbose": (Verbose, False),
+}  # fmt: skip
+# Those that are single settings
 _SETTINGS = {
     "data": "data.name", "resolution": "data.resolution", "channels": "data.channels", "split": "data.split",
     "on_corrupt": "data.on_corrupt", "conditional": "data.conditional", "image_column": "data.image_column",
@@ -91,4 +106,23 @@ def shared_changes(given: dict[str, Any]) -> dict[str, Any]:
         changes["run.batch_per_device"] = int(count)
     if given.get("log_with") is not None:
         changes["run.log_with"] = given["log_with"].split(",")
+    return changes
+
+
+def own_option(option: Option, heading: str) -> Any:
+    """The type of an option that a method has beside the shared ones."""
+    extra = COUNT if option.kind is int else NUMBER if option.kind is float else {"metavar": option.metavar}
+    return Annotated[option.kind | None, typer.Option(rich_help_panel=option.group or heading, help=option.help, **extra)]
+
+
+def own_changes(options: Sequence[Option], given: dict[str, Any]) -> dict[str, Any]:
+    """A method's own options among a command's arguments, as settings by dotted key. Raises ConfigError for an unknown word."""
+    changes = {}
+    for option in options:
+        value = given.get(option.name)
+        if value is None:
+            continue
+        if option.choices and value not in option.choices:
+            raise ConfigError(f"unknown --{option.name.replace('_', '-')} {value!r}: {nearest(value, option.choices)}")
+        changes[option.setting] = home(value) if option.is_path else value
     return changes

@@ -31,6 +31,8 @@ MOST_ENTRIES = 32  # averages of the weights, and numbers of steps measured
 MOST_POINTS = 500  # of one line of such a file
 DEEPEST = 10  # tables and lists in each other
 _COMMAND = "command"  # the key of a TOML file that says for which command it is
+# Keys of a preset beside: the preset that it changes, the names of the data that it is for, the size of any other images that it is for
+_EXTENDS, _FOR, _SIZE = "extends", "for", "size"
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,17 @@ class RunSettings:
 
 @cache
 def _presets() -> dict[str, dict[str, Any]]:
+    """All presets, each with what it takes over from the one that it extends; what data that is for, it does not take over."""
     files = [file for file in resources.files("mmgen.presets").iterdir() if file.name.endswith(".toml")]
-    return {file.name.removesuffix(".toml"): tomllib.loads(file.read_text("utf-8")) for file in files}
+    own = {file.name.removesuffix(".toml"): tomllib.loads(file.read_text("utf-8")) for file in files}
+
+    def whole(name: str) -> dict[str, Any]:
+        if _EXTENDS not in own[name]:
+            return own[name]
+        inherited = {key: value for key, value in whole(own[name][_EXTENDS]).items() if key not in (_FOR, _SIZE)}
+        return merge(inherited, {key: value for key, value in own[name].items() if key != _EXTENDS})
+
+    return {name: whole(name) for name in own}
 
 
 def preset_names(command: str | None = None) -> list[str]:
@@ -113,11 +124,23 @@ def preset_names(command: str | None = None) -> list[str]:
     return sorted(name for name, table in _presets().items() if command in (None, table.get(_COMMAND)))
 
 
+def preset_for(command: str, data: str) -> str | None:
+    """The preset of a command that is for the data of this name; None where there is none."""
+    return next((name for name in preset_names(command) if data in _presets()[name].get(_FOR, ())), None)
+
+
+def presets_by_size(command: str) -> dict[int, str]:
+    """The presets of a command for images of one's own, by the size of the images, ascending."""
+    found = {_presets()[name][_SIZE]: name for name in preset_names(command) if _SIZE in _presets()[name]}
+    return dict(sorted(found.items()))
+
+
 def read_preset(name: str, command: str | None = None) -> dict[str, Any]:
     """The table of a preset, or ConfigError with the names that there are for the command."""
     table = _presets().get(name)
     if table is None:
         raise ConfigError(f"unknown preset {name!r}: {nearest(name, preset_names(command))}")
+    table = {key: value for key, value in table.items() if key not in (_FOR, _SIZE)}
     return _for_command(table, command, f"the preset {name}")
 
 

@@ -1,10 +1,9 @@
-"""`mmgen distill`: a few-step student of a diffusion teacher by moment matching (arXiv:2406.04103), from settings to a run."""
+"""Moment matching distillation (arXiv:2406.04103), from settings to what the training loop needs."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ...data import Dataset
+from ...data import Dataset, DataShape
 from ...data.latents import LatentDataset
 from ...data.resolve import locate
 from ...models.denoiser import Denoiser
 from ...config.sections import READING, DataSettings
-from ...config.distill import DistillConfig, settled, student_denoiser, student_network, student_schedule
-from ...errors import ConfigError
+from ...config.distill import DistillConfig, resolve, settled, student_denoiser, student_network, student_schedule
+from ...errors import ConfigError, MmgenError
 from ...models.build import AnyModel
 from ...models.config import ModelConfig, SamplingSettings
+from ...models.files import find_model, read_config
 from ...networks import checkpoint_blocks, widen_input, without_augment
 from ...report.push import CONVERTED
 from ...sampling.drawing import check_defaults
@@ -31,8 +31,9 @@ from ...training.inputs import Inputs
 from .instant import GROUP, MOMENT_BATCHES, MOMENT_PASS, choose_derivative, data_second_moments, instant_parts
 from .matching import Matching
 from ...training.sharding import is_sharded
-from ...training.start import DataProgress, load_shared, make_accelerator, run_training
-from ...training.task import Outcome, Reporter, Task
+from ...training.cost import ALTERNATING, INSTANT
+from ...training.task import Reporter, Task
+from ..method import Start, Training
 
 if TYPE_CHECKING:
     from ...training.figures import Scorer
@@ -40,41 +41,19 @@ if TYPE_CHECKING:
 DISTILLED = "distilled"  # entry of ModelConfig.training that says what a student is a student of
 
 
-def distill(
-    config: DistillConfig,
-    out: Path,
-    reporter: Reporter,
-    *,
-    device: str = "auto",
-    max_seconds: float = math.inf,
-    data_progress: DataProgress = contextlib.nullcontext,
-) -> Outcome:
-    """Distils, or resumes, a student in the folder `out`. Arguments and errors are those of `start.run_training`."""
-    accelerator = make_accelerator(config.train, config.run, out, device)
-    named = bool(config.data.name)
-    teacher, config = find_teacher(config, accelerator.device)
-    # The classes are compared below, where the message can say what they are compared with
-    anything = replace(config.data, num_classes=None)
-    dataset = load_shared(anything, reporter, data_progress)
-    check_data(teacher, dataset, reporter.note)
-    if not named:
-        check_same_data(teacher, config.data, dataset)
-    model_config = student_model_config(config, teacher, dataset)
-    reporter.note(description(config, teacher))
-    return run_training(
-        "distill", config, dataset,
-        lambda accelerator: distill_task(config, teacher, model_config, dataset, reporter, accelerator),
-        accelerator=accelerator, out=out, reporter=reporter, max_seconds=max_seconds,
-    )  # fmt: skip
-
-
 def find_teacher(config: DistillConfig, device: Any = "cpu") -> tuple[Teacher, DistillConfig]:
     """The teacher on the device, and the config with what follows from it. Raises ConfigError and ModelError."""
-    if not config.teacher.name:
-        raise ConfigError("a student needs a teacher: name a file, a run folder or a hub repository with --teacher")
+    _needs_teacher(config)
     teacher = load_teacher(config.teacher.name, device)
     own = replace(teacher.model.config, data=_data_of(teacher.model.config))
     return teacher, settled(config, own, teacher.sha256, teacher.has_null_class)
+
+
+def _needs_teacher(config: DistillConfig) -> list[str]:
+    """Raises ConfigError where no teacher is named."""
+    if not config.teacher.name:
+        raise ConfigError("a student needs a teacher: name a file, a run folder or a hub repository with --teacher")
+    return []
 
 
 def _data_of(teacher: ModelConfig) -> str:
@@ -119,12 +98,12 @@ def check_data(teacher: Teacher, dataset: Dataset | LatentDataset, note: Callabl
         )
 
 
-def student_model_config(config: DistillConfig, teacher: Teacher, dataset: Dataset | LatentDataset | None = None) -> ModelConfig:
+def student_model_config(config: DistillConfig, teacher: Teacher, shape: DataShape | None = None) -> ModelConfig:
     """What the student's file says of itself. config: settled."""
     own, student, loss = teacher.model.config, config.student, config.loss
     names, counts = own.class_names, own.class_counts
-    if dataset is not None and own.num_classes:
-        names, counts = names or dataset.class_names, counts or dataset.class_counts
+    if shape is not None and own.num_classes:
+        names, counts = names or shape.class_names, counts or shape.class_counts
     origin = {
         "teacher": teacher.name, "sha256": teacher.sha256, "method": loss.method, "steps": student.steps,
         "guidance": config.teacher.guidance,
@@ -289,3 +268,38 @@ class Comparison:
         ways = [*many, self.few[0], report.Drawn("student", model, self.steps)]
         with self._teacher_at_hand():
             return report.side_by_side(ways, self.dataset, seed, self.shown, scores | self.scores, self.work)
+
+
+def _check(start: Start) -> None:
+    check_data(start.source, start.dataset, start.reporter.note)
+    if not start.asked.data.name:
+        check_same_data(start.source, start.config.data, start.dataset)
+
+
+def _task(start: Start) -> Task:
+    start.reporter.note(description(start.config, start.source))
+    return distill_task(start.config, start.source, start.model_config, start.dataset, start.reporter, start.accelerator)
+
+
+def _data_of_teacher(table: dict[str, Any]) -> tuple[str, int | None]:
+    """The data that the teacher's file names, and the size of its images; nothing of another project's file, which is not read."""
+    try:
+        model = read_config(find_model(str(table.get("teacher", {}).get("name", ""))))
+    except MmgenError:
+        return "", None
+    return model.data, model.resolution
+
+
+TRAINING = Training(
+    config=DistillConfig,
+    resolve=resolve,
+    model_config=student_model_config,
+    task=_task,
+    work=lambda config: (ALTERNATING, 1) if config.loss.method == "alternating" else (INSTANT, GROUP),
+    find=find_teacher,
+    data=lambda config: replace(config.data, num_classes=None),  # `check_data` compares the classes with the teacher's
+    check=_check,
+    notes=_needs_teacher,
+    word_of_data=_data_of_teacher,
+    watch=lambda config: "moment_gap" if config.loss.method == "alternating" else "loss",
+)

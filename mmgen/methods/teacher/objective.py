@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..training.augment import AUGMENT_DIM
-from ..config.sections import check_network
-from ..data import DataShape
-from ..models.denoiser import Denoiser
-from ..diffusion.preconditioning import preconditioning
-from ..diffusion.process import per_image
-from ..errors import ConfigError
-from ..models.latents import LatentSettings
-from ..losses.denoising import LEVELS, draw_sigma, level_edges, weight
-from ..models.build import check_weights
-from ..models.config import ModelConfig
-from ..system.random import keys, normal, torch_seed, uniform
-from ..sampling.drawing import check_defaults
-from ..config.teacher import TeacherConfig
-from ..training.batches import Batch
-from ..training.inputs import Inputs
-from ..training.start import DataProgress, load_shared, make_accelerator, run_training
-from ..training.task import Outcome, Part, Reporter, Task
+from ...training.augment import AUGMENT_DIM
+from ...config.sections import check_network
+from ...data import DataShape
+from ...models.denoiser import Denoiser
+from ...diffusion.preconditioning import preconditioning
+from ...diffusion.process import per_image
+from ...errors import ConfigError
+from ...models.latents import LatentSettings
+from ...losses.denoising import LEVELS, draw_sigma, level_edges, weight
+from ...models.build import check_weights
+from ...models.config import ModelConfig
+from ...system.random import keys, normal, torch_seed, uniform
+from ...sampling.drawing import check_defaults
+from ...config.teacher import TeacherConfig, resolve
+from ...training.batches import Batch
+from ...training.inputs import Inputs
+from ...training.cost import DENOISING
+from ...training.task import Part, Task
+from ..method import Training
 
 _NOISE, _TIME = 120, 121  # purposes of random numbers, drawn with the seed and the number of the image
 
@@ -116,20 +114,11 @@ def by_level(value: Tensor, level: Tensor) -> Tensor:
     return both.new_zeros(2, LEVELS).index_add_(1, level, both)
 
 
-def train_teacher(
-    config: TeacherConfig,
-    out: Path,
-    reporter: Reporter,
-    *,
-    device: str = "auto",
-    max_seconds: float = math.inf,
-    data_progress: DataProgress = contextlib.nullcontext,
-) -> Outcome:
-    """Trains, or resumes, a teacher in the folder `out`. Arguments and errors are those of `start.run_training`."""
-    accelerator = make_accelerator(config.train, config.run, out, device)
-    dataset = load_shared(config.data, reporter, data_progress)
-    model_config = teacher_model_config(config, dataset.shape)
-    return run_training(
-        "train-teacher", config, dataset, lambda accelerator: teacher_task(config, model_config),
-        accelerator=accelerator, out=out, reporter=reporter, max_seconds=max_seconds,
-    )  # fmt: skip
+
+TRAINING = Training(
+    config=TeacherConfig,
+    resolve=resolve,
+    model_config=lambda config, shape, source: teacher_model_config(config, shape),
+    task=lambda start: teacher_task(start.config, start.model_config),
+    work=lambda config: (DENOISING, 1),
+)

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..training.augment import AUGMENT_DIM
-from ..config.sections import check_network
-from ..data import DataShape
-from ..diffusion.process import diffuse, per_image
-from ..errors import ConfigError
-from ..diffusion.flow_map import input_scale, network_times
-from ..config.imm import ImmConfig
-from ..models.latents import LatentSettings
-from ..losses.imm import draw_times, earlier_time, imm_loss, jump_difference
-from ..models.build import check_weights
-from ..models.config import ModelConfig
-from ..models.flow_model import FlowModel
-from ..networks.conditions import Condition
-from ..system.random import keys, normal, torch_seed
-from ..sampling.drawing import check_defaults
-from ..training.batches import Batch
-from ..training.inputs import Inputs
-from ..training.start import DataProgress, load_shared, make_accelerator, run_training
-from ..training.task import Outcome, Part, Reporter, Task
+from ...training.augment import AUGMENT_DIM
+from ...config.sections import check_network
+from ...data import DataShape
+from ...diffusion.process import diffuse, per_image
+from ...errors import ConfigError
+from ...diffusion.flow_map import input_scale, network_times
+from ...config.imm import ImmConfig, resolve
+from ...models.latents import LatentSettings
+from ...losses.imm import draw_times, earlier_time, imm_loss, jump_difference
+from ...models.build import check_weights
+from ...models.config import ModelConfig
+from ...models.flow_model import FlowModel
+from ...networks.conditions import Condition
+from ...system.random import keys, normal, torch_seed
+from ...sampling.drawing import check_defaults
+from ...training.batches import Batch
+from ...training.inputs import Inputs
+from ...training.cost import IMM as WORK
+from ...training.task import Part, Task
+from ..method import Training
 
 _NOISE, _TIME = 103, 104  # purposes of random numbers, drawn with the seed and the number of the image: see `inputs`
 
@@ -123,20 +121,18 @@ class ImmObjective(nn.Module):
         return self.network(scaled, time, second, condition, augment_label).float()
 
 
-def train_imm(
-    config: ImmConfig,
-    out: Path,
-    reporter: Reporter,
-    *,
-    device: str = "auto",
-    max_seconds: float = math.inf,
-    data_progress: DataProgress = contextlib.nullcontext,
-) -> Outcome:
-    """Trains, or resumes, IMM in the folder `out`. Arguments and errors are those of `start.run_training`."""
-    accelerator = make_accelerator(config.train, config.run, out, device)
-    dataset = load_shared(config.data, reporter, data_progress)
-    model_config = imm_model_config(config, dataset.shape)
-    return run_training(
-        "train-imm", config, dataset, lambda accelerator: imm_task(config, model_config),
-        accelerator=accelerator, out=out, reporter=reporter, max_seconds=max_seconds,
-    )  # fmt: skip
+
+def _notes(config: ImmConfig) -> list[str]:
+    if config.train.precision == "fp16" and (config.loss.min_gap < 1e-4 or config.flow.second_time != "t-s"):
+        return ["the paper trains fp16 with loss.min_gap=1e-4, flow.second_time=t-s and loss.a=2 (appendix I.6)"]
+    return []
+
+
+TRAINING = Training(
+    config=ImmConfig,
+    resolve=resolve,
+    model_config=lambda config, shape, source: imm_model_config(config, shape),
+    task=lambda start: imm_task(start.config, start.model_config),
+    work=lambda config: (WORK, config.loss.group_size),
+    notes=_notes,
+)
