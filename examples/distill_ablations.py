@@ -34,9 +34,10 @@ from mmgen.metrics.neighbours import precision_recall
 from mmgen.models.build import AnyModel
 from mmgen.sampling.drawing import SampleSettings, draw
 from mmgen.methods.distill.teachers import load_teacher
-from mmgen.methods.distill.method import distill
+from mmgen.methods import DISTILLATION
 from mmgen.training.task import Outcome, Reporter
-from mmgen.methods.teacher import train_teacher
+from mmgen.methods import TEACHER
+from mmgen.methods.run import train
 
 SHOWN = 15  # images of each row of the picture
 QUIET = {"run.checkpoint_every": 10**9, "run.preview_every": 10**9, "run.eval_num": 0}  # what is measured is measured here
@@ -138,7 +139,7 @@ def teacher(out: Path, iterations: int) -> Path:
     images = iterations * TEACHER["train.batch_size"]
     settings = {**TEACHER, "train.max_images": images, "optimizer.warmup_images": images // 20}
     config = teacher_config.resolve(read_preset("digits-teacher", "train-teacher"), nest(settings, teacher_config.TeacherConfig))
-    ended(train_teacher(config, out, Reporter(), device="cpu"))
+    ended(train(TEACHER, config, out, Reporter(), device="cpu"))
     return out
 
 
@@ -152,7 +153,7 @@ def student(place: str, variant: Variant, steps: int, seed: int, iterations: int
     }  # fmt: skip
     config = distill_config.resolve(read_preset("digits-distill", "distill"), nest(settings, distill_config.DistillConfig))
     folder = out / f"{''.join(c if c.isalnum() else '-' for c in variant.name)}-{steps}-{seed}"
-    ended(distill(config, folder, Reporter(), device="cpu"))
+    ended(train(DISTILLATION, config, folder, Reporter(), device="cpu"))
     return mmgen.load(folder)
 
 

@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState
 
 from mmgen.config.sections import nest, read_preset
 from mmgen.config.imm import ImmConfig, resolve
-from mmgen.methods.imm import train_imm
+from mmgen.methods import IMM
+from mmgen.methods.run import train
 from mmgen.training.task import Outcome, Reporter
 
 STEPS = (1, 2, 8)
@@ -58,7 +59,7 @@ def run(name: str, changes: dict, seed: int, images: int, samples: int, out: Pat
     settings = {**SMALL, **changes, "train.seed": seed, "train.max_images": images, "run.eval_num": samples}
     config = resolve(read_preset("digits-imm"), nest(settings, ImmConfig))
     folder = out / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
-    return ended(train_imm(config, folder, Reporter(), device="cpu")).results["values"]
+    return ended(train(IMM, config, folder, Reporter(), device="cpu")).results["values"]
 
 
 def spread(values: list[float]) -> str:

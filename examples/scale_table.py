@@ -22,10 +22,10 @@ from mmgen.models.config import ModelConfig
 from mmgen.networks import ADMSettings
 from mmgen.training.batches import split_batch
 from mmgen.training.cost import ALTERNATING, DENOISING, IMM, INSTANT, Cost, PassCost, Work, estimate, pass_cost
-from mmgen.methods.imm import imm_model_config
+from mmgen.methods.imm.objective import imm_model_config
 from mmgen.methods.distill.instant import GROUP
 from mmgen.training.start import expected_shape
-from mmgen.methods.teacher import teacher_model_config
+from mmgen.methods.teacher.objective import teacher_model_config
 
 # Peak rates of dense products in FLOP/s, from NVIDIA's data sheets, which print twice as much "with sparsity"; memory in bytes
 GPUS = {

@@ -9,7 +9,7 @@ import torch
 
 from mmgen.networks.dropout import drop
 from mmgen.system.random import keys, normal
-from mmgen.methods import imm
+from mmgen.methods.imm import objective as imm
 from mmgen.methods.distill import matching
 from mmgen.methods.distill.instant import minibatch
 from tests.benchmarks import imm_step, matching_step, plain_imm, plain_matching

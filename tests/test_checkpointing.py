@@ -21,8 +21,9 @@ from mmgen.models.config import ModelConfig
 from mmgen.networks import ADMSettings, DiTSettings, EDM2Settings, UNetSettings, UViTSettings, build_network, checkpoint_blocks
 from mmgen.training.batches import Parts
 from mmgen.training.cost import DENOISING, estimate, pass_cost
-from mmgen.methods.imm import imm_task
-from mmgen.methods.imm import train_imm
+from mmgen.methods.imm.objective import imm_task
+from mmgen.methods import IMM
+from mmgen.methods.run import train
 
 NETWORKS = {
     "dit": DiTSettings(hidden_size=32, depth=3, num_heads=2),
@@ -85,7 +86,7 @@ def test_a_run_trains_the_same_weights(tmp_path, own_cache):
             "run": {"batch_per_device": 8, "eval_num": 0, "eval_steps": [1], "gradient_checkpointing": checkpointing},
         })  # fmt: skip
         out = tmp_path / str(checkpointing)
-        train_imm(config, out, Quiet(), device="cpu")
+        train(IMM, config, out, Quiet(), device="cpu")
         weights.append(load_file(out / "checkpoints/000000000048/network.safetensors"))
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 

@@ -18,7 +18,8 @@ from mmgen.training import checkpoint_sums
 from mmgen.training.checkpoint import Progress, file_names, load_checkpoint, newest_whole, save_checkpoint
 from mmgen.training.checkpoint_sums import damage
 from mmgen.training.ema import EMA
-from mmgen.methods.imm import train_imm
+from mmgen.methods import IMM
+from mmgen.methods.run import train
 
 FILES = {"network.safetensors", "optimizer.safetensors", "ema-0.5.safetensors"}
 
@@ -193,13 +194,13 @@ def test_all_processes_choose_the_same(tmp_path):
 def test_a_run_goes_on_from_the_one_before_bit_for_bit(tmp_path):
     """And the model files, the log and the results are those of a run to which nothing happened."""
     changes = {"run.eval_every": 64, "run.eval_num": 16, "run.eval_steps": [1]}
-    train_imm(tiny(**changes), tmp_path / "whole", Quiet(), device="cpu")
+    train(IMM, tiny(**changes), tmp_path / "whole", Quiet(), device="cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_imm(tiny(**changes), tmp_path / "hurt", Quiet(), device="cpu")
+    train(IMM, tiny(**changes), tmp_path / "hurt", Quiet(), device="cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
     flip(tmp_path / f"hurt/checkpoints/{160:012d}/optimizer.safetensors", 12345)
     reporter = Quiet()
-    outcome = train_imm(tiny(**changes), tmp_path / "hurt", reporter, device="cpu")
+    outcome = train(IMM, tiny(**changes), tmp_path / "hurt", reporter, device="cpu")
     assert any("damaged" in note and "optimizer.safetensors" in note for note in reporter.notes)
     assert any("resuming" in note and f"{128:012d}" in note for note in reporter.notes) and outcome.finished
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "hurt"))
@@ -218,29 +219,29 @@ def test_a_run_goes_on_from_the_one_before_bit_for_bit(tmp_path):
 def test_what_was_due_when_it_was_killed_is_made_up_for(tmp_path, monkeypatch):
     """A run killed after the checkpoint and before the figure and the preview of the same step."""
     changes = {"run.eval_every": 64, "run.preview_every": 64, "run.eval_num": 16, "run.eval_steps": [1], "train.max_images": 96}
-    train_imm(tiny(**changes), tmp_path / "whole", Quiet(), device="cpu")
+    train(IMM, tiny(**changes), tmp_path / "whole", Quiet(), device="cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
     with monkeypatch.context() as patch:
         patch.setattr("mmgen.training.loop.Trainer._look", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         patch.setattr("mmgen.training.loop.crossed", lambda before, after, every: after == 64)
         with pytest.raises(KeyboardInterrupt):
-            train_imm(tiny(**changes), tmp_path / "cut", Quiet(), device="cpu")
+            train(IMM, tiny(**changes), tmp_path / "cut", Quiet(), device="cpu")
     assert not (tmp_path / "cut/previews").exists()
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_imm(tiny(**changes), tmp_path / "cut", Quiet(), device="cpu")
+    train(IMM, tiny(**changes), tmp_path / "cut", Quiet(), device="cpu")
     for name in ("previews/000000000064.png", "model-best.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
 
 
 def test_a_finished_run_has_the_model_of_its_last_checkpoint(tmp_path, monkeypatch):
     """Killed between writing the last checkpoint and what comes after it."""
-    train_imm(tiny(**{"train.max_images": 64}), tmp_path / "whole", Quiet(), device="cpu")
+    train(IMM, tiny(**{"train.max_images": 64}), tmp_path / "whole", Quiet(), device="cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
     with monkeypatch.context() as patch:
         patch.setattr("mmgen.training.loop.remove_old", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            train_imm(tiny(**{"train.max_images": 64, "run.checkpoint_every": 64}), tmp_path / "cut", Quiet(), device="cpu")
+            train(IMM, tiny(**{"train.max_images": 64, "run.checkpoint_every": 64}), tmp_path / "cut", Quiet(), device="cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_imm(tiny(**{"train.max_images": 64, "run.checkpoint_every": 64}), tmp_path / "cut", Quiet(), device="cpu")
+    train(IMM, tiny(**{"train.max_images": 64, "run.checkpoint_every": 64}), tmp_path / "cut", Quiet(), device="cpu")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

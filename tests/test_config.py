@@ -9,7 +9,7 @@ from mmgen.errors import ConfigError
 from mmgen.config.imm import ImmConfig, resolve
 from mmgen.models.flow_model import FlowModel
 from mmgen.system.schema import flatten
-from mmgen.methods.imm import imm_model_config
+from mmgen.methods.imm.objective import imm_model_config
 
 # arXiv:2503.07565, table 5; DiT sizes from table 4 of arXiv:2212.09748
 PAPER = {

@@ -18,8 +18,9 @@ from mmgen.config.distill import resolve as resolve_distill
 from mmgen.config.sections import read_preset
 from mmgen.config.teacher import resolve as resolve_teacher
 from mmgen.errors import ConfigError, DataError
-from mmgen.methods.distill.method import distill
-from mmgen.methods.teacher import train_teacher
+from mmgen.methods import DISTILLATION
+from mmgen.methods import TEACHER
+from mmgen.methods.run import train as train_method
 from mmgen.models.files import load_model, read_config
 
 SMALL = {"run": {"eval_num": 0, "teacher_steps": 0}, "train": {"batch_size": 4, "max_images": 4}}
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
 
 def train(word: str, out: str = "run", **data) -> Path:
     run_settings = {"run": {"eval_num": 0}, "train": SMALL["train"], "network": NETWORK, "data": {"name": word, **data}}
-    train_teacher(resolve_teacher(read_preset("digits-teacher", "train-teacher"), run_settings), Path(out), Quiet(), device="cpu")
+    train_method(TEACHER, resolve_teacher(read_preset("digits-teacher", "train-teacher"), run_settings), Path(out), Quiet(), device="cpu")
     return Path(out).absolute()
 
 
@@ -127,7 +128,7 @@ def test_a_model_that_says_nothing_of_the_content_is_scored_with_a_warning(folde
 
 def distilled(**data) -> None:
     config = resolve_distill(read_preset("digits-distill", "distill"), {**SMALL, "teacher": {"name": "run"}, "data": data})
-    distill(config, Path("student"), Quiet(), device="cpu")
+    train_method(DISTILLATION, config, Path("student"), Quiet(), device="cpu")
 
 
 def test_a_student_is_distilled_on_its_teachers_data(folder, elsewhere, monkeypatch):

@@ -206,7 +206,7 @@ def test_latents_are_decoded(tmp_path, monkeypatch):
 def test_training_begins_only_with_a_sampler_for_flow_maps():
     from mmgen.config import imm as configs
     from mmgen.data import DataShape
-    from mmgen.methods.imm import imm_model_config
+    from mmgen.methods.imm.objective import imm_model_config
 
     for sampling, said in (({"sampler": "heun"}, "not for a flow map"), ({"churn": 2.0}, "sampling.churn is for")):
         with pytest.raises(ConfigError, match=said):

@@ -8,8 +8,7 @@ from tiny_model import make_denoiser, make_model
 from typer.testing import CliRunner
 
 from mmgen.cli import app
-from mmgen.cli.distill import DATA_PRESETS, GENERAL, SIZE_PRESETS
-from mmgen.config.sections import preset_names, read_preset
+from mmgen.config.sections import preset_for, preset_names, presets_by_size, read_preset
 from mmgen.models.denoiser import DenoiserSettings
 from mmgen.config.distill import resolve
 from mmgen.errors import MmgenError
@@ -43,7 +42,9 @@ def invoke(*arguments):
 def test_every_preset_is_a_whole_recipe():
     names = preset_names("distill")
     assert names == ["cifar10-distill", "digits-distill", "imagenet128-distill", "imagenet64-distill"]
-    assert {*DATA_PRESETS.values(), *SIZE_PRESETS.values(), GENERAL} == set(names)
+    assert presets_by_size("distill") == {64: "imagenet64-distill", 128: "imagenet128-distill"}
+    assert [preset_for("distill", word) for word in ("digits", "cifar10", "uoft-cs/cifar10", "imagenet")] == [
+        "digits-distill", "cifar10-distill", "cifar10-distill", None]  # fmt: skip
     for name in names:
         config = resolve(read_preset(name, "distill"))
         optimizer, train = config.optimizer, config.train
@@ -98,7 +99,7 @@ def test_the_preset_follows_the_data_then_the_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     other = make_denoiser(tmp_path / "teacher.safetensors", V, channels=1)
     result = invoke("--teacher", other, "--data", "elsewhere", "--dry-run")
-    assert f"preset {GENERAL}" in result.output
+    assert "preset imagenet64-distill" in result.output
     assert "elsewhere" in str(result.exception) + result.output
     assert "preset digits-distill" in invoke("--teacher", other, "--dry-run").output
 

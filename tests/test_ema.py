@@ -13,7 +13,8 @@ from mmgen.errors import ConfigError
 from mmgen.models.build import build_model
 from mmgen.training.collapse import spread_of
 from mmgen.training.ema import EMA, ema_decays, ramp_up
-from mmgen.methods.imm import train_imm
+from mmgen.methods import IMM
+from mmgen.methods.run import train
 
 
 def edm_beta(half_life: float, ratio: float | None, images: int, batch_size: int) -> float:
@@ -58,7 +59,7 @@ def test_early_samples_of_averaged_weights_have_variance(tmp_path):
         "train.ema_betas": [0.9999], "train.ema_half_lives": [], "train.max_images": 960, "run.checkpoint_every": 960,
         "run.eval_num": 0,
     }  # fmt: skip
-    train_imm(tiny(**settings), tmp_path / "run", Quiet(), device="cpu")
+    train(IMM, tiny(**settings), tmp_path / "run", Quiet(), device="cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
     averaged = mmgen.load(tmp_path / "run")
     own = build_model(averaged.config).eval()

@@ -31,7 +31,8 @@ from mmgen.sampling.drawing import SampleSettings
 from mmgen.system.tensor_files import save_array, save_tensors, save_torch
 from mmgen.training import checkpoint
 from mmgen.training.run_folder import RunFolder
-from mmgen.methods.imm import train_imm
+from mmgen.methods import IMM
+from mmgen.methods.run import train
 
 needs_locks = pytest.mark.skipif(lock.fcntl is None, reason="this system has no flock")
 
@@ -146,12 +147,12 @@ def test_a_full_disk_while_training_leaves_the_last_checkpoint(tmp_path, monkeyp
 
     monkeypatch.setattr(checkpoint, "save_tensors", runs_full)
     with pytest.raises(MmgenError, match=r"cannot write .*000000000064: No space left on device: make room"):
-        train_imm(tiny(), tmp_path / "run", Quiet(), device="cpu")
+        train(IMM, tiny(), tmp_path / "run", Quiet(), device="cpu")
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"{32:012d}"]
     AcceleratorState._reset_state(reset_partial_state=True)
     reporter = Quiet()
-    assert train_imm(tiny(**{"train.max_images": 64}), tmp_path / "run", reporter, device="cpu").finished
+    assert train(IMM, tiny(**{"train.max_images": 64}), tmp_path / "run", reporter, device="cpu").finished
     assert any("resuming" in note and f"{32:012d}" in note for note in reporter.notes)
 
 
@@ -178,7 +179,7 @@ def test_arrays_are_those_of_numpy(tmp_path):
 def test_a_read_only_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "touch", lambda self: fails(number=errno.EROFS))
     with pytest.raises(MmgenError, match="cannot write .*run: Read-only file system: choose a place that can be written"):
-        train_imm(tiny(), tmp_path / "run", Quiet(), device="cpu")
+        train(IMM, tiny(), tmp_path / "run", Quiet(), device="cpu")
 
 
 @needs_locks
@@ -186,8 +187,8 @@ def test_two_runs_in_one_folder(tmp_path):
     notes = []
     with only_run_in(tmp_path / "run", notes.append):
         with pytest.raises(TrainingError, match=rf"another run is at work in .*run \(process {os.getpid()} on .*another --out"):
-            train_imm(tiny(), tmp_path / "run", Quiet(), device="cpu")
-    assert train_imm(tiny(**{"train.max_images": 16}), tmp_path / "run", Quiet(), device="cpu").finished  # free again
+            train(IMM, tiny(), tmp_path / "run", Quiet(), device="cpu")
+    assert train(IMM, tiny(**{"train.max_images": 16}), tmp_path / "run", Quiet(), device="cpu").finished  # free again
     assert notes == []
 
 
@@ -250,7 +251,7 @@ def test_clocks_that_stand_still_or_go_back(tmp_path, monkeypatch):
     day = iter(range(10**9, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: next(day))
     monkeypatch.setattr(time, "monotonic", lambda: 5.0)
-    assert train_imm(tiny(**{"train.max_images": 64}), tmp_path / "run", Quiet(), device="cpu").finished
+    assert train(IMM, tiny(**{"train.max_images": 64}), tmp_path / "run", Quiet(), device="cpu").finished
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert all(line["seconds"] >= 0 and line.get("images_per_second", 1) > 0 for line in lines)
     assert sorted(p.name for p in (tmp_path / "run/checkpoints").iterdir()) == [f"{32:012d}", f"{64:012d}"]

@@ -16,7 +16,8 @@ from mmgen.system import files, lock
 from mmgen.system.files import remove_leftovers, replacing, replacing_folder
 from mmgen.system.lock import is_held, one_at_a_time
 from mmgen.system.tensor_files import save_tensors
-from mmgen.methods.imm import train_imm
+from mmgen.methods import IMM
+from mmgen.methods.run import train
 
 needs_locks = pytest.mark.skipif(lock.fcntl is None, reason="this system has no flock")
 
@@ -47,7 +48,7 @@ def umask():
 
 def test_every_file_has_the_mode_that_the_umask_gives(tmp_path, umask):
     """Checkpoints, models, statistics: readable by the group, where the umask says so."""
-    train_imm(tiny(**{"train.max_images": 32, "run.eval_every": 32}), tmp_path / "run", Quiet(), device="cpu")
+    train(IMM, tiny(**{"train.max_images": 32, "run.eval_every": 32}), tmp_path / "run", Quiet(), device="cpu")
     make_model(tmp_path / "model.safetensors", channels=1)
     statistics = GaussianStatistics()
     statistics.update(torch.randn(9, 4))

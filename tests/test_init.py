@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from test_training import Quiet, tiny
 
 from mmgen.errors import ConfigError, TrainingError
-from mmgen.methods.imm import train_imm
+from mmgen.methods import IMM
+from mmgen.methods.run import train as train_method
 from mmgen.system.files import sha256_of
 
 
 def train(folder, **changes) -> Quiet:
     AcceleratorState._reset_state(reset_partial_state=True)
     reporter = Quiet()
-    train_imm(tiny(**{"run.eval_num": 0, "train.max_images": 32, "run.checkpoint_every": 16, **changes}), folder, reporter, device="cpu")
+    train_method(IMM, tiny(**{"run.eval_num": 0, "train.max_images": 32, "run.checkpoint_every": 16, **changes}), folder, reporter, device="cpu")
     return reporter
 
 

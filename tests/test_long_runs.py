@@ -15,7 +15,8 @@ from mmgen.training import collapse, evaluation
 from mmgen.training.collapse import Spread, spread_of, spread_of_data
 from mmgen.training.gradients import measure_and_clip
 from mmgen.training.numbers import Numbers
-from mmgen.methods.imm import train_imm
+from mmgen.methods import IMM
+from mmgen.methods.run import train
 
 pytestmark = pytest.mark.slow
 
@@ -152,7 +153,7 @@ def test_a_run_that_collapsed_says_so_and_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "draw", grey)
     config = tiny(**{"run.preview_every": 32, "run.eval_num": 0, "run.eval_steps": [1], "data.conditional": False})
     reporter = Reporter()
-    assert train_imm(config, tmp_path / "run", reporter, device="cpu").finished
+    assert train(IMM, config, tmp_path / "run", reporter, device="cpu").finished
     assert [line["images"] for line in looks] == [32, 64, 96, 128]
     assert looks[-1]["variance"] == {"1": 0.0} and "loss.group_size" in looks[-1]["warning"]
     assert looks[-1]["warning"] in reporter.notes and "warning" not in looks[0]
@@ -165,7 +166,7 @@ def test_figures_look_too(tmp_path, monkeypatch):
     monkeypatch.setattr(collapse, "LEAST", math.inf)
     reporter = Quiet()
     config = tiny(**{"run.eval_every": 64, "run.eval_num": 16, "run.eval_steps": [1], "train.max_images": 128})
-    train_imm(config, tmp_path / "run", reporter, device="cpu")
+    train(IMM, config, tmp_path / "run", reporter, device="cpu")
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     figures = [line for line in lines if "values" in line]
     assert [line["images"] for line in figures] == [64, 128] and all(line["variance"]["1"] > 0 for line in figures)

@@ -22,11 +22,11 @@ from mmgen.models.denoiser import DenoiserSettings
 from mmgen.errors import ConfigError
 from mmgen.diffusion.schedules import ScheduleSettings
 from mmgen.methods.distill.method import distill_task, find_teacher, student_model_config
-from mmgen.methods.imm import imm_model_config, imm_task
+from mmgen.methods.imm.objective import imm_model_config, imm_task
 from mmgen.training.loop import Trainer
 from mmgen.training.run_folder import RunFolder
 from mmgen.training.start import make_accelerator
-from mmgen.methods.teacher import teacher_model_config, teacher_task
+from mmgen.methods.teacher.objective import teacher_model_config, teacher_task
 
 pytestmark = pytest.mark.slow
 

@@ -8,16 +8,17 @@ from accelerate.state import AcceleratorState
 from test_training import Quiet, assert_same, tiny, weights
 from tiny_vae import write_images
 
-from mmgen.cli import training
+from mmgen.methods import choosing
 from mmgen.errors import TrainingError
 from mmgen.training import loop
-from mmgen.methods.imm import train_imm
+from mmgen.methods import IMM
+from mmgen.methods.run import train as train_method
 
 
 def train(folder, **changes) -> Quiet:
     reporter = Quiet()
     AcceleratorState._reset_state(reset_partial_state=True)
-    train_imm(tiny(**{"run.eval_num": 0, **changes}), folder, reporter, device="cpu")
+    train_method(IMM, tiny(**{"run.eval_num": 0, **changes}), folder, reporter, device="cpu")
     return reporter
 
 
@@ -96,5 +97,5 @@ def test_the_default_folder_is_the_same_for_every_way_to_write_a_path(tmp_path, 
     (tmp_path / "data/x").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path))
     words = ["data/x", "data/x/", "./data//x", str(tmp_path / "data/x"), "~/data/x"]
-    names = {training.default_name("digits-imm", tiny(**{"data.name": word}), tiny()) for word in words}
-    assert len(names) == 1 and names != {training.default_name("digits-imm", tiny(**{"data.name": "data/y"}), tiny())}
+    names = {choosing.default_name("digits-imm", tiny(**{"data.name": word}), tiny()) for word in words}
+    assert len(names) == 1 and names != {choosing.default_name("digits-imm", tiny(**{"data.name": "data/y"}), tiny())}

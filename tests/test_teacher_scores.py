@@ -11,8 +11,9 @@ from toy_task import Quiet
 from mmgen.config.distill import resolve as resolve_distill
 from mmgen.config.sections import read_preset
 from mmgen.config.teacher import resolve as resolve_teacher
-from mmgen.methods.distill.method import distill
-from mmgen.methods.teacher import train_teacher
+from mmgen.methods import DISTILLATION
+from mmgen.methods import TEACHER
+from mmgen.methods.run import train
 from mmgen.models.files import load_model, save_model
 from mmgen.system.files import read_json
 
@@ -23,7 +24,7 @@ NETWORK = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_reso
 @pytest.fixture
 def teacher(own_cache) -> Path:
     settings = {"run": {"eval_num": 0}, "train": {"batch_size": 4, "max_images": 4}, "network": NETWORK}
-    train_teacher(resolve_teacher(read_preset("digits-teacher", "train-teacher"), settings), Path("t"), Quiet(), device="cpu")
+    train(TEACHER, resolve_teacher(read_preset("digits-teacher", "train-teacher"), settings), Path("t"), Quiet(), device="cpu")
     return Path("t/model.safetensors")
 
 
@@ -46,7 +47,7 @@ def distilled(teacher: Path, out: str, **train) -> list[dict]:
     run = {"eval_num": 16, "teacher_steps": 4, "eval_steps": [2], "eval_every": 10**6}
     settings = {"teacher": {"name": str(teacher)}, "run": run, "student": {"steps": 2}}
     settings["train"] = {"batch_size": 4, "max_images": 8, **train}
-    distill(resolve_distill(read_preset("digits-distill", "distill"), settings), Path(out), Quiet(), device="cpu")
+    train(DISTILLATION, resolve_distill(read_preset("digits-distill", "distill"), settings), Path(out), Quiet(), device="cpu")
     return read_json(Path(out) / "results.json")["comparison"]["rows"]
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from mmgen.config.imm import resolve
-from mmgen.methods.imm import train_imm
+from mmgen.methods import IMM
+from mmgen.methods.run import train as train_method
 from mmgen.training import threads
 from mmgen.training.threads import ThreadChoice, choice
 
@@ -110,7 +111,7 @@ def test_a_run_records_its_threads_and_resumes_with_the_same(tmp_path, own_threa
 
     def train(folder, images, **run):
         config = {**SMALL, "train": {**SMALL["train"], "max_images": images}, "run": {**SMALL["run"], **run}}
-        train_imm(resolve(config), tmp_path / folder, Silent(), device="cpu")
+        train_method(IMM, resolve(config), tmp_path / folder, Silent(), device="cpu")
         lines = [json.loads(line) for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
         return {k: v for line in lines for k, v in line.get("threads", {}).items()}
 

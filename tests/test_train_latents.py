@@ -27,9 +27,10 @@ from mmgen.models.files import read_config
 from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys, normal
 from mmgen.training.batches import data_indices, fetch
-from mmgen.methods.imm import ImmObjective, imm_model_config, imm_task
+from mmgen.methods.imm.objective import ImmObjective, imm_model_config, imm_task
 from mmgen.training.inputs import LATENT
-from mmgen.methods.imm import train_imm
+from mmgen.methods import IMM
+from mmgen.methods.run import train
 from mmgen.training.start import load_data
 from mmgen.encoders.vae import load_vae
 
@@ -67,7 +68,7 @@ def tiny(place, **changes):
 
 def train(place, out, reporter=None, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
-    return train_imm(tiny(place, **changes), out, reporter or Quiet(), device="cpu")
+    return train(IMM, tiny(place, **changes), out, reporter or Quiet(), device="cpu")
 
 
 def test_cache_train_sample_decode_a_picture(place, tmp_path):
@@ -220,4 +221,4 @@ def test_two_vaes_are_two_runs(place, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     moved = replace(config, data=replace(config.data, name=str(tmp_path / "latents")))
     with pytest.raises(TrainingError, match="the data have changed"):
-        train_imm(moved, tmp_path / "run", Quiet(), device="cpu")
+        train(IMM, moved, tmp_path / "run", Quiet(), device="cpu")

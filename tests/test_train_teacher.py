@@ -19,9 +19,11 @@ from mmgen.models.build import build_model
 from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys, normal, uniform
 from mmgen.config.teacher import TeacherConfig, resolve
-from mmgen.methods import teacher
+from mmgen.methods import TEACHER
+from mmgen.methods.run import train
+from mmgen.methods.teacher import objective as teacher
 from mmgen.training.batches import fetch
-from mmgen.methods.teacher import teacher_model_config, teacher_task
+from mmgen.methods.teacher.objective import teacher_model_config, teacher_task
 
 TINY = {
     "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4],
@@ -212,7 +214,7 @@ def test_labels_that_are_not_there():
 
 
 def train(config, folder, **options):
-    return teacher.train_teacher(config, folder, Quiet(), device="cpu", **options)
+    return train(TEACHER, config, folder, Quiet(), device="cpu", **options)
 
 
 @pytest.mark.parametrize("changes", [{}, EDM], ids=["v", "edm"])

@@ -20,7 +20,8 @@ from mmgen.config.imm import ImmConfig, resolve
 from mmgen.training.batches import data_indices, split_batch
 from mmgen.training.ema import EMA, ema_decays
 from mmgen.training.optim import learning_rate
-from mmgen.methods.imm import train_imm
+from mmgen.methods import IMM
+from mmgen.methods.run import train
 
 TINY = {
     "network": {"kind": "unet", "model_channels": 8, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.1},
@@ -48,7 +49,7 @@ def assert_same(a, b):
 
 
 def test_a_run_leaves_what_it_promises(tmp_path):
-    outcome = train_imm(tiny(**{"run.preview_every": 64, "run.eval_every": 64}), tmp_path / "run", Quiet(), device="cpu")
+    outcome = train(IMM, tiny(**{"run.preview_every": 64, "run.eval_every": 64}), tmp_path / "run", Quiet(), device="cpu")
     assert outcome.finished and outcome.images == 160
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert {"config.json", "log.jsonl", "checkpoints", "model.safetensors", "model-ema-64img.safetensors", "previews", "curves.png",
@@ -63,16 +64,16 @@ def test_a_run_leaves_what_it_promises(tmp_path):
 
 def test_an_unconditional_run_has_its_pictures(tmp_path):
     config = tiny(**{"data.conditional": False, "train.max_images": 32, "run.preview_every": 16})
-    assert train_imm(config, tmp_path / "run", Quiet(), device="cpu").finished
+    assert train(IMM, config, tmp_path / "run", Quiet(), device="cpu").finished
     assert (tmp_path / "run/samples.png").is_file() and (tmp_path / "run/previews/000000000016.png").is_file()
 
 
 def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path):
-    train_imm(tiny(), tmp_path / "whole", Quiet(), device="cpu")
+    train(IMM, tiny(), tmp_path / "whole", Quiet(), device="cpu")
     for images in (48, 80, 160):  # 48 and 80 are not multiples of checkpoint_every
         AcceleratorState._reset_state(reset_partial_state=True)
         reporter = Quiet()
-        train_imm(tiny(**{"train.max_images": images}), tmp_path / "parts", reporter, device="cpu")
+        train(IMM, tiny(**{"train.max_images": images}), tmp_path / "parts", reporter, device="cpu")
     assert any("resuming from" in note for note in reporter.notes)
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
@@ -154,7 +155,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
             "optimizer.name": "adam",
             "train.max_images": 48,
         }
-        train_imm(tiny(**changes), tmp_path / str(size), Quiet(), device="cpu")
+        train(IMM, tiny(**changes), tmp_path / str(size), Quiet(), device="cpu")
         log = [json.loads(line) for line in (tmp_path / str(size) / "log.jsonl").read_text().splitlines()]
         runs[size] = ([x["loss"] for x in log if "loss" in x], load_file(tmp_path / str(size) / "model.safetensors"))
     for size in (4, 8):
@@ -164,23 +165,23 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
 
 
 def test_another_run_in_the_folder_is_refused(tmp_path):
-    train_imm(tiny(**{"train.max_images": 16}), tmp_path / "run", Quiet(), device="cpu")
+    train(IMM, tiny(**{"train.max_images": 16}), tmp_path / "run", Quiet(), device="cpu")
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(TrainingError, match=r"loss.k = 15.0, not 12.0"):
-        train_imm(tiny(**{"loss.k": 12}), tmp_path / "run", Quiet(), device="cpu")
+        train(IMM, tiny(**{"loss.k": 12}), tmp_path / "run", Quiet(), device="cpu")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/thesis.txt").write_text("mine")
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(TrainingError, match="holds no run"):
-        train_imm(tiny(), tmp_path / "foreign", Quiet(), device="cpu")
+        train(IMM, tiny(), tmp_path / "foreign", Quiet(), device="cpu")
 
 
 def test_max_time_ends_as_finished_and_can_go_on(tmp_path):
     config = tiny(**{"train.max_images": 10**6})
-    outcome = train_imm(config, tmp_path / "run", Quiet(), device="cpu", max_seconds=0.3)
+    outcome = train(IMM, config, tmp_path / "run", Quiet(), device="cpu", max_seconds=0.3)
     assert 0 < outcome.images < 10**6 and not outcome.finished and outcome.results["images"] == outcome.images
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert train_imm(config, tmp_path / "run", Quiet(), device="cpu", max_seconds=0.3).images > outcome.images
+    assert train(IMM, config, tmp_path / "run", Quiet(), device="cpu", max_seconds=0.3).images > outcome.images
 
 
 def test_a_batch_that_devices_cannot_share_is_refused():

@@ -12,7 +12,9 @@ from mmgen.models.denoiser import DenoiserSettings
 from mmgen.config.distill import DistillConfig, resolve
 from mmgen.diffusion.schedules import ScheduleSettings
 from mmgen.training.batches import fetch
-from mmgen.methods.distill.method import distill, distill_task, find_teacher, student_model_config
+from mmgen.methods import DISTILLATION
+from mmgen.methods.run import train
+from mmgen.methods.distill.method import distill_task, find_teacher, student_model_config
 
 COSINE = ScheduleSettings("vp_cosine")
 V = DenoiserSettings(precondition="schedule", prediction="v", schedule=COSINE, time_scale=100.0)
@@ -40,7 +42,7 @@ def config_for(place, **changes):
 
 def run(place, out, reporter=None, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
-    return distill(config_for(place, **changes), out, reporter or Quiet(), device="cpu")
+    return train(DISTILLATION, config_for(place, **changes), out, reporter or Quiet(), device="cpu")
 
 
 def task_for(place, **changes):

@@ -16,7 +16,7 @@ from mmgen.models.build import build_model
 from mmgen.models.files import save_model
 from mmgen.methods.distill.method import distill_task, find_teacher, student_model_config
 from mmgen.training.loop import Trainer
-from mmgen.methods.teacher import teacher_model_config
+from mmgen.methods.teacher.objective import teacher_model_config
 from mmgen.training.task import Reporter
 
 from . import plain_matching as plain_

@@ -14,7 +14,7 @@ from mmgen.data import Dataset
 from mmgen.data.latents import LatentDataset, Rows
 from mmgen.config.imm import ImmConfig, resolve
 from mmgen.models.latents import LatentSettings
-from mmgen.methods.imm import imm_model_config, imm_task
+from mmgen.methods.imm.objective import imm_model_config, imm_task
 from mmgen.training.loop import Trainer
 from mmgen.training.run_folder import RunFolder
 from mmgen.training.start import make_accelerator

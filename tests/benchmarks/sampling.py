@@ -18,7 +18,7 @@ from mmgen.sampling.folder import write_png
 from mmgen.sampling.record import Origin
 from mmgen.sampling.drawing import SampleSettings, draw
 from mmgen.system.processes import Team
-from mmgen.methods.imm import imm_model_config
+from mmgen.methods.imm.objective import imm_model_config
 
 from .measuring import Case, Row, Run, Size, compared, seconds, temporary_folder
 from .plain_imm import jump

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from mmgen.config.imm import resolve
 from mmgen.config.sections import read_preset
 from mmgen.data import load
-from mmgen.methods.imm import imm_model_config
+from mmgen.methods.imm.objective import imm_model_config
 from mmgen.models.build import build_model
 from mmgen.models.files import save_model
 

@@ -16,8 +16,8 @@ from mmgen.config import sections as configs
 from mmgen.config import teacher as teacher_config
 from mmgen.data import Dataset
 from mmgen.methods.distill.method import distill_task, find_teacher, student_model_config
-from mmgen.methods.imm import imm_model_config, imm_task
-from mmgen.methods.teacher import teacher_model_config, teacher_task
+from mmgen.methods.imm.objective import imm_model_config, imm_task
+from mmgen.methods.teacher.objective import teacher_model_config, teacher_task
 from mmgen.models.build import build_model
 from mmgen.models.files import save_model
 from mmgen.training.loop import Trainer

@@ -293,7 +293,7 @@ def _data_of_teacher(table: dict[str, Any]) -> tuple[str, int | None]:
 TRAINING = Training(
     config=DistillConfig,
     resolve=resolve,
-    model_config=student_model_config,
+    model_config=lambda config, shape, source: student_model_config(config, source, shape),
     task=_task,
     work=lambda config: (ALTERNATING, 1) if config.loss.method == "alternating" else (INSTANT, GROUP),
     find=find_teacher,
