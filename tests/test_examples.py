@@ -39,8 +39,8 @@ def test_the_ablations_make_their_table(tmp_path):
 @pytest.mark.parametrize(
     ("example", "function", "trains", "arguments"),
     [
-        ("imm_ablations.py", "run", "train_imm", ("a", {}, 0, 128, 32, Path("a"))),
-        ("distill_ablations.py", "teacher", "train_teacher", (Path("a"), 2)),
+        ("imm_ablations.py", "run", "train", ("a", {}, 0, 128, 32, Path("a"))),
+        ("distill_ablations.py", "teacher", "train", (Path("a"), 2)),
         ("distill_ablations.py", "student", "distill", ("teacher", None, 8, 0, 2, Path("a"))),
     ],
 )
