@@ -49,3 +49,29 @@ def test_there_is_no_circle():
     graph = imports()
     del graph["__init__"]  # the public API names modules of many rooms; what imports it asks for the version
     TopologicalSorter({name: targets - {"__init__"} for name, targets in graph.items()}).prepare()
+
+
+NEWER = {  # than Python 3.10, the oldest that mmgen runs on
+    "typing": {"Self", "Never", "LiteralString", "Unpack", "TypeVarTuple", "NotRequired", "Required", "assert_never",
+               "assert_type", "reveal_type", "dataclass_transform", "override"},
+    "enum": {"StrEnum", "verify", "member", "nonmember", "ReprEnum"}, "datetime": {"UTC"}, "contextlib": {"chdir"},
+    "itertools": {"batched"}, "asyncio": {"TaskGroup", "Runner", "timeout"}, "tomllib": {"load", "loads"},
+}  # fmt: skip
+
+
+def test_nothing_is_newer_than_python_3_10():
+    """Names of the standard library that came later are imported for type checks alone, or where their absence is handled."""
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        tree = ast.parse(path.read_text(), feature_version=(3, 10))
+        guarded = [node for node in ast.walk(tree) if isinstance(node, ast.If | ast.Try)]
+        inside = {child for node in guarded for child in ast.walk(node)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node not in inside:
+                wrong += [f"{path.name}: {node.module}.{a.name}" for a in node.names if a.name in NEWER.get(node.module or "", ())]
+            elif isinstance(node, ast.Import) and node not in inside:
+                wrong += [f"{path.name}: {alias.name}" for alias in node.names if alias.name == "tomllib"]
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node not in inside:
+                if node.attr in NEWER.get(node.value.id, ()):
+                    wrong.append(f"{path.name}: {node.value.id}.{node.attr}")
+    assert not wrong, wrong

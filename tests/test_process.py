@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import resource, sys
-from mmgen.process import keep_large_blocks, tune
+from mmgen.system.process import keep_large_blocks, tune
 tune()
 if "large" in sys.argv:
     keep_large_blocks()
