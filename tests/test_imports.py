@@ -55,7 +55,7 @@ NEWER = {  # than Python 3.10, the oldest that mmgen runs on
     "typing": {"Self", "Never", "LiteralString", "Unpack", "TypeVarTuple", "NotRequired", "Required", "assert_never",
                "assert_type", "reveal_type", "dataclass_transform", "override"},
     "enum": {"StrEnum", "verify", "member", "nonmember", "ReprEnum"}, "datetime": {"UTC"}, "contextlib": {"chdir"},
-    "itertools": {"batched"}, "asyncio": {"TaskGroup", "Runner", "timeout"}, "tomllib": {"load", "loads"},
+    "itertools": {"batched"}, "asyncio": {"TaskGroup", "Runner", "timeout"},
 }  # fmt: skip
 
 
