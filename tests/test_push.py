@@ -151,7 +151,7 @@ def test_cards_that_somebody_wrote_are_kept(hub, run):
 
 
 def test_private(hub, run):
-    with pytest.raises(ConfigError, match="a/b is there already, and public"):
+    with pytest.raises(ConfigError, match="a/b exists already and is public"):
         push(run, "a/b", private=True)
     assert hub.files == {}
     hub.private = True
@@ -185,7 +185,7 @@ def test_the_hub_says_no(hub, run, error, message):
 def test_refused_before_the_hub_is_asked(hub, run, tmp_path, monkeypatch):
     hub.error = AssertionError("asked")
     for name in ("digits", "a/b/c", "a b/c", "/b", "a/", "a/b--c", "../b"):
-        with pytest.raises(ConfigError, match="give user/name"):
+        with pytest.raises(ConfigError, match="use user/name"):
             push(run, name)
     (tmp_path / "empty").mkdir()
     for place, message in ((tmp_path / "empty", "without model.safetensors"), ("someone/else", "no run folder or model file")):

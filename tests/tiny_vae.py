@@ -42,7 +42,7 @@ def write_images(folder: Path, per_class: int = 40, side: int = 16, classes: int
     random = np.random.default_rng(0)
     y, x = np.mgrid[:side, :side]
     for number in range(classes):
-        place = folder / "abcdefgh"[number]
+        place = folder / "abcdefghij"[number]
         place.mkdir(parents=True)
         for i in range(per_class):
             pixels = random.integers(0, 40, (side, side, 3))

@@ -31,5 +31,5 @@ def push(
     done = upload(run, repository, private=private, message=message)
     typer.echo(f"{done.url}: {', '.join(done.files)}")
     if done.kept_card:
-        typer.echo("The README.md that is there was kept; one beside the model would replace it.")
+        typer.echo("The README.md of the repository was kept; one beside the model replaces it.")
     typer.echo(f"mmgen sample hf://{repository.removeprefix('hf://')}")

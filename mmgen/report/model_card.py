@@ -10,7 +10,7 @@ from .. import __version__
 from ..diffusion.preconditioning import preconditioning
 from ..models.config import ModelConfig
 
-# Licence of the published weights of a family: (the hub's word, in words). Each folder of diffusers has its own.
+# Licence of a family's published weights: (the hub's identifier, the text). Models of diffusers each have their own.
 LICENCES = {
     "edm": ("cc-by-nc-sa-4.0", "CC BY-NC-SA 4.0: not for commercial use"),
     "edm2": ("cc-by-nc-sa-4.0", "CC BY-NC-SA 4.0: not for commercial use"),
@@ -20,7 +20,7 @@ LICENCES = {
     "sit": ("mit", "MIT"),
     "repa": ("mit", "MIT"),
 }
-SOURCES = {  # who published a family's weights, and the paper
+SOURCES = {  # where a family's weights were published, and the paper
     "imm": ("https://huggingface.co/lumaai/imm", "2503.07565"),
     "edm": ("https://github.com/NVlabs/edm", "2206.00364"),
     "edm2": ("https://github.com/NVlabs/edm2", "2312.02696"),
@@ -35,9 +35,9 @@ SOURCES = {  # who published a family's weights, and the paper
 def model_card(config: ModelConfig, provenance: dict[str, Any]) -> str:
     """Markdown with the YAML header of the hub.
 
-    `provenance`, each where known: `file` (name of the source), `sha256`, `container` and `family` of it, `mmgen_version` that
-    converted it, `left_out` (tensor -> reason), `weights` ("ema" or "model"), and `repository` (user/name) that the card is for.
-    Without `family` the model is taken to be one that mmgen trained.
+    `provenance` has, where known: `file` (the source's name), its `sha256`, `container` and `family`, the `mmgen_version` that
+    converted it, `left_out` (tensor -> reason), `weights` ("ema" or "model") and the card's `repository` (user/name). A model without
+    a `family` was trained by mmgen.
     """
     family = provenance.get("family")
     name = provenance.get("repository", "user/name")
@@ -71,7 +71,7 @@ def _summary(config: ModelConfig, family: str | None) -> str:
     lines = [f"{kind}. Draws {side} x {side} {channels} images, {classes}."]
     if config.latents:
         shape = f"{config.channels} x {config.resolution} x {config.resolution}"
-        lines.append(f"It works on latents ({shape}) of the autoencoder `{config.latents.vae}`, which decodes them.")
+        lines.append(f"It generates latents ({shape}), which the autoencoder `{config.latents.vae}` decodes.")
     if config.class_names:
         some = ", ".join(config.class_names[:10]) + (", ..." if len(config.class_names) > 10 else "")
         lines.append(f"Classes: {some}")
@@ -120,11 +120,11 @@ def _origin(config: ModelConfig, provenance: dict[str, Any]) -> str:
     text = _table({key: value for key, value in rows.items() if value})
     left_out = Counter(provenance.get("left_out", {}).values())
     if left_out:
-        text += "\n\nLeft out of the file:\n"
+        text += "\n\nNot converted:\n"
         text += "".join(f"\n* {reason} ({count} {'entry' if count == 1 else 'entries'})" for reason, count in left_out.items())
     for key, title in (
-        ("assumed", "Neither the file nor an option says this, and it is assumed"),
-        ("sampled", "Sampling follows the original"),
+        ("assumed", "Assumed, because neither the file nor an option says so"),
+        ("sampled", "Sampled as the original is"),
     ):
         if provenance.get(key):
             text += f"\n\n{title}:\n" + "".join(f"\n* {sentence}" for sentence in provenance[key])
@@ -145,8 +145,8 @@ def _table(rows: dict[str, Any]) -> str:
 
 def _licence(family: str | None) -> str:
     if family is None:
-        return "Not stated: it is for whoever trained the model to choose one, with regard to the data."
+        return "Not stated. Whoever trained the model chooses one that the training data allow."
     where = f" Source: {SOURCES[family][0]}" if family in SOURCES else ""
     if family in LICENCES:
-        return f"That of the published weights: {LICENCES[family][1]}. Weights that others trained may have another.{where}"
+        return f"{LICENCES[family][1]}, as for the published weights. Weights trained by others may have another licence.{where}"
     return f"Unknown: see the source of the weights.{where}"

@@ -1,4 +1,4 @@
-"""A model to the hub, so that `mmgen sample hf://user/name` reads it: the weights, a model card, and pictures of the run."""
+"""Uploads a model to the hub, for `mmgen sample hf://user/name`: the weights, a model card and pictures of the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..models.files import MODEL_FILE, find_model, read_config
 
 PICTURES = ("samples.png", "curves.png")
 CARD = "README.md"
-CONVERTED = "converted"  # entry of ModelConfig.training in which `mmgen convert` keeps where a model comes from
+CONVERTED = "converted"  # entry of ModelConfig.training where `mmgen convert` records a model's source
 _REPOSITORY = re.compile(r"(?!.*(\.\.|--))[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
 
 
@@ -21,22 +21,21 @@ _REPOSITORY = re.compile(r"(?!.*(\.\.|--))[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
 class Pushed:
     url: str
     files: tuple[str, ...]  # names in the repository
-    kept_card: bool = False  # the repository has a card already, and the run none of its own
+    kept_card: bool = False  # the repository's own card was kept, because the run has none
 
 
 def push(place: str | os.PathLike, repository: str, *, private: bool = False, message: str | None = None) -> Pushed:
-    """Uploads a run folder's model, or a model file, as one commit. The repository user/name is made if it is not there, with
-    `private` a private one; one that is public already is then refused.
+    """Uploads a run folder's model, or a model file, as one commit. Creates the repository user/name if it does not exist.
 
-    The card is the README.md beside the model, if there is one; else one is written, unless the repository has one that
-    somebody may have edited. Nothing else of the folder is uploaded.
+    `private` creates a private repository and refuses an existing public one. The card is the README.md beside the model, else
+    the repository's, which somebody may have edited, else a new one. Other files of the folder are not uploaded.
 
-    Raises ConfigError for an impossible name or a missing token, ModelError for what is no model of mmgen's, and MmgenError
-    where the hub cannot be reached or refuses.
+    Raises ConfigError for an invalid name or a missing token, ModelError if `place` is not a model of mmgen, and MmgenError if
+    the hub cannot be reached or refuses.
     """
     repository = repository.removeprefix("hf://")
     if not _REPOSITORY.fullmatch(repository):
-        raise ConfigError(f"{repository!r} is no name of a hub repository: give user/name")
+        raise ConfigError(f"{repository!r} is not the name of a hub repository: use user/name")
     if not Path(place).exists():
         raise ModelError(f"there is no run folder or model file {place}")
     file = find_model(place)
@@ -45,7 +44,7 @@ def push(place: str | os.PathLike, repository: str, *, private: bool = False, me
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 
     if constants.HF_HUB_OFFLINE:
-        raise MmgenError("HF_HUB_OFFLINE is set, so that the hub may not be asked: unset it, and push again")
+        raise MmgenError("HF_HUB_OFFLINE is set: unset it to upload")
     token = get_token()
     if not token:
         raise ConfigError("pushing to the hub needs a token: run `hf auth login`, or set HF_TOKEN")
@@ -55,7 +54,7 @@ def push(place: str | os.PathLike, repository: str, *, private: bool = False, me
     try:
         url = str(api.create_repo(repository, private=private or None, exist_ok=True))
         if private and not api.model_info(repository).private:
-            raise ConfigError(f"{repository} is there already, and public: leave out --private, or choose another name")
+            raise ConfigError(f"{repository} exists already and is public: leave out --private or choose another name")
         kept_card = False
         if (file.parent / CARD).is_file():
             contents[CARD] = file.parent / CARD
@@ -77,10 +76,10 @@ def push(place: str | os.PathLike, repository: str, *, private: bool = False, me
 def _reason(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
-        return "the hub does not accept the token: run `hf auth login` anew"
+        return "the hub does not accept the token: run `hf auth login` again"
     if status == 403:
-        return "the token may not write there: make one with write access, and check the name before the slash"
+        return "the token has no write access there: create one that has, and check the name before the slash"
     detail = (str(error).strip() or type(error).__name__).split("\n")[0]
     if status is not None:
         return f"the hub refuses ({detail})"
-    return f"the hub cannot be reached ({detail}): try again when it can"
+    return f"the hub cannot be reached ({detail}): try again later"
