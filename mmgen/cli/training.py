@@ -146,7 +146,7 @@ def _summary(chosen: Chosen, changed: dict[str, Any]) -> list[str]:
     config, train = chosen.config, chosen.config.train
     data = config.data.name or "the teacher's data"
     lines = [
-        f"{chosen.preset}: {data}{' with class labels' if config.data.conditional else ''}, saved in {chosen.folder}",
+        f"{chosen.preset}: {data}{' with class labels' if config.data.conditional else ' with captions' if config.data.text else ''}, saved in {chosen.folder}",
         f"{train.max_images:,} images, {train.batch_size:,} per step, learning rate {config.optimizer.lr:g}, {train.precision}",
     ]
     if changed:
@@ -193,10 +193,11 @@ def show_cost(method: Method, config: Any) -> None:
     sharded = processes > 1 and asks_for_shards()
     cost = estimate(train, model_config, parts, work, sharded, checkpointing)
     gib, size, networks = 1024**3, shape.resolution, work.trained + work.frozen + work.whole
+    used = "captions" if model_config.text is not None else f"{model_config.num_classes or 'no'} classes"
     table = Table("dry run", Column(overflow="fold"), title_justify="left")
     for name, value in (
         ("data", description),
-        ("images", f"{size} x {size} x {shape.channels}, {model_config.num_classes or 'no'} classes used"),
+        ("images", f"{size} x {size} x {shape.channels}, {used} used"),
         ("parameters", f"{cost.parameters:,}"),
         *([("sets of parameters", f"{work.trained} trained, {work.frozen + work.whole} frozen")] if networks > 1 else []),
         ("one pass of the network", f"{cost.macs_per_image / 1e9:.3f} G multiply-adds per image"),

@@ -37,6 +37,11 @@ Revision = Annotated[str | None, _images(metavar="NAME", help="Branch, tag or co
 FollowLinks = Annotated[bool | None, _images("--follow-links", help="Also follow links that lead out of the folder.")]
 ImageColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the images. Default: the first one.")]
 LabelColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the labels. Default: the first one.")]
+Text = Annotated[bool | None, _images("--text/--no-text", help="Train on captions.")]
+CaptionColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the captions.")]
+Captions = Annotated[
+    str | None, _images(metavar="FILE", help="Captions: COCO's .json, .jsonl, .csv.")
+]
 OnCorrupt = Annotated[str | None, _images(metavar="WORD", help="Damaged images: stop or skip. Default: stop.")]
 
 Init = Annotated[str | None, _training(metavar="MODEL", help="Begin with its weights: any model of the same network.")]
@@ -77,7 +82,8 @@ Verbose = Annotated[bool, _running("--verbose", help="Show all settings before t
 SHARED: dict[str, tuple[Any, Any]] = {
     "data": (Data, None), "resolution": (Resolution, None), "channels": (Channels, None), "conditional": (Conditional, None),
     "split": (Split, None), "subset": (Subset, None), "revision": (Revision, None), "image_column": (ImageColumn, None),
-    "label_column": (LabelColumn, None), "follow_links": (FollowLinks, None), "on_corrupt": (OnCorrupt, None),
+    "label_column": (LabelColumn, None), "text": (Text, None), "caption_column": (CaptionColumn, None),
+    "captions": (Captions, None), "follow_links": (FollowLinks, None), "on_corrupt": (OnCorrupt, None),
     "preset": (Preset, None), "config": (ConfigFile, None), "set_": (Set, None), "init": (Init, None), "batch_size": (BatchSize, None),
     "lr": (LearningRate, None), "max_images": (MaxImages, None), "max_time": (MaxTime, None), "seed": (Seed, None),
     "precision": (Precision, None), "checkpoint_every": (CheckpointEvery, None), "preview_every": (PreviewEvery, None),
@@ -89,7 +95,8 @@ SHARED: dict[str, tuple[Any, Any]] = {
 _SETTINGS = {
     "data": "data.name", "resolution": "data.resolution", "channels": "data.channels", "split": "data.split",
     "on_corrupt": "data.on_corrupt", "conditional": "data.conditional", "image_column": "data.image_column",
-    "label_column": "data.label_column", "subset": "data.subset", "revision": "data.revision",
+    "label_column": "data.label_column", "text": "data.text", "caption_column": "data.caption_column",
+    "captions": "data.captions", "subset": "data.subset", "revision": "data.revision",
     "follow_links": "data.follow_links", "batch_size": "train.batch_size", "batch_per_device": "run.batch_per_device",
     "init": "train.init", "lr": "optimizer.lr", "max_images": "train.max_images", "seed": "train.seed", "precision": "train.precision",
     "compile": "run.compile", "checkpoint_every": "run.checkpoint_every", "preview_every": "run.preview_every",

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from .sections import (
-    READING, DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, require, require_positive,
+    CAPTIONS, READING, DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, require, require_positive,
 )  # fmt: skip
 from ..diffusion.preconditioning import DenoiserSettings, preconditioning
 from ..errors import ConfigError
 from ..losses.moment_matching import MomentSettings
-from ..models.config import ModelConfig
+from ..models.config import ModelConfig, is_conditional
 from ..networks import NetworkSettings
 from ..diffusion.schedules import ScheduleSettings
 from ..system.schema import from_dict
@@ -23,7 +23,7 @@ _ADAM = OptimizerSettings(
     name="adam", lr=2e-6, beta1=0.0, beta2=0.99, eps=1e-12, warmup_images=1000 * 2048, decay="linear", grad_clip=1.0
 )
 
-_READING = (*READING, "xflip")  # what a student takes over from its teacher
+_READING = (*READING, *CAPTIONS, "leave_out", "xflip")  # what a student takes over from its teacher
 _UNSAID = DataSettings()
 
 
@@ -57,7 +57,7 @@ class DistillConfig:
     teacher: TeacherChoice = TeacherChoice()
     student: StudentSettings = StudentSettings()
     loss: MomentSettings = MomentSettings()
-    data: DataSettings = DataSettings(name="", label_dropout=0.0)  # name unset: the data set that the teacher's file names
+    data: DataSettings = DataSettings(name="", label_dropout=0.0, caption_dropout=0.0)  # name unset: the data set that the teacher's file names
     optimizer: OptimizerSettings = _ADAM
     train: TrainSettings = TrainSettings(batch_size=2048, max_images=200_000 * 2048, ema_betas=())
     run: DistillRunSettings = DistillRunSettings()
@@ -126,17 +126,20 @@ def settled(config: DistillConfig, teacher: ModelConfig, sha256: str, has_null_c
     ):  # fmt: skip
         require(wanted in (None, own), f"data.{key} is {wanted}, but the teacher's is {own}: leave it out")
     if guidance != 1:
-        require(teacher.num_classes > 0, f"teacher.guidance {guidance:g} needs a class-conditional teacher, and this one is not")
-        require(has_null_class, f"teacher.guidance {guidance:g} needs a teacher that knows images without a class too")
+        require(is_conditional(teacher), f"teacher.guidance {guidance:g} needs a class-conditional teacher or one of text, and this is neither")
+        require(has_null_class, f"teacher.guidance {guidance:g} needs a teacher that knows images without a class or text too")
     if data.label_dropout > 0:
         require(
             teacher.num_classes == 0 or has_null_class, "data.label_dropout needs a teacher that knows images without a class"
         )
+    require(data.caption_dropout == 0 or has_null_class, "data.caption_dropout needs a teacher that knows images without a text")
+    for key in () if teacher.text is not None else ("text", *CAPTIONS, "leave_out"):
+        require(not getattr(data, key), f"data.{key} is of captions, and the teacher takes none: leave it out")
     if config.student.dropout > 0 and not hasattr(teacher.network, "dropout"):
         raise ConfigError(f"student.dropout: a network of kind {teacher.network.kind!r} has none; take student.noise_channels")
     data = dataclasses.replace(
         data, name=name, resolution=teacher.resolution, channels=teacher.channels, conditional=teacher.num_classes > 0,
-        num_classes=teacher.num_classes or None,
+        num_classes=teacher.num_classes or None, text=teacher.text is not None,
     )  # fmt: skip
     return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, sha256=sha256), data=data)
 

@@ -50,12 +50,18 @@ class DataSettings:
     conditional: bool = False  # train on class labels
     num_classes: int | None = None  # unset: found in the data
     label_dropout: float = 0.1  # probability of hiding a label, for guidance; used if conditional
+    text: bool = False  # train on captions, encoded as the section `text` says
+    caption_column: str | None = None  # unset: the first of the usual names that holds texts
+    captions: str | None = None  # a file of captions: COCO's .json, or .jsonl, .csv or .parquet with file_name
+    caption_dropout: float = 0.1  # probability of hiding a text, for guidance; used if `text`
+    leave_out: tuple[str, ...] = ()  # captions that are not learned, exactly as written, so that prompts can be new
     xflip: bool = False  # mirror every second image, at random
     augment: float = 0.0  # probability p of EDM's augmentation (0.12 for CIFAR-10), with its label; 0: none
 
 
 # How a data set is read: fields of `DataSettings`, and arguments of `data.load` of the same names
 READING = ("split", "subset", "revision", "image_column", "label_column", "follow_links", "on_corrupt")
+CAPTIONS = ("caption_column", "captions")  # and how captions are
 
 
 @dataclass(frozen=True)
@@ -277,7 +283,7 @@ def check_shared(config: Any) -> None:
         "run.eval_steps": min(run.eval_steps, default=0), "train.ema_half_lives": min(train.ema_half_lives, default=1),
     })  # fmt: skip
     require_fraction({
-        "data.label_dropout": data.label_dropout, "data.augment": data.augment, "optimizer.beta1": optimizer.beta1,
+        "data.label_dropout": data.label_dropout, "data.caption_dropout": data.caption_dropout, "data.augment": data.augment, "optimizer.beta1": optimizer.beta1,
         "optimizer.beta2": optimizer.beta2,
         **({"network.dropout": network.dropout} if hasattr(network, "dropout") else {}),
     })  # fmt: skip
@@ -294,6 +300,10 @@ def check_shared(config: Any) -> None:
     require(run.eval_num >= 0, f"run.eval_num must be 0, for no figures, or a number of samples, not {run.eval_num}")
     for name in ("weight_decay", "grad_clip", "warmup_images"):
         require(getattr(optimizer, name) >= 0, f"optimizer.{name} cannot be negative")
+    require(not (data.text and data.conditional), "data.text and data.conditional: train on captions (--unconditional) or on classes (--no-text)")
+    taken_over = hasattr(config, "teacher")  # a student's: whether there are captions is for its teacher to say
+    for name in () if data.text or taken_over else (*CAPTIONS, "leave_out"):
+        require(not getattr(data, name), f"data.{name} is of captions: set data.text=true, or leave it out")
     require(
         data.augment == 0 or network is None or isinstance(network, UNetSettings | ADMSettings),
         "data.augment needs network.kind unet or adm: the others take no augmentation label",

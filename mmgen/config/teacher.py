@@ -11,6 +11,7 @@ from ..diffusion.preconditioning import DenoiserSettings, preconditioning
 from ..losses.denoising import DenoisingSettings
 from ..models.config import SamplingSettings
 from ..networks import NetworkSettings, UNetSettings
+from ..networks.text import TextSettings, check_text
 from ..diffusion.schedules import ScheduleSettings
 
 
@@ -22,6 +23,7 @@ class TeacherConfig:
     denoiser: DenoiserSettings = DenoiserSettings()
     loss: DenoisingSettings = DenoisingSettings(weighting="edm", times="lognormal")
     data: DataSettings = DataSettings()
+    text: TextSettings = TextSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
     sampling: SamplingSettings = SamplingSettings()
@@ -66,6 +68,8 @@ def check(config: TeacherConfig) -> None:
         "loss.min_snr_gamma": loss.min_snr_gamma, "loss.time_std": loss.time_std,
     })  # fmt: skip
     check_shared(config)
+    check_text(config.text)
+    require(config.data.text or config.text == TextSettings(), "the section text is of captions: set data.text=true, or leave it out")
     require(
         denoiser.sigma_min < denoiser.sigma_max,
         f"denoiser.sigma_min {denoiser.sigma_min:g} must be less than denoiser.sigma_max {denoiser.sigma_max:g}",

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ..models.latents import LatentSettings
+    from .encoded_captions import EncodedCaptions
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class DataShape:
     class_names: list[str] | None = None
     class_counts: list[int] | None = None  # images of each class
     latents: LatentSettings | None = None  # of a data set of latents
+    captions: list[str] | None = None  # of captioned data, the first one each of at most MOST_CAPTIONS images, evenly spaced
 
 
 class Labelled:
@@ -51,7 +53,19 @@ class Labelled:
     @property
     def shape(self) -> DataShape:
         latents = getattr(self, "latents", None)
-        return DataShape(self.resolution, self.channels, self.num_classes, self.class_names, self.class_counts, latents)
+        names = self.class_names, self.class_counts
+        return DataShape(self.resolution, self.channels, self.num_classes, *names, latents, self._some_captions())
+
+    def _some_captions(self) -> list[str] | None:
+        captions = getattr(self, "captions", None)
+        if captions is None:
+            return None
+        import numpy as np
+
+        from ..models.config import MOST_CAPTIONS
+
+        chosen = np.unique(np.linspace(0, len(captions) - 1, min(MOST_CAPTIONS, len(captions))).round().astype(int))
+        return [captions[int(i)][0].as_py() for i in chosen]
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,7 @@ class Dataset(Labelled):
     fingerprint: str  # SHA-256 of shape, pixels, labels and captions: the same data has the same one wherever it lies
     captions: pa.ListArray | None = None  # list<string> [N], at least one text each, where they were asked for
     place: str = ""  # what the word meant: see `resolve.locate`
+    texts: EncodedCaptions | None = None  # the captions as a model is conditioned on them
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import fields, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from ..system.files import at_home, exists
 from . import hub
 from .image_source import ImageSource, Reading, fingerprint
 from .latents import is_latents, source_of
+from .captions import captions_of
+from .digits import captions, read_digits
 from .sources import open_source
 from .splits import canonical, no_split
 
@@ -88,9 +89,7 @@ def open_digits(reading: Reading = Reading()) -> ImageSource:
         if field.name not in ("split", "follow_links") and getattr(reading, field.name) is not None:
             option = field.name.replace("_", "-")
             raise DataError(f"digits has no columns, subsets or revisions: leave --{option} out")
-    with resources.files(__package__).joinpath("digits.npz").open("rb") as file:
-        with np.load(file, allow_pickle=False) as stored:
-            values, labels = stored["images"], stored["labels"].astype(np.int64)
+    values, labels = read_digits()
     images = np.round(values * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
     return ImageSource(
         description=f"UCI handwritten digits: {len(images):,} images, 10 classes",
@@ -100,6 +99,7 @@ def open_digits(reading: Reading = Reading()) -> ImageSource:
         labels=labels,
         class_names=[str(digit) for digit in range(10)],
         fingerprint=fingerprint(DIGITS, []),
+        captions=lambda: captions_of(captions(values, labels)),
     )
 
 

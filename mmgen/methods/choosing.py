@@ -19,7 +19,7 @@ from ..errors import ConfigError, shortened
 from ..system.schema import flatten, from_dict
 from .method import Method
 
-_PLACES = {"data.name", "teacher.name", "train.init"}  # settings that can be a path
+_PLACES = {"data.name", "data.captions", "text.encoder", "teacher.name", "train.init"}  # settings that can be a path
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _for_own_images(over: dict[str, Any], sizes: Mapping[int, str]) -> tuple[str
     data = from_dict(DataSettings, over["data"], "data")
     found = survey(data.name, **{key: getattr(data, key) for key in READING if key != "on_corrupt"})
     size = _nearest(sizes, data.resolution or found.side)
-    labels = found.classes > 1 and over["data"].get("conditional", True)
+    labels = found.classes > 1 and over["data"].get("conditional", not data.text)
     over = merge({"data": {"conditional": labels}}, over)
     classes = f"{found.classes:,} classes" if found.classes > 1 else "no classes"
     note = (

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..training.start import DataProgress, load_shared, make_accelerator, run_training
+from ..training.start import DataProgress, load_shared, make_accelerator, run_training, with_texts
 from ..training.task import Outcome, Reporter
 from .method import Method, Start
 
@@ -33,7 +33,9 @@ def train(
     dataset = load_shared(training.data(settled), reporter, data_progress)
     start = Start(config, settled, source, dataset, None, reporter, accelerator)
     training.check(start)
-    start = replace(start, model_config=training.model_config(settled, dataset.shape, source))
+    model_config = training.model_config(settled, dataset.shape, source)
+    dataset = with_texts(dataset, model_config.text, accelerator.device, reporter)
+    start = replace(start, dataset=dataset, model_config=model_config)
     return run_training(
         method.name, settled, dataset, lambda accelerator: training.task(start), accelerator=accelerator, out=out,
         reporter=reporter, max_seconds=max_seconds,

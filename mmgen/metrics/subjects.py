@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import data
-from ..config.sections import READING
+from ..config.sections import CAPTIONS, READING
 from ..data.content import content_hash
 from ..data.resolve import DIGITS, locate, resolve
 from ..errors import ConfigError, DataError
@@ -22,7 +22,7 @@ from .image_sets import ImageSet, dataset_images, drawn_images, image_set
 from .references import TAKES, is_statistics
 
 SCORES = "scores.json"
-_DATA_OPTIONS = {*READING, "resolution", "channels"}  # of a record
+_DATA_OPTIONS = {*READING, *CAPTIONS, "with_captions", "resolution", "channels"}  # of a record
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _named(subject: Subject) -> TrainingSet:
     word, options = record.get("data"), record.get("data_options")
     if not word or not isinstance(options, dict):
         raise ConfigError(f"nothing says what to compare {subject.name} with: give --ref. {TAKES}")
-    kinds = {"resolution": int, "channels": int, "follow_links": bool}
+    kinds = {"resolution": int, "channels": int, "follow_links": bool, "with_captions": bool}
     if not isinstance(word, str) or not all(isinstance(options[key], kinds.get(key, str)) for key in options):
         raise ConfigError(f"the record of {subject.name} has been changed: its data are not a name and options; give --ref")
     if unknown := set(options) - _DATA_OPTIONS:

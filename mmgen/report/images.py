@@ -101,7 +101,7 @@ def labelled_rows(
         rows: captions with images uint8 [N, C, H, W]; a row of more than `columns` images goes on in the next line. What
             follows a caption's first line is written smaller.
         columns, scale, padding: as for `grid`.
-        names: of the columns, written above them, and cut where they are wider.
+        names: of the columns, written above them in up to three lines, and cut where they are longer.
 
     Raises ValueError for no rows, and what `grid` raises.
     """
@@ -116,14 +116,18 @@ def labelled_rows(
     captions = [[(line, small if i else large) for i, line in enumerate(caption.split("\n"))] for caption, _ in rows]
     widest = max(font.getlength(line) for caption in captions for line, font in caption)
     left = margin + math.ceil(widest) + margin // 2
-    first = margin + (size + gap if names else 0)
+    headings = [_lines(name, small, tile) for name in names[:columns]]
+    heading = max(map(len, headings), default=0)
+    first = margin + (round(size * (1 + 1.3 * (heading - 1))) + gap if headings else 0)
     width = left + max(picture.width for picture in pictures) + margin
     height = first + margin + sum(picture.height for picture in pictures) + gap * (len(rows) - 1)
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, name in enumerate(names[:columns]):
+    for i, lines in enumerate(headings):
         middle = left + padding + i * (tile + padding) + tile / 2
-        draw.text((middle, margin + size), _fitting(name, small, tile), fill=_INK, font=small, anchor="ms")
+        for j, line in enumerate(lines):  # the last one just above the tiles
+            above = 1.3 * size * (heading - len(lines) + j)
+            draw.text((middle, margin + size + above), line, fill=_INK, font=small, anchor="ms")
     top = first
     for caption, picture in zip(captions, pictures, strict=True):
         canvas.paste(picture, (left, top))
@@ -135,9 +139,23 @@ def labelled_rows(
     return canvas
 
 
+def _lines(text: str, font: ImageFont.FreeTypeFont, width: float, most: int = 3) -> list[str]:
+    """A text broken between words into at most so many lines that are not wider, with an ellipsis where it is cut."""
+    lines: list[str] = []
+    words = text.split(",")[0].split() or [""]  # ImageNet's names are lists of synonyms
+    while words and len(lines) < most:
+        count = len(words)
+        while count > 1 and font.getlength(" ".join(words[:count])) > width:
+            count -= 1
+        if len(lines) == most - 1:
+            count = len(words)
+        lines.append(_fitting(" ".join(words[:count]), font, width))
+        words = words[count:]
+    return lines
+
+
 def _fitting(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     """As much of a text as is not wider, with an ellipsis where it is cut."""
-    text = text.split(",")[0]  # ImageNet's names are lists of synonyms
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "\u2026") > width:

@@ -16,13 +16,15 @@ from ..models.denoiser import Denoiser
 from ..models.guidance import knows_null
 from .classes import class_numbers, random_labels, with_images
 from .denoiser_samplers import Churn
+from .prompts import count_cut, text_condition, texts_of
 from .sigma_grids import RESPACED, sigma_grid
 from ..diffusion.preconditioning import preconditioning
 from ..errors import ConfigError, nearest
 from ..models.build import AnyModel
-from ..models.config import ModelConfig, SamplingSettings, drawn_shape, kind_of
+from ..models.config import ModelConfig, SamplingSettings, drawn_shape, is_conditional, kind_of
 from ..models.pixels import to_uint8
 from ..networks.conditions import Condition, Labels
+from ..networks.text import BYTES
 from ..system.random import keys, normal, uniform
 from .flow_map_samplers import GRIDS, SAMPLERS, time_grid
 
@@ -37,6 +39,8 @@ class SampleSettings:
     steps: int | None = None  # of the sampler; `Plan.nfe` are the network evaluations that they cost
     seed: int = 0  # image i has the random numbers of (seed, i)
     classes: str | Sequence[int | str] = "random"  # as often as in the training data; balanced; or as `class_numbers` has it
+    prompts: tuple[str, ...] = ()  # of a text model: image i has prompt i mod P; none: captions of the training data at random
+    negative: str = ""  # of a text model with guidance: what it is led away from
     guidance: float | None = None  # w of classifier-free guidance; 1: none
     sampler: str | None = None  # of a flow map pushforward or restart, of a denoiser ddim, ancestral or heun
     grid: str | None = None  # default, uniform, edm, eta or schedule: see `time_grid`, `sigma_grids`
@@ -64,6 +68,8 @@ class Plan:
     churn: Churn | None  # None: nothing is churned
     batch_size: int
     stochasticity: float = 1.0
+    prompts: tuple[str, ...] = ()
+    negative: str = ""
     notes: tuple[str, ...] = ()  # what a person should know, a sentence each
 
 
@@ -87,14 +93,22 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         raise ConfigError(f"guidance must be a finite number, not {guidance}")
     if settings.batch_size < 1:
         raise ConfigError(f"the batch size must be at least 1, not {settings.batch_size}")
+    _check_kind(config, settings)
     classes = class_numbers(settings.classes, config)
-    if config.num_classes == 0:
+    if not is_conditional(config):
         if guidance != 1 and settings.guidance is not None:
             raise ConfigError(f"guidance {guidance:g} needs a class-conditional model, and this one is unconditional")
         if classes != "random":
             raise ConfigError("classes cannot be chosen: this model is unconditional")
         guidance = 1.0
     null = knows_null(config)
+    if settings.negative and guidance == 1:
+        raise ConfigError("a negative prompt needs guidance: give --guidance 3, say")
+    if guidance != 1 and null is False and config.text is not None:
+        raise ConfigError(
+            f"guidance {guidance:g} needs a model that also learned images without a text (caption dropout), and this one did not: "
+            "leave guidance at 1"
+        )
     if guidance != 1 and null is False:
         raise ConfigError(
             f"guidance {guidance:g} needs a model that also learned images without a class (label dropout), and this one did not: "
@@ -120,8 +134,32 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         churn=_churn(config.sampling, settings, sampler),
         batch_size=settings.batch_size,
         stochasticity=_stochasticity(config, settings, sampler),
-        notes=_notes(config, steps, sampler, grid, guidance if null is None else 1.0),
+        prompts=settings.prompts,
+        negative=settings.negative,
+        notes=_notes(config, steps, sampler, grid, guidance if null is None else 1.0) + _cut_note(config, settings.prompts),
     )
+
+
+def _check_kind(config: ModelConfig, settings: SampleSettings) -> None:
+    """Raises ConfigError for prompts of a model that takes none, and classes of one that takes prompts."""
+    if config.text is None and (settings.prompts or settings.negative):
+        kind = "draws classes: choose them with --classes" if config.num_classes else "is unconditional"
+        raise ConfigError(f"this model takes no prompts, it {kind}")
+    if config.text is None:
+        return
+    if settings.classes != "random":
+        raise ConfigError("this model has no classes, it draws what a text says: give --prompt or --prompts")
+    if settings.negative and config.sampling.student_steps is not None:
+        raise ConfigError(
+            "a negative prompt has no effect on a student: its teacher's guidance is built in, with the empty prompt; leave it out"
+        )
+
+
+def _cut_note(config: ModelConfig, prompts: tuple[str, ...]) -> tuple[str, ...]:
+    cut = count_cut(config, prompts)
+    what = "bytes" if config.text is not None and config.text.encoder == BYTES else "tokens"
+    few = f"{cut:,} of {len(set(prompts)):,} prompts are longer than the {config.text.length} {what}" if cut else ""
+    return (f"{few} that this model reads: their ends are cut off",) if cut else ()
 
 
 def _single(config: ModelConfig, guidance: float) -> bool:
@@ -253,7 +291,7 @@ def draw(
             images.append(decoder(model.config.latents, model.device)(drawn).cpu())
         else:
             images.append(to_uint8(drawn).cpu())
-        labels.append(None if condition is None else condition.classes.cpu())
+        labels.append(condition.classes.cpu() if isinstance(condition, Labels) else None)
     if not images:
         empty = None if model.config.num_classes == 0 else torch.empty(0, dtype=torch.int64)
         return torch.empty(0, *drawn_shape(model.config), dtype=torch.uint8), empty
@@ -282,8 +320,11 @@ def _telling(model: AnyModel, chosen: Plan, done: int, count: int, tell: Tell | 
     tell(done + count)
 
 
-def draw_condition(config: ModelConfig, chosen: Plan, index: Tensor) -> Labels | None:
+def draw_condition(config: ModelConfig, chosen: Plan, index: Tensor) -> Condition | None:
     """For images number `index` [N]; None for an unconditional model."""
+    if config.text is not None:
+        texts = texts_of(config, chosen.prompts, chosen.seed, index)
+        return text_condition(config, texts, chosen.negative, index.device)
     return Labels(_classes(config, chosen, index), config.num_classes) if config.num_classes else None
 
 

@@ -166,8 +166,7 @@ def check_pictures(config: ModelConfig) -> None:
 
 def all_labels(config: ModelConfig, chosen: Plan, num: int) -> list[int] | None:
     """The labels of images 0 to num - 1, None for an unconditional model."""
-    condition = draw_condition(config, chosen, torch.arange(num))
-    return None if condition is None else condition.classes.tolist()
+    return draw_condition(config, chosen, torch.arange(num)).classes.tolist() if config.num_classes else None
 
 
 def finish(path: Path, record: dict[str, Any], changed: bool) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..config.sections import READING
+from ..config.sections import CAPTIONS, READING
 from ..errors import ConfigError
 from ..system.files import read_json
 from ..formats.opening import OpenedModel, open_model
 from ..models.build import AnyModel
 from ..models.config import ModelConfig, drawn_shape, kind_of
 from .drawing import Plan
+from .prompts import prompts_sha256
 
 FORMAT = 1
 
@@ -35,6 +36,8 @@ DECIDING = {
     "stochasticity": "stochasticity",
     "guidance": "guidance",
     "classes": "classes",
+    "prompts_sha256": "prompts",
+    "negative_prompt": "the negative prompt",
     "seed": "seed",
     "digits": "the number of digits in file names",
 }
@@ -97,6 +100,9 @@ def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more:
         "assumed": config.training.get("converted", {}).get("assumed", []),  # of a converted model: what no file says
         "guidance": chosen.guidance,
         "classes": chosen.classes if config.num_classes else None,
+        "prompts": len(chosen.prompts) if config.text is not None else None,  # 0: captions of the training data at random
+        "prompts_sha256": prompts_sha256(chosen.prompts),
+        "negative_prompt": chosen.negative or None,
         "seed": chosen.seed,
         "mmgen": __version__,
         "torch": torch.__version__,
@@ -116,6 +122,8 @@ def training_data(config: ModelConfig) -> dict[str, Any]:
                 "data_options": images.get("options", {})}  # fmt: skip
     settings = config.training.get("config", {}).get("data", {})
     kept = {key: settings[key] for key in READING if settings.get(key)}
+    if settings.get("text"):  # the fingerprint is of the captions too
+        kept |= {"with_captions": True, **{key: settings[key] for key in CAPTIONS if settings.get(key)}}
     channels, resolution, _ = drawn_shape(config)
     return {
         "data": config.data,

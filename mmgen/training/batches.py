@@ -13,6 +13,9 @@ from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import ConfigError
 from ..networks.conditions import Condition, Labels
+from ..system.random import keys, uniform
+
+CAPTION = 106  # purpose of random numbers: which of an image's captions is taken; see `inputs`
 
 
 @dataclass
@@ -90,7 +93,10 @@ def fetch(dataset: Dataset | LatentDataset, first: int, count: int, seed: int, d
     rows = data_indices(len(dataset), first, count, seed)
     stored = dataset.moments if isinstance(dataset, LatentDataset) else dataset.images
     images, condition = torch.from_numpy(stored[rows]), None
-    if dataset.labels is not None:
+    texts = getattr(dataset, "texts", None)
+    if texts is not None:
+        condition = texts.condition(rows, uniform(keys(seed, np.arange(first, first + count), CAPTION)))
+    elif dataset.labels is not None:
         condition = Labels(torch.from_numpy(dataset.labels[rows]), dataset.num_classes)
     if device.type == "cuda":  # pinned memory lets the copy overlap with the pass before
         images, condition = images.pin_memory(), None if condition is None else condition.pin_memory()

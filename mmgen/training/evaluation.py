@@ -45,16 +45,19 @@ def can_show(config: ModelConfig, device: torch.device, note: Callable[[str], No
 
 @dataclass(frozen=True)
 class Layout:
-    """Which images a picture shows: a column is a class, where the model knows classes."""
+    """Which images a picture shows: a column is a class, where the model knows classes, or a text."""
 
     classes: str | list[int]  # as `SampleSettings.classes`, for images 0 to SHOWN - 1, line by line
     names: list[str]  # of the columns
-    real: np.ndarray  # numbers of as many real images, of the same classes
+    real: np.ndarray  # numbers of as many real images, of the same classes or with the same captions
+    prompts: tuple[str, ...] = ()  # of a model of text, one a column, as `SampleSettings.prompts`
 
 
 def layout(config: ModelConfig, dataset: Dataset | LatentDataset, seed: int) -> Layout:
     """Up to COLUMNS classes, evenly spaced among those with images; real images are chosen by the seed."""
     rng = np.random.default_rng(seed)
+    if config.text is not None:
+        return _captioned(dataset, rng)
     if config.num_classes == 0 or dataset.labels is None:
         classes = "balanced" if config.num_classes else "random"
         return Layout(classes, [], np.sort(rng.choice(len(dataset), min(SHOWN, len(dataset)), replace=False)))
@@ -64,6 +67,21 @@ def layout(config: ModelConfig, dataset: Dataset | LatentDataset, seed: int) -> 
     own = [np.resize(rng.permutation(np.flatnonzero(dataset.labels == number)), lines) for number in chosen]
     names = [config.class_names[number] if config.class_names else str(number) for number in chosen]
     return Layout(chosen, names, np.stack(own, axis=1).reshape(-1))
+
+
+def _captioned(dataset: Dataset, rng: np.random.Generator) -> Layout:
+    """COLUMNS different captions, chosen at random, above images that have them."""
+    columns: dict[str, list[int]] = {}
+    for row in rng.permutation(len(dataset))[: 1000 * SHOWN].tolist():
+        own = columns.get(dataset.captions[row][0].as_py())
+        if own is None and len(columns) < COLUMNS:
+            own = columns.setdefault(dataset.captions[row][0].as_py(), [])
+        if own is not None:
+            own.append(row)
+    lines = -(-SHOWN // COLUMNS)
+    names = sorted(columns)
+    real = np.stack([np.resize(columns[name], lines) for name in names], axis=1).reshape(-1)
+    return Layout("random", names, real, tuple(names))
 
 
 def picture(
@@ -80,7 +98,7 @@ def picture(
     for count in steps:
         name = f"{count} step{'s' * (count > 1)}"
         with work(f"picture, {name}", len(shown.real)) as update:
-            settings = SampleSettings(steps=count, seed=seed, classes=shown.classes)
+            settings = SampleSettings(steps=count, seed=seed, classes=shown.classes, prompts=shown.prompts)
             images = draw(model, settings, range(len(shown.real)), update)[0]
         rows.append((with_score(name, scores.get(str(count))), images))
     real = real_images(model, dataset, shown.real)

@@ -15,7 +15,7 @@ from ..encoders.vae import draw_latents
 from .batches import Batch
 
 # Purposes of random numbers. Each is drawn with the seed and the number of the image in the whole training. 103 and 104 are
-# the noise and the times of IMM; methods have purposes of their own from 120 on.
+# the noise and the times of IMM, 106 which caption (`batches`); methods have purposes of their own from 120 on.
 FLIP, AUGMENT, LABEL, LATENT = 100, 101, 102, 105
 
 
@@ -48,8 +48,9 @@ class Inputs:
         return x, None
 
     def condition(self, batch: Batch) -> Condition | None:
-        """The condition of each image, or the null for as many as `label_dropout` says; None if unconditional."""
-        if not self.data.conditional:
+        """The condition of each image, or the null for as many as the dropout says; None if unconditional."""
+        if not self.data.conditional and not self.data.text:
             return None
-        hidden = uniform(keys(self.seed, batch.index, LABEL)) < self.data.label_dropout
+        dropout = self.data.caption_dropout if self.data.text else self.data.label_dropout
+        hidden = uniform(keys(self.seed, batch.index, LABEL)) < dropout
         return batch.condition.hidden(hidden)

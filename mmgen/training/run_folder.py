@@ -38,6 +38,7 @@ _FREE = {"train.max_images", "train.precision", "train.ema_rampup"}
 # ... and where files lie and how they are read: what came out of them is compared by its hash
 _FREE |= {"teacher.name", "train.init", "data.name", "data.split", "data.resolution", "data.channels", "data.num_classes"}
 _FREE |= {"data.image_column", "data.label_column", "data.on_corrupt", "data.subset", "data.revision", "data.follow_links"}
+_FREE |= {"data.caption_column", "data.captions", "text.encoder"}
 
 
 def is_free(key: str) -> bool:

@@ -7,17 +7,20 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import data
-from ..config.sections import READING, DataSettings, RunSettings, TrainSettings
+from ..config.sections import CAPTIONS, READING, DataSettings, RunSettings, TrainSettings
 from ..data import Dataset, DataShape
 from ..data.latents import LatentDataset, load_latents
 from ..data.resolve import find_latents
+from ..data.texts import encode_captions, without
 from ..errors import ConfigError, DataError
+from ..networks.text import TextSettings
 from ..system.lock import only_run_in
 from ..system.processes import COLLECTIVE_TIMEOUT, team_of
 from .initial import begin_with, read_initial
@@ -30,6 +33,8 @@ from .task import Outcome, Reporter, Task
 def load_data(settings: DataSettings, progress: Callable[[int, int], None] | None = None) -> Dataset | LatentDataset:
     """The data set of a config. Raises DataError, or ConfigError where it contradicts the settings."""
     place = find_latents(settings.name)
+    if place is not None and settings.text:
+        raise ConfigError(f"data.text needs captions, and {settings.name} is a folder of latents without: give the images")
     if place is not None:
         dataset = load_latents(place, settings.name)
         _check_latents(settings, dataset)
@@ -44,8 +49,11 @@ def load_data(settings: DataSettings, progress: Callable[[int, int], None] | Non
             resolution=settings.resolution,
             channels=settings.channels,
             progress=progress,
-            **{key: getattr(settings, key) for key in READING},
+            with_captions=settings.text,
+            **{key: getattr(settings, key) for key in (*READING, *(CAPTIONS if settings.text else ()))},
         )
+    if settings.leave_out:
+        dataset = replace(dataset, captions=without(dataset.captions, settings.leave_out))
     if settings.conditional and dataset.labels is None:
         raise ConfigError(
             f"data.conditional needs class labels, and the data have none ({dataset.description}): train --unconditional"
@@ -117,6 +125,17 @@ def load_shared(
         dataset = load_data(settings, progress)
     reporter.note(f"data: {dataset.description}")
     return dataset
+
+
+def with_texts(dataset: Dataset, text: TextSettings | None, device: Any, reporter: Reporter) -> Dataset:
+    """The data set with its captions encoded for a model of these settings; as it is where the model takes none."""
+    if text is None:
+        return dataset
+    with reporter.work("encoding captions", 1, "captions") as update:
+        texts = encode_captions(dataset.captions, text, device, update)
+    if texts.cut:
+        reporter.note(f"{texts.cut:,} of {len(texts.tokens) - 1:,} captions are longer than text.length {text.length}: their ends are cut off")
+    return replace(dataset, texts=texts)
 
 
 def run_training(

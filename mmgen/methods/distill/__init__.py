@@ -48,5 +48,5 @@ DISTILLATION = Method(
                "Teacher evaluations in the final comparison; 0 for none. Default: 256."),
         Option("data", "data.name", str, "As for `mmgen train-teacher`. Default: what the teacher was trained on.", "DATA", group="Images"),
     ),
-    without=("resolution", "channels", "conditional"),
+    without=("resolution", "channels", "conditional", "text"),
 )  # fmt: skip

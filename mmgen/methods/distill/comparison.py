@@ -122,7 +122,7 @@ def side_by_side(
     for way in ways:
         if way.who == "student" or way.caption not in drawn:
             with work(f"picture: {way.caption}", len(shown.real)) as update:
-                settings = SampleSettings(way.steps, seed=seed, classes=shown.classes)
+                settings = SampleSettings(way.steps, seed=seed, classes=shown.classes, prompts=shown.prompts)
                 drawn[way.caption] = draw(way.model, settings, range(len(shown.real)), update)[0]
         score = scores.get(str(way.steps)) if way.who == "student" else scores.get(way.caption)
         rows.append((with_score(way.caption, score), drawn[way.caption]))

@@ -15,7 +15,7 @@ from ...data import Dataset, DataShape
 from ...data.latents import LatentDataset
 from ...data.resolve import locate
 from ...models.denoiser import Denoiser
-from ...config.sections import READING, DataSettings
+from ...config.sections import CAPTIONS, READING, DataSettings
 from ...config.distill import DistillConfig, resolve, settled, student_denoiser, student_network, student_schedule
 from ...errors import ConfigError, MmgenError
 from ...models.build import AnyModel
@@ -66,7 +66,7 @@ def check_same_data(teacher: Teacher, data: DataSettings, dataset: Dataset | Lat
     """Raises ConfigError where the data that the teacher's file names are not those that it was trained on any more."""
     known = teacher.model.config.training.get("data", {}).get("fingerprint")
     then = teacher.model.config.training.get("config", {}).get("data", {})
-    if known and known != dataset.fingerprint and all(then.get(key, getattr(DataSettings(), key)) == getattr(data, key) for key in READING):
+    if known and known != dataset.fingerprint and all(then.get(key, getattr(DataSettings(), key)) == getattr(data, key) for key in (*READING, *CAPTIONS)):
         raise ConfigError(
             f"the teacher {teacher.name} was trained on {teacher.model.config.data}, and {dataset.place} now holds other images or "
             "labels: bring back those of the training, or say with --data what to distil on"

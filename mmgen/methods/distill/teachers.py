@@ -16,7 +16,7 @@ from ...formats.family import ConvertOptions
 from ...formats.opening import open_model
 from ...models.denoiser import Denoiser
 from ...models.guidance import knows_null
-from ...models.config import ModelConfig
+from ...models.config import ModelConfig, is_conditional
 
 NEGLIGIBLE = 1e-3  # of a schedule's times: a part of it outside the trained range that is no longer is not worth a word
 
@@ -33,7 +33,7 @@ class Teacher:
     @property
     def has_null_class(self) -> bool:
         """Whether it also learned images without a class, as guidance needs; taken to be so where nothing says."""
-        return self.model.config.num_classes > 0 and knows_null(self.model.config) is not False
+        return is_conditional(self.model.config) and knows_null(self.model.config) is not False
 
 
 def load_teacher(

@@ -21,5 +21,6 @@ IMM = Method(
     Example: mmgen train-imm --data cifar10 --max-time 30m
     """,
     training=_training,
+    without=("text", "caption_column", "captions"),
     next_commands=("mmgen sample {folder} --steps 1,2,4 --num 64 --out samples/",),
 )

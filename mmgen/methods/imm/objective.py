@@ -37,6 +37,8 @@ def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
     conditional, latents = config.data.conditional, shape.latents
     if latents is not None:  # the noise has the standard deviation sigma_data, and so have the latents
         latents = replace(latents, target_std=config.flow.sigma_data)
+    if config.data.text:
+        raise ConfigError("data.text: IMM learns classes here, not texts; train a teacher of text and distil it")
     if conditional and shape.num_classes == 0:
         raise ConfigError("data.conditional needs class labels, and the data have none: train --unconditional")
     model_config = ModelConfig(

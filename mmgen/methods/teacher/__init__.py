@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..method import Method, Training
+from ..method import Method, Option, Training
 
 
 def _training() -> Training:
@@ -22,5 +22,8 @@ TEACHER = Method(
     Example: mmgen train-teacher --data cifar10 --max-time 8h
     """,
     training=_training,
+    options=(
+        Option("text_encoder", "text.encoder", str, "Frozen encoder (transformers) of --text.", "FOLDER", is_path=True, group="Images"),
+    ),
     next_commands=("mmgen sample {folder} --num 64 --out samples/", "mmgen distill --teacher {folder} --steps 8"),
 )

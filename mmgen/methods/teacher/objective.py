@@ -13,7 +13,10 @@ from ...data import DataShape
 from ...models.denoiser import Denoiser
 from ...diffusion.preconditioning import preconditioning
 from ...diffusion.process import per_image
+from ...encoders.text import described
 from ...errors import ConfigError
+from ...networks.conditions import Text
+from ...networks.text import BYTES
 from ...models.latents import LatentSettings
 from ...losses.denoising import LEVELS, draw_sigma, level_edges, weight
 from ...models.build import check_weights
@@ -25,7 +28,7 @@ from ...training.batches import Batch
 from ...training.inputs import Inputs
 from ...training.cost import DENOISING
 from ...training.task import Part, Task
-from ..method import Training
+from ..method import Start, Training
 
 _NOISE, _TIME = 120, 121  # purposes of random numbers, drawn with the seed and the number of the image
 
@@ -47,19 +50,23 @@ def teacher_model_config(config: TeacherConfig, shape: DataShape) -> ModelConfig
         augment_dim=AUGMENT_DIM if config.data.augment > 0 else 0,
         class_names=shape.class_names if conditional else None,
         class_counts=shape.class_counts if conditional else None,
+        text=described(config.text) if config.data.text else None,
+        captions=shape.captions,
         data=config.data.name,
         denoiser=config.denoiser,
         latents=latents,
-        sampling=config.sampling if conditional else replace(config.sampling, guidance=1.0),
+        sampling=config.sampling if conditional or config.data.text else replace(config.sampling, guidance=1.0),
     )
     check_defaults(model_config)
     return model_config
 
 
-def teacher_task(config: TeacherConfig, model_config: ModelConfig) -> Task:
-    """A freshly initialised network with the loss of a denoiser."""
+def teacher_task(config: TeacherConfig, model_config: ModelConfig, null: Text | None = None) -> Task:
+    """A freshly initialised network with the loss of a denoiser. null: what the text encoder, if any, makes of ""."""
     check_weights(model_config)
     network = Denoiser(model_config).network
+    if null is not None and model_config.text.encoder != BYTES:
+        network.text.set_null(null)
     parts = {"model": Part(network, DenoisingObjective(network, config, model_config.latents))}
     return Task(parts, model_config, levels=level_edges(config.loss, config.denoiser))
 
@@ -114,11 +121,21 @@ def by_level(value: Tensor, level: Tensor) -> Tensor:
     return both.new_zeros(2, LEVELS).index_add_(1, level, both)
 
 
+def _find(config: TeacherConfig, device: object) -> tuple[None, TeacherConfig]:
+    """Nothing is needed but the text encoder, whose sizes and hash are filled in."""
+    return None, replace(config, text=described(config.text)) if config.data.text else config
+
+
+def _task(start: Start) -> Task:
+    texts = getattr(start.dataset, "texts", None)
+    return teacher_task(start.config, start.model_config, None if texts is None else texts.null())
+
 
 TRAINING = Training(
     config=TeacherConfig,
     resolve=resolve,
     model_config=lambda config, shape, source: teacher_model_config(config, shape),
-    task=lambda start: teacher_task(start.config, start.model_config),
+    task=_task,
+    find=_find,
     work=lambda config: (DENOISING, 1),
 )
