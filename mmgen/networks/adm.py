@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .conditions import Condition, class_numbers
+from .conditions import Condition, class_numbers, has_null
 from .keyed_dropout import checkpointed
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
@@ -110,7 +110,7 @@ class Block(nn.Module):
             qkv = qkv.reshape(n, heads, 3, depth, h * w).permute(2, 0, 1, 4, 3)
         else:
             qkv = qkv.reshape(n, 3, heads, depth, h * w).permute(1, 0, 2, 4, 3)
-        attended = F.scaled_dot_product_attention(*qkv.unbind(0))
+        attended = F.scaled_dot_product_attention(*qkv.contiguous().unbind(0))  # as fused kernels want them
         return self.proj(attended.transpose(2, 3).reshape(n, c, h, w))
 
 
@@ -199,7 +199,7 @@ class ADM(nn.Module):
             emb = emb + self.second_time_mlp(sinusoid(s, self.frequencies, sine_first=False))
         if self.label_embed is not None:
             label = class_numbers(condition, self.num_classes, t)
-            if not self.settings.null_class and (label == self.num_classes).any():
+            if not self.settings.null_class and has_null(condition):
                 raise ConfigError(
                     f"this network was trained with its {self.num_classes} classes only: it has no null class, so that every "
                     "image needs a class, and classifier-free guidance (other than 1) is not possible"

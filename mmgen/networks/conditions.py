@@ -69,9 +69,13 @@ class Labels(Condition):
 
     classes: Tensor  # int64 [N]; num_classes: no class
     num_classes: int
+    with_null: bool = False  # some were made null, known without asking the device
 
     def null(self) -> Labels:
-        return replace(self, classes=torch.full_like(self.classes, self.num_classes))
+        return replace(self, classes=torch.full_like(self.classes, self.num_classes), with_null=True)
+
+    def hidden(self, where: Tensor) -> Labels:
+        return replace(super().hidden(where), with_null=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +112,18 @@ class Text(Condition):
 
 def concatenate(conditions: Sequence[Condition]) -> Any:
     """Conditions of one kind behind each other."""
-    first, rows = conditions[0], [condition.tensors() for condition in conditions]
+    first = next((one for one in conditions if getattr(one, "with_null", False)), conditions[0])
+    rows = [condition.tensors() for condition in conditions]
     return replace(first, **{name: torch.cat([one[name] for one in rows]) for name in rows[0]})
+
+
+def has_null(condition: Condition | None) -> bool:
+    """Whether some image has no class. On a CPU the labels are looked at; a GPU is not waited for: how they were made tells."""
+    if not isinstance(condition, Labels):
+        return condition is None
+    if condition.classes.device.type == "cpu":
+        return bool((condition.classes == condition.num_classes).any())
+    return condition.with_null
 
 
 def class_numbers(condition: Condition | None, num_classes: int, like: Tensor) -> Tensor:

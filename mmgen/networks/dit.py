@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .conditions import Condition, class_numbers
+from .conditions import Condition, class_numbers, has_null
 from .keyed_dropout import checkpointed
 from .text import CrossAttention, TextEncoder, TextSettings, start_attention_at_zero
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
@@ -148,7 +148,7 @@ class DiT(nn.Module):
             emb = emb + self.second_time_mlp(sinusoid(s, self.frequencies, sine_first=False))
         if self.label_embed is not None:
             label = class_numbers(condition, self.num_classes, t)
-            if not self.has_null_class and (label == self.num_classes).any():
+            if not self.has_null_class and has_null(condition):
                 raise ConfigError("this DiT has no null class: every image needs a class, and guidance must be 1")
             emb = emb + self.label_embed(label)
         text: tuple[Tensor, ...] = ()

@@ -137,7 +137,7 @@ class Block(nn.Module):
         """Cosine attention: q, k and v have magnitude one per head and position; they alternate in the channels."""
         n, c, h, w = x.shape
         qkv = normalise(self.attn_qkv(x).reshape(n, self.heads, c // self.heads, 3, h * w), (2,))
-        q, k, v = qkv.permute(3, 0, 1, 4, 2).unbind(0)  # each [N, heads, H W, depth]
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind(0)  # each [N, heads, H W, depth], as fused kernels want them
         attended = F.scaled_dot_product_attention(q, k, v)
         return self.attn_proj(attended.transpose(2, 3).reshape(n, c, h, w))
 

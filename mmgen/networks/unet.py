@@ -64,7 +64,8 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 def _fir(x: Tensor, gain: float) -> tuple[Tensor, int]:
     """[1, 3, 3, 1] by itself, normalised to sum `gain`, as a depthwise kernel [C, 1, 4, 4]."""
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=x.dtype, device=x.device) / 8
+    taps = x.new_full((4,), 3 / 8)  # made on the device: nothing is copied there
+    taps[::3].fill_(1 / 8)
     return (gain * taps.outer(taps)).expand(x.shape[1], 1, 4, 4), x.shape[1]
 
 
@@ -127,7 +128,8 @@ class Block(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         """Single-head attention over positions; q, k, v alternate in the channels of qkv."""
         n, c, h, w = x.shape
-        q, k, v = self.qkv(self.norm2(x)).reshape(n, c, 3, h * w).permute(2, 0, 3, 1).unsqueeze(2).unbind(0)
+        qkv = self.qkv(self.norm2(x)).reshape(n, c, 3, h * w).permute(2, 0, 3, 1)
+        q, k, v = qkv.contiguous().unsqueeze(2).unbind(0)  # as fused kernels want them
         attended = F.scaled_dot_product_attention(q, k, v)  # [N, 1, H W, C]
         return self.proj(attended.squeeze(1).transpose(1, 2).reshape(n, c, h, w))
 

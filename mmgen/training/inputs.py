@@ -52,5 +52,7 @@ class Inputs:
         if not self.data.conditional and not self.data.text:
             return None
         dropout = self.data.caption_dropout if self.data.text else self.data.label_dropout
+        if dropout == 0:
+            return batch.condition
         hidden = uniform(keys(self.seed, batch.index, LABEL)) < dropout
         return batch.condition.hidden(hidden)

@@ -52,6 +52,7 @@ class Matching:
         )  # fmt: skip
         self.steps, self.guidance, self.seed = steps, guidance, seed
         self.edges = level_edges(teacher)
+        self.inner_edges = self.edges[1:-1].to(teacher.device)
         self.weighting = DenoisingSettings(loss.weighting, loss.sigma_data, loss.sigmoid_bias, loss.min_snr_gamma)
         # `output` is of the teacher's coefficients; `sigmoid` of how the times are drawn, which is the student's schedule
         own = DenoiserSettings(precondition="schedule", schedule=schedule)
@@ -98,7 +99,7 @@ class Matching:
 
     def by_level(self, values: Tensor, s: Tensor) -> Tensor:
         """Sums and counts of float64 [N] by the level of the noise at s: float64 [2, 8]."""
-        level = torch.bucketize(self.schedule.eta(s).log(), self.edges.to(s.device)[1:-1])
+        level = torch.bucketize(self.schedule.eta(s).log(), self.inner_edges)
         both = torch.stack([values.detach(), torch.ones_like(values)])
         return both.new_zeros(2, LEVELS).index_add_(1, level, both)
 
@@ -116,4 +117,4 @@ def full_precision(batch: Batch) -> torch.autocast:
 
 def mean_of(values: Tensor) -> Tensor:
     """float64 [N] as a number to log: [2, 1], its sum and count."""
-    return torch.stack([values.detach().sum(), values.new_tensor(float(len(values)))])[:, None]
+    return torch.stack([values.detach().sum(), values.new_full((), float(len(values)))])[:, None]

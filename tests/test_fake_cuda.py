@@ -1,0 +1,118 @@
+"""Every objective with every network on CUDA tensors that are not there: nothing is copied, nothing waits, attention can be fused."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import Pass, move, on_device, record
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.gpu.cases import TINY, Case, tiny_cases  # noqa: E402
+
+from mmgen.networks import ADMSettings, DiTSettings, TextSettings, UNetSettings, UViTSettings, build_network  # noqa: E402
+from mmgen.networks.conditions import Labels  # noqa: E402
+from mmgen.networks.text import byte_text  # noqa: E402
+
+CASES = {case.name: case for case in tiny_cases()}
+
+
+def passes(case: Case, monkeypatch: Any) -> dict[str, Pass]:
+    """Of each part its `prepare` and its forward pass."""
+    trainer, found = case.make("cpu", "tf32", 16), {}
+    batch = next(iter(trainer._batches(0)))
+    batch = replace(batch, images=on_device(batch.images), condition=batch.condition.map(on_device), index=on_device(batch.index))
+    # Autograd asks for a real device
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, **options: [torch.zeros_like(value) for value in inputs])
+    for name, part in trainer.task.parts.items():
+        objective = part.objective
+        move(objective)
+        matching = getattr(objective, "matching", None)
+        if matching is not None:
+            for model in (matching.student, matching.teacher, *getattr(objective, "_others", ())):
+                move(model)
+            matching.inner_edges = on_device(matching.inner_edges)
+        if part.rehearse is not None:
+            objective.teacher.parameters = {key: value.detach() for key, value in matching.teacher.network.named_parameters()}
+            found[f"{name}, prepare"] = record(lambda: part.rehearse(batch))
+        found[name] = record(lambda: objective(batch))
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_copies_nothing_and_waits_for_nothing(name, monkeypatch):
+    for part, found in passes(CASES[name], monkeypatch).items():
+        print(f"{name}, {part}: {found.kernels} kernels, {found.double_bytes / 2**20:.2f} MiB of float64")
+        assert found.kernels > 100, "nothing ran on the device"
+        assert found.faults == []
+        for q, k, v in found.attention:
+            assert [t.stride(-1) for t in (q, k, v)] == [1, 1, 1], "no fused attention takes such tensors"
+
+
+def test_a_copy_a_wait_and_two_devices_are_seen():
+    """The counts can fail: each fault of version 0.1, in small."""
+    x = on_device(torch.ones(3))
+    assert record(lambda: torch.ones(3).to(x.device)).copies and record(lambda: x.cpu()).copies
+    assert record(lambda: torch.tensor([1.0, 3.0], device=x.device)).copies and record(lambda: x.new_tensor(2.0)).copies
+    assert record(lambda: bool((x == 1).any())).waits and record(lambda: x.sum().item()).waits
+    assert record(lambda: x[torch.tensor([0, 1])]).copies
+    with pytest.raises(Exception, match="devices"):
+        record(lambda: x + torch.ones(3))
+    assert record(lambda: x * 2 + torch.tensor(1.0)).faults == []  # a number of the host is an argument of the kernel
+
+
+def inputs(count: int = 2, channels: int = 3, side: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(count, channels, side, side), torch.rand(count, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("settings", [
+    ADMSettings(model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,), null_class=False),
+    DiTSettings(hidden_size=32, depth=1, num_heads=2, patch_size=2, null_class=False),
+], ids=lambda settings: settings.kind)  # fmt: skip
+def test_a_network_without_a_null_class_does_not_ask_the_device_for_it(settings):
+    network = build_network(settings, resolution=16, channels=3, num_classes=10, second_time=False)
+    move(network)
+    x, t = map(on_device, inputs())
+    labels = Labels(on_device(torch.tensor([3, 4])), 10)
+    assert record(lambda: network(x, t, None, labels)).faults == []
+    for null in (None, labels.null(), labels.hidden(on_device(torch.tensor([True, False])))):
+        with pytest.raises(Exception, match="no null class"):
+            record(lambda null=null: network(x, t, None, null))
+
+
+@pytest.mark.parametrize("kind", ["unet", "dit", "uvit"])
+def test_a_text_is_not_copied(kind):
+    tiny = {"unet": UNetSettings, "dit": DiTSettings, "uvit": UViTSettings}[kind]
+    settings = tiny(**{key: tuple(value) if isinstance(value, list) else value for key, value in TINY[kind].items()})
+    text = TextSettings(length=16, width=32, pooled=32, depth=1, heads=2)
+    network = build_network(settings, resolution=16, channels=3, second_time=False, text=text)
+    move(network)
+    condition = byte_text(["a red circle", "2"], 16)[0].map(on_device)
+    x, t = map(on_device, inputs())
+    found = record(lambda: network(x, t, None, condition))
+    assert found.faults == [] and found.kernels > 50
+    assert all(tensor.stride(-1) == 1 for three in found.attention for tensor in three) and found.attention
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_attention_runs_in_a_fused_kernel(kind):
+    """On a CPU the kernel that runs can be seen."""
+    case = CASES[f"teacher, {kind}"]
+    trainer = case.make("cpu", "fp32", 4)
+    network = trainer.network.eval()
+    x, t = inputs()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded, torch.no_grad():
+        network(x, t, None, Labels(torch.tensor([1, 2]), 10))
+    names = {event.key for event in recorded.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    assert "aten::_scaled_dot_product_attention_math" not in names
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        plain = network(x, t, None, Labels(torch.tensor([1, 2]), 10))
+    with torch.no_grad():
+        torch.testing.assert_close(network(x, t, None, Labels(torch.tensor([1, 2]), 10)), plain, rtol=1e-4, atol=1e-5)
