@@ -71,7 +71,10 @@ def recipe(name: str) -> Recipe:
 
 
 def shape_of(config) -> DataShape:
-    return SHAPES.get(config.data.name) or expected_shape(config.data)
+    data = config.data
+    if data.resolution is None:
+        return SHAPES[data.name]
+    return expected_shape(data) or DataShape(data.resolution, data.channels or 3, 10)  # own images: in colour, of ten classes
 
 
 def costs(chosen: Recipe, gpus: int, sharded: bool, checkpointing: bool, one: PassCost) -> Cost | None:

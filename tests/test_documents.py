@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import shlex
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +17,10 @@ from mmgen.config import distill, imm, teacher
 from mmgen.config.sections import nest, parse_assignment, preset_names, read_preset, read_toml
 
 ROOT = Path(__file__).parents[1]
-LISTED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout
-DOCUMENTS = [path for path in sorted(LISTED.split()) if (ROOT / path).is_file()]
+FOLDERS = "mmgen", "tests", "examples"
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *(file for top in FOLDERS for file in (ROOT / top).rglob("*.md"))]
+)
 COMMANDS = typer.main.get_command(app).commands
 CONFIGS = {
     "train-imm": (imm, imm.ImmConfig), "train-teacher": (teacher, teacher.TeacherConfig), "distill": (distill, distill.DistillConfig),

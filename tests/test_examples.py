@@ -57,16 +57,17 @@ def test_half_a_training_is_no_result(example, function, trains, arguments, monk
 
 def test_the_table_of_scale(tmp_path):
     """digits-imm: 4.8 GFLOP a step, two passes forward and one back; its 128 images in groups of 4 are too few for 64 GPUs."""
-    presets = ["digits-imm", "digits-distill", "imagenet256-imm-s"]
+    presets = ["digits-imm", "digits-distill", "imagenet256-imm-s", "own32-imm"]
     result = run("scale_table.py", "--presets", *presets, "--utilisation", "0.5", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines() if line.startswith("| `")
     ]
     assert [row[0].split("`")[1] for row in rows] == presets * 2 and "of digits-teacher" in rows[1][0]
-    assert rows[0][5] == "–" and rows[0][3] != "–" and float(rows[3][3]) == pytest.approx(0.00482, rel=0.01)
+    assert rows[0][5] == "–" and rows[0][3] != "–" and float(rows[4][3]) == pytest.approx(0.00482, rel=0.01)
     # DiT-S/2: 6.05 G multiply-adds a pass, four passes' worth, 4,096 images, at half of 494 TFLOP/s
-    assert float(rows[5][4]) == pytest.approx(4 * 2 * 6.05e9 * 4096 / 247e12, rel=0.05)
+    assert float(rows[6][4]) == pytest.approx(4 * 2 * 6.05e9 * 4096 / 247e12, rel=0.05)
+    assert 3 < float(rows[7][3]) < 4  # at 32 x 32: 0.21 TFLOP at 8 x 8, times 16
 
 
 # The weights of the predictions as they were computed for vp_cosine elsewhere, to the digits that they were noted with.
