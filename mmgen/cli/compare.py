@@ -62,7 +62,7 @@ def compare(
     from ..report.images import png_bytes
     from ..report.study import PAGE, write_study
 
-    sets = {name: _images(name, num, steps, seed, device) for name in names}
+    sets = {name: _images(name, num, steps, seed, device, texts) for name in names}
     texts = texts or _captions(sets, num)
     images = {}
     for name, found in sets.items():
@@ -77,7 +77,7 @@ def compare(
     typer.echo(f"Then: mmgen compare {out} --answers answers-*.json")
 
 
-def _images(name: str, num: int, steps: int | None, seed: int, device: str) -> ImageSet:
+def _images(name: str, num: int, steps: int | None, seed: int, device: str, texts: list[str] | None) -> ImageSet:
     from ..metrics.image_sets import drawn_images, image_set
     from ..metrics.subjects import is_model
 
@@ -87,16 +87,14 @@ def _images(name: str, num: int, steps: int | None, seed: int, device: str) -> I
     from ..sampling.record import Origin
 
     model = Origin.of(name).load(choose_device(device))
-    return drawn_images(model, plan(model.config, SampleSettings(steps=steps, seed=seed)), num, name=name)
+    settings = SampleSettings(steps=steps, seed=seed, prompts=tuple(texts or ()) if model.config.text is not None else ())
+    return drawn_images(model, plan(model.config, settings), num, name=name)
 
 
 def _prompts(file: Path, num: int) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text("utf-8-sig").split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {file} as a text file in UTF-8: {error}") from error
-    if not lines:
-        raise ConfigError(f"{file} holds no prompts: write one on each line")
+    from ..sampling.prompts import read_prompts
+
+    lines = read_prompts(file)
     return [lines[number % len(lines)] for number in range(num)]
 
 
@@ -108,7 +106,7 @@ def _captions(sets: dict[str, ImageSet], num: int) -> list[str] | None:
     found = {}
     for name, images in sets.items():
         try:
-            found[name] = read_captions(images) if images.place is not None else None
+            found[name] = read_captions(images) if images.place is not None or images.captions is not None else None
         except DataError:
             found[name] = None
     texts = {name: one for name, one in found.items() if one is not None}

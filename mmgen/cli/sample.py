@@ -63,7 +63,15 @@ def sample(
             metavar="MODEL", help="A run folder such as runs/digits-imm, a model file, or a hub repository user/name."
         ),
     ],
-    num: Annotated[int, _images(**COUNT, help="How many. A larger number later adds to those already there.")] = 64,
+    num: Annotated[
+        int | None, _images(**COUNT, help="How many; a larger number later adds to those there. Default: 64, or one per prompt.")
+    ] = None,
+    prompt: Annotated[list[str] | None, _images("--prompt", metavar="TEXT", help="What to draw. May be repeated.")] = None,
+    prompts: Annotated[Path | None, _images(metavar="FILE", help="A prompt a line; image i has prompt i modulo their number.")] = None,
+    per_prompt: Annotated[int | None, _images(**COUNT, help="Images of each prompt, in place of --num.")] = None,
+    negative_prompt: Annotated[
+        str | None, _images(metavar="TEXT", help="What guidance leads away from. Teachers only.")
+    ] = None,
     classes: Annotated[
         str,
         _images(metavar="LIST", help="Class names or numbers, used in turn; or random (as in the data), or balanced."),
@@ -106,6 +114,8 @@ def sample(
 
     Example: mmgen sample runs/digits-imm --steps 1,2,4 --out samples/
 
+    By text: mmgen sample runs/digits-text --prompt "a bold three" --num 16 --out grid.png
+
     A diffusion model: mmgen sample teacher.safetensors --sampler heun
     """
     with _interruptible():
@@ -113,16 +123,19 @@ def sample(
         layout, places = _places(out, format, step_counts)
         check_device(device)
         etas = tuple(numbers(eta, float, "--eta", "1.4")) if eta is not None else ()
-        if num < 1:
-            raise ConfigError(f"--num must be at least 1, not {num}")
+        for option, value in (("--num", num), ("--per-prompt", per_prompt)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{option} must be at least 1, not {value}")
 
         from ..sampling import drawing as sampling, file as sample_file, folder as sample_folder
         from ..sampling.record import Origin
         from ..system.processes import find_team
 
+        texts, num = _texts(prompt, prompts, num, per_prompt)
         origin = Origin.of(model, ema)
         config = origin.config
-        common = {"seed": seed, "classes": classes, "guidance": guidance, "sampler": sampler}
+        common = {"prompts": texts, "negative": (negative_prompt or "").strip()}
+        common |= {"seed": seed, "classes": classes, "guidance": guidance, "sampler": sampler}
         common |= {"grid": grid, "etas": etas, "batch_size": batch_size}
         common |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
         settings = [sampling.SampleSettings(steps=count, **common) for count in step_counts]
@@ -141,6 +154,22 @@ def sample(
                 written.append(write(loaded, place, num, one, origin, overwrite=overwrite, progress=update, team=team))
         if team.is_main:
             _show(written)
+
+
+def _texts(
+    prompt: list[str] | None, file: Path | None, num: int | None, per_prompt: int | None
+) -> tuple[tuple[str, ...], int]:
+    """The prompts, none where no option has any, and the number of images. Raises ConfigError."""
+    from ..sampling.prompts import checked, read_prompts
+
+    if prompt and file is not None:
+        raise ConfigError("--prompt and --prompts are both given: put all prompts in the file")
+    texts = checked(prompt, "--prompt") if prompt else () if file is None else read_prompts(file)
+    if per_prompt is None:
+        return texts, num or (len(texts) if file is not None else 64)
+    if num is not None or not texts:
+        raise ConfigError("--per-prompt needs prompts, and says how many images there are: leave --num out, and give --prompt or --prompts")
+    return texts, per_prompt * len(texts)
 
 
 def _places(out: Path, format: str | None, steps: list[int] | list[None]) -> tuple[str, list[Path]]:

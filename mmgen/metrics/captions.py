@@ -19,11 +19,17 @@ def read_captions(images: ImageSet, file: Path | None = None) -> list[str]:
     """One caption an image, in the order of the images.
 
     `file`: a .txt with a line for each image in order, or a .jsonl or .csv with `file_name` and `text` (or `caption`,
-    `prompt`). Without it, a folder's own metadata.jsonl or metadata.csv, or NAME.txt beside each NAME.png. Raises DataError.
+    `prompt`). Without it, those that a model was drawn from, a folder's own metadata.jsonl or metadata.csv, NAME.txt beside each
+    NAME.png, or NAME.npz.txt of NAME.npz. Raises DataError.
     """
+    if images.captions is not None:  # whoever draws them has seen to the file
+        return images.captions()
     if file is not None:
         return _from_file(images, file)
     folder = at_home(images.name)
+    together = folder.with_name(folder.name + ".txt")
+    if folder.is_file() and together.is_file():
+        return _from_file(images, together)
     for name in TABLES if folder.is_dir() else ():
         if (folder / name).is_file():
             return _from_file(images, folder / name)

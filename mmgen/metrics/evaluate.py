@@ -177,11 +177,16 @@ def _check_options(samples: Sequence[str], models: Sequence[bool], settings: Fid
 
 def _drawn(word: str, settings: FidSettings) -> list[Subject]:
     from ..sampling.drawing import SampleSettings, plan
+    from ..sampling.prompts import read_prompts
     from ..sampling.record import Origin
 
     given = {key: value for key, value in settings.drawing.items() if value is not None}
     origin = Origin.of(word, given.pop("ema", None))
     steps, config = given.pop("steps", [None]), origin.config
+    if config.text is not None and settings.captions is not None:
+        if settings.captions.suffix.lower() != ".txt":
+            raise ConfigError(f"--captions {settings.captions}: what a model is to draw is a .txt file, one prompt a line")
+        given["prompts"] = read_prompts(settings.captions)
     each = [SampleSettings(steps=count, batch_size=settings.batch_size, **given) for count in steps]
     for one in each:  # before anything is loaded
         plan(config, one)

@@ -50,6 +50,7 @@ class ImageSet:
         place: where they lie, an absolute path, or a name that means the same in every folder; None of images that are drawn.
         record: how samples were made, as `sample_record.make_record` has it; None if nothing says.
         beside: the file that keeps their scores; None where there is no place for it.
+        captions: of images that are drawn by a model of text, what each is drawn of.
         telling: of images that are drawn when they are read: telling(tell) is the same set, which calls tell(images drawn).
     """
 
@@ -64,6 +65,7 @@ class ImageSet:
     record: dict[str, Any] | None = None
     beside: Path | None = None
     telling: Callable[[Callable[[float], None]], ImageSet] | None = None
+    captions: Callable[[], list[str]] | None = None
 
     def first(self, num: int | None) -> ImageSet:
         """The first `num` images. Raises DataError where there are fewer."""
@@ -136,7 +138,10 @@ def drawn_images(
     beside: Path | None = None,
 ) -> ImageSet:  # fmt: skip
     """Images number `first` to `first + num - 1` of a model, drawn when they are asked for and kept nowhere."""
+    import torch
+
     from ..sampling.drawing import draw
+    from ..sampling.prompts import texts_of
 
     def read(start: int, stop: int, colour: bool, tell: Callable[[float], None] | None = None) -> np.ndarray:
         told = None if tell is None or stop - start <= 1 else lambda done: tell(start + done)  # one alone: to know its shape
@@ -152,6 +157,9 @@ def drawn_images(
         record=record,
         beside=beside,
     )
+    if model.config.text is not None:
+        numbers = torch.arange(first, first + num)
+        images = replace(images, captions=lambda: texts_of(model.config, chosen.prompts, chosen.seed, numbers))
     return replace(images, telling=lambda tell: replace(images, read=partial(read, tell=tell)))
 
 

@@ -19,7 +19,7 @@ from ..report.images import grid
 from ..models.build import AnyModel
 from ..models.config import drawn_shape
 from .missing import Progress, contiguous, draw_missing
-from .folder import Written, all_labels, check_num, check_pictures, disk_errors, finish
+from .folder import Written, all_labels, all_texts, check_num, check_pictures, disk_errors, finish
 from .record import Origin, make_record, may_continue, read_record
 from .classes import with_images
 from .drawing import Plan, SampleSettings, plan
@@ -129,6 +129,10 @@ def _write(model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, p
                 os.replace(parts / f"whole{file.suffix}", file)
             except OSError as error:
                 raise cannot_write(file, error) from error
+        texts = all_texts(model.config, chosen, num)
+        if texts is not None:
+            with replacing(texts_file(file)) as temporary:
+                temporary.write_text("".join(text + "\n" for text in texts), "utf-8")
         finish(record_file(file), record, bool(missing))
         with disk_errors(file):
             _remove_parts(file)
@@ -139,6 +143,11 @@ def _write(model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, p
 def record_file(file: Path) -> Path:
     """NAME.npz.json for NAME.npz: the suffix stays, so that NAME.npz and NAME.png do not share a record."""
     return file.with_name(file.name + ".json")
+
+
+def texts_file(file: Path) -> Path:
+    """NAME.npz.txt: of a model of text, a line an image."""
+    return file.with_name(file.name + ".txt")
 
 
 def parts_folder(file: Path) -> Path:
@@ -244,7 +253,7 @@ def _remove_parts(file: Path) -> None:
 
 
 def _columns(num: int, chosen: Plan, classes: int) -> int:
-    cycle = 1
+    cycle = max(len(chosen.prompts), 1)
     if classes and chosen.classes != "random":
         cycle = classes if chosen.classes == "balanced" else len(chosen.classes)
     side = num**0.5

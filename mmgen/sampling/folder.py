@@ -1,4 +1,4 @@
-"""Samples as a folder of PNG files, with the record of how they were made and, with classes, EDM's dataset.json."""
+"""Samples as a folder of PNG files, with the record of how they were made, EDM's dataset.json of classes, metadata.jsonl of texts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ from ..system.process import cores
 from .missing import Progress, draw_missing
 from .record import Origin, make_record, may_continue, read_record
 from .drawing import Plan, SampleSettings, draw_condition, plan
+from .prompts import texts_of
 from ..system.processes import Team, find_team
 
 RECORD = "samples.json"
 LABELS = "dataset.json"
+TEXTS = "metadata.jsonl"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MOST_WRITERS = 16  # threads
 _OURS = re.compile(r"\d{6,}\.png")
@@ -57,7 +59,7 @@ def write_png(
     """Writes images 0 to num - 1 as `000000.png` ... (more digits if num needs them), those that are not there yet.
 
     `samples.json` says how they were made, and is written first, with "complete": false until the last image is there.
-    A class-conditional model's labels are in `dataset.json`, which `--data` reads. Files appear whole or not at all; should a
+    A class-conditional model's labels are in `dataset.json`, the texts of a model of text in `metadata.jsonl`: `--data` reads both. Files appear whole or not at all; should a
     power cut damage some, they are drawn anew.
 
     The folder may hold an interrupted or a smaller run of the same settings, which is continued, and anything but
@@ -92,6 +94,11 @@ def write_png(
             listed = [[_name(i, digits), label] for i, label in enumerate(labels)]
             with replacing(folder / LABELS) as temporary:
                 temporary.write_text(json.dumps({"labels": listed}))
+        texts = all_texts(model.config, chosen, num)
+        if texts is not None:
+            with replacing(folder / TEXTS) as temporary:
+                rows = [{"file_name": _name(i, digits), "text": text} for i, text in enumerate(texts)]
+                temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
         finish(folder / RECORD, record, bool(missing))
     return Written(folder, num, len(missing), record)
 
@@ -169,6 +176,13 @@ def all_labels(config: ModelConfig, chosen: Plan, num: int) -> list[int] | None:
     return draw_condition(config, chosen, torch.arange(num)).classes.tolist() if config.num_classes else None
 
 
+def all_texts(config: ModelConfig, chosen: Plan, num: int) -> list[str] | None:
+    """The texts of images 0 to num - 1, a line each; None of a model that takes none."""
+    if config.text is None:
+        return None
+    return [" ".join(text.split()) for text in texts_of(config, chosen.prompts, chosen.seed, torch.arange(num))]
+
+
 def finish(path: Path, record: dict[str, Any], changed: bool) -> None:
     """Marks a run as complete; the record of one that was complete before is left as it is."""
     record["complete"] = True
@@ -187,7 +201,7 @@ def _prepare(folder: Path, record: dict[str, Any], overwrite: bool) -> None:
     elif not may_continue(folder, old, record, overwrite):
         write_json(folder / RECORD, {**old, "complete": False})  # whatever interrupts the deletion, nobody is misled
         for path in folder.iterdir():
-            if _OURS.fullmatch(path.name) or path.name == LABELS:
+            if _OURS.fullmatch(path.name) or path.name in (LABELS, TEXTS):
                 path.unlink()
         old = None
     if folder.is_dir():
