@@ -41,7 +41,7 @@ class Run:
     def save(self, images: int) -> Path:
         torch.nn.init.constant_(self.network.weight, images)
         parts = {"model": self.network}, {"model": self.optimizer}
-        return save_checkpoint(self.folder, *parts, self.ema, None, Progress(images, 1.5))
+        return save_checkpoint(self.folder, *parts, self.ema, {}, Progress(images, 1.5))
 
     def path(self, images: int) -> Path:
         return self.folder / f"{images:012d}"
@@ -117,7 +117,7 @@ def test_random_damage_of_several_kinds_at_once(tmp_path):
             file = run.path(images) / chance.choice(sorted(FILES))
             chance.choice([cut, lambda f: f.unlink(), lambda f: flip(f, chance.randrange(8 * f.stat().st_size))])(file)
         assert run.choose() == run.path(20) and len(run.notes) == 2
-        progress = load_checkpoint(run.path(20), {"model": run.network}, {"model": run.optimizer}, run.ema, None)
+        progress = load_checkpoint(run.path(20), {"model": run.network}, {"model": run.optimizer}, run.ema, {})
         assert progress == Progress(20, 1.5) and run.network.weight.unique().tolist() == [20]
 
 
@@ -138,7 +138,7 @@ def test_checkpoints_without_sums_load_and_cut_ones_are_found(tmp_path):
         state = {key: value for key, value in json.loads(file.read_text()).items() if key not in ("sha256", "files")}
         file.write_text(json.dumps({**state, "format": 1}))
     assert run.choose() == run.path(20)
-    assert load_checkpoint(run.path(20), {"model": run.network}, {"model": run.optimizer}, run.ema, None).images == 20
+    assert load_checkpoint(run.path(20), {"model": run.network}, {"model": run.optimizer}, run.ema, {}).images == 20
     cut(run.path(20) / "optimizer.safetensors")
     assert run.choose() == run.path(10) and "optimizer.safetensors" in run.notes[0]
 

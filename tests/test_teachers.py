@@ -175,7 +175,7 @@ def make_run(folder: Path, frozen: str | None = None) -> tuple[Path, dict[str, t
     (folder / "log.jsonl").write_text("")
     ema = EMA(model.network, {})
     for images in (9, 10):  # the first is damaged: only the newest is to be read
-        save_checkpoint(folder / "checkpoints", {"model": model.network}, {"model": optimizer}, ema, None, Progress(images))
+        save_checkpoint(folder / "checkpoints", {"model": model.network}, {"model": optimizer}, ema, {}, Progress(images))
     (folder / "checkpoints" / f"{9:012d}" / "optimizer.safetensors").write_bytes(b"")
     return folder, expected
 

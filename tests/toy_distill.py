@@ -1,5 +1,6 @@
 """What tests of distillation share: a toy configuration, its parts, passes of digits."""
 
+import contextlib
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -29,6 +30,7 @@ class One:
     """An accelerator of one process."""
 
     num_processes, process_index, device = 1, 0, torch.device("cpu")
+    autocast = staticmethod(contextlib.nullcontext)
 
 
 def toy_teacher(folder):

@@ -83,6 +83,8 @@ class TrainSettings:
     max_images: int = 400_000 * 4096  # images to train on
     seed: int = 0
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"  # tf32 is fp32 where there is no GPU
+    # Of what is evaluated without gradient (IMM's target, the frozen teacher): full is tf32 or fp32; half is as train.precision
+    frozen_precision: Literal["full", "half"] = "full"
     ema_betas: tuple[float, ...] = (0.9999,)  # averages of the weights kept, by decay per step; none at all: the weights
     ema_half_lives: tuple[int, ...] = ()  # more averages, by half-life in images
     init: str = ""  # a model whose weights the training begins with; of a distillation, the student's
@@ -287,6 +289,10 @@ def check_shared(config: Any) -> None:
         "optimizer.beta2": optimizer.beta2,
         **({"network.dropout": network.dropout} if hasattr(network, "dropout") else {}),
     })  # fmt: skip
+    require(
+        train.frozen_precision == "full" or train.precision in ("bf16", "fp16"),
+        f"train.frozen_precision half needs train.precision bf16 or fp16, not {train.precision}",
+    )
     for name, entries in (
         ("train.ema_betas", train.ema_betas),
         ("train.ema_half_lives", train.ema_half_lives),

@@ -20,6 +20,7 @@ from .conditions import Condition, class_numbers, has_null
 from .keyed_dropout import checkpointed
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
+from .norm import GroupNorm
 
 EPSILON = 1e-5  # of every group norm
 
@@ -44,8 +45,8 @@ class ADMSettings:
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
 
 
-def _norm(channels: int, settings: ADMSettings) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // settings.channels_per_group), channels, eps=EPSILON)
+def _norm(channels: int, settings: ADMSettings) -> GroupNorm:
+    return GroupNorm(min(32, channels // settings.channels_per_group), channels, eps=EPSILON)
 
 
 def _zero(layer: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from .conditions import Condition, class_numbers
 from .keyed_dropout import checkpointed
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
+from .norm import GroupNorm
 from .text import CrossAttention, TextEncoder, TextSettings
 from .winograd import Conv2d
 
@@ -58,8 +59,8 @@ def _initialise(layer: nn.Module, gain: float) -> nn.Module:
     return layer
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=EPSILON)
+def _norm(channels: int) -> GroupNorm:
+    return GroupNorm(min(32, channels // 4), channels, eps=EPSILON)
 
 
 def _fir(x: Tensor, gain: float) -> tuple[Tensor, int]:

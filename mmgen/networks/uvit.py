@@ -16,6 +16,7 @@ from ..errors import ConfigError
 from .conditions import Condition, class_numbers
 from .keyed_dropout import checkpointed
 from .dropout import Dropout
+from .norm import GroupNorm
 from .text import CrossAttention, TextEncoder, TextSettings, start_attention_at_zero
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 
@@ -112,8 +113,8 @@ class TransformerBlock(nn.Module):
         return self.proj(attended.transpose(1, 2).reshape(n, tokens, dim))
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_groups(channels), channels, eps=EPSILON)
+def _group_norm(channels: int) -> GroupNorm:
+    return GroupNorm(_groups(channels), channels, eps=EPSILON)
 
 
 def _groups(channels: int) -> int:

@@ -4,7 +4,7 @@ checkpoints/000000512000/        images seen
     network.safetensors          the weights that are trained; NAME.safetensors: those of every further part of the method
     ema-NAME.safetensors         every average
     optimizer.safetensors        tensors of the optimiser's state, "parameter number.name"; optimizer-NAME.safetensors likewise
-    state.json                   images seen, seconds spent, the fp16 scaler; the size and the SHA-256 of every other file, and its
+    state.json                   images seen, seconds spent, the fp16 scalers; the size and the SHA-256 of every other file, and its
                                  own: `checkpoint_sums`
 damaged-000000000512000/     one that was found damaged: never read, never deleted
 """
@@ -43,6 +43,11 @@ class Progress:
     seconds: float = 0.0  # spent in all invocations
 
 
+def _of_parts(scalers: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The scaler of each part with its key in state.json."""
+    return [(f"scaler-{name}" if i else "scaler", scaler) for i, (name, scaler) in enumerate(scalers.items())]
+
+
 def _files(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Part -> names of the files of its network and its optimiser, without the suffix. The first part's have plain names."""
     return {name: (name, f"optimizer-{name}") if i else ("network", "optimizer") for i, name in enumerate(names)}
@@ -53,7 +58,7 @@ def save_checkpoint(
     networks: dict[str, nn.Module],
     optimizers: dict[str, torch.optim.Optimizer],
     ema: EMA,
-    scaler: Any,
+    scalers: dict[str, Any],
     progress: Progress,
     team: Team = Team(),
 ) -> Path:
@@ -64,7 +69,8 @@ def save_checkpoint(
     """
     path = folder / f"{progress.images:012d}"
     content: dict[str, Any] = {"images": progress.images, "seconds": progress.seconds}
-    content["scaler"] = scaler.state_dict() if scaler is not None else None
+    for key, scaler in _of_parts(scalers):
+        content[key] = scaler.state_dict() if scaler is not None else None
     with replacing_folder(path) if team.is_main else contextlib.nullcontext() as temporary:
         for file, state in _states(networks, optimizers, ema, content):
             tensors = gathered(state, keep=team.is_main)
@@ -160,7 +166,7 @@ def file_names(names: Iterable[str], ema: EMA) -> set[str]:
 
 
 def load_checkpoint(
-    path: Path, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], ema: EMA, scaler: Any
+    path: Path, networks: dict[str, nn.Module], optimizers: dict[str, torch.optim.Optimizer], ema: EMA, scalers: dict[str, Any]
 ) -> Progress:
     """Restores everything in place, but for the optimisers' settings. Raises TrainingError naming what is damaged or does not fit."""
     try:
@@ -179,14 +185,19 @@ def load_checkpoint(
             for number, parameter in enumerate(networks[name].parameters()):
                 for entry, value in state.get(number, {}).items():
                     if isinstance(value, torch.Tensor):
-                        state[number][entry] = as_spread(value, parameter)
+                        value = as_spread(value, parameter)
+                        if value.shape == parameter.shape:  # fused optimisers want the parameter's order in memory
+                            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                        state[number][entry] = value
             settings = optimizers[name].state_dict()["param_groups"]  # those of now: a run may go on with others
             optimizers[name].load_state_dict({"state": state, "param_groups": settings})
         for name, average in averages.items():
             check_state(next(iter(networks.values())).state_dict(), average, f"{path / name}")
             ema.load(name, average)
-        if scaler is not None and content["scaler"] is not None:
-            scaler.load_state_dict(content["scaler"])
+        for key, scaler in _of_parts(scalers):
+            found = content.get(key, content["scaler"])  # version 0.1 has one for all
+            if scaler is not None and found is not None:
+                scaler.load_state_dict(found)
         if type(content["images"]) is not int or not 0 <= float(content["seconds"]) < math.inf:
             raise ValueError("its progress is no number")
         return Progress(content["images"], content["seconds"])

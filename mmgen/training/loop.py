@@ -7,6 +7,7 @@ resumed computes what an uninterrupted one would have computed: on a CPU, bit fo
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from . import collapse, evaluation
 from .auto_batch import describe, find_size
 from .batches import Batch, Parts, fetch, part_sizes, share_batch
 from .checkpoint import Progress, file_names, list_checkpoints, load_checkpoint, newest_whole, remove_old, save_checkpoint
-from .compute import compile_network, set_precision
+from .compute import compile_network, lay_out, set_precision
 from .ema import EMA, ema_decays, ramp_up
 from .figures import make_scorer
 from .gradients import measure_and_clip
@@ -82,11 +83,14 @@ class Trainer:
         at_most = train.batch_size if run.batch_per_device == "auto" else run.batch_per_device
         self.parts = share_batch(train.batch_size, self.task.group_size, accelerator.num_processes, at_most)
         self.sharded = is_sharded(accelerator)
-        self.networks, self.optimizers, self._prepared = {}, {}, {}
-        for network in self.task.frozen if self.sharded else ():
-            shard(network)
+        self.networks, self.optimizers, self.scalers, self._prepared = {}, {}, {}, {}
+        for network in self.task.frozen:
+            lay_out(network)
+            if self.sharded:
+                shard(network)
         for name, part in self.task.parts.items():
             self.networks[name] = part.network.to(accelerator.device)
+            lay_out(part.network)
             if run.gradient_checkpointing:
                 checkpoint_blocks(part.network)
             if run.compile:
@@ -94,6 +98,7 @@ class Trainer:
             if self.sharded:
                 shard(part.network)
             self.optimizers[name] = build_optimizer(optimizer, part.network.parameters())
+            accelerator.scaler = self.scalers[name] = copy.deepcopy(accelerator.scaler)  # losses differ in size: a factor each
             both = part.objective, self.optimizers[name]
             self._prepared[name] = both if self.sharded else accelerator.prepare(*both)
         self.network = next(iter(self.networks.values()))
@@ -195,6 +200,7 @@ class Trainer:
         first = self.progress.images
         name = self.task.turn(first // self.train.batch_size)
         part, (objective, optimizer) = self.task.parts[name], self._prepared[name]
+        accelerator.scaler = self.scalers[name]
         for group in self.optimizers[name].param_groups:
             group["lr"] = learning_rate(self.optimizer, first, self.train.max_images)
         if part.prepare is not None:
@@ -291,7 +297,7 @@ class Trainer:
         folder, note = self.folder.checkpoints, self.reporter.note
         newest = newest_whole(folder, file_names(self.networks, self.ema), self.team, note)
         if newest is not None:
-            self.progress = load_checkpoint(newest, self.networks, self.optimizers, self.ema, self.accelerator.scaler)
+            self.progress = load_checkpoint(newest, self.networks, self.optimizers, self.ema, self.scalers)
             note(f"resuming from {newest}: {self.progress.images:,} images seen")
         self.history.rewind(self.progress.images)
         if changed := self.folder.changed:
@@ -308,7 +314,7 @@ class Trainer:
         for name in self.ema.decays or [None]:
             file = MODEL_FILE if name == self.ema.first else f"model-ema-{name}.safetensors"
             self._save_model(self.folder.path / file, name)
-        save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.accelerator.scaler, self.progress, self.team)
+        save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.scalers, self.progress, self.team)
         if main:
             remove_old(folder, self.run_settings.keep_checkpoints)
             curves = evaluation.curves(self.history.lines, levels=self.task.levels)

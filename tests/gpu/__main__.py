@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="all of it ends by then; the training takes what is left")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--only", action="append", choices=list(SECTIONS), help="some sections; repeat for several")
+    parser.add_argument("--preset", action="append", help="of the section `presets`, those whose name has this in it; repeat for several")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--features", default="auto", help="of the training's scores: as run.eval_features")
     options = parser.parse_args(arguments)
@@ -64,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: no time left; run the command again to go on")
             continue
         run = partial(SECTIONS[name], device, small)
+        if name == "presets":
+            run = partial(run, names=options.preset or [""])
         if name == "training":
             root = os.environ.get("MMGEN_DATA_DIR")
             data = "cifar10" if root and (Path(root) / "cifar10").is_dir() and not small else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-WAYS = ["tf32", "bf16", "bf16, compiled"]
+WAYS = ["tf32", "bf16", "bf16, frozen too", "bf16, frozen too, compiled"]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -23,10 +23,10 @@ def markdown(report: dict[str, Any]) -> str:
     if cases := report.get("numerics", {}).get("cases"):
         columns = list(next(iter(cases.values())))
         rows = [
-            [name, *(number(row[p].get("loss", row[p].get("error"))) + " / " + number(row[p].get("gradient")) for p in columns)]
+            [name, *(" / ".join(number(row[p].get(what)) for what in ("outputs", "loss", "gradient", "error") if what in row[p]) for p in columns)]
             for name, row in cases.items()
         ]
-        parts += ["## Against the CPU in float32: relative error of loss / gradient\n", table(["method, network", *columns], rows)]
+        parts += ["## Against the CPU in float32: relative error of outputs / loss / gradient\n", table(["method, network", *columns], rows)]
     if presets := report.get("presets", {}).get("presets"):
         rows, memory = [], []
         for name, row in presets.items():
@@ -63,7 +63,8 @@ def speed_picture(report: dict[str, Any]) -> Image.Image | None:
     presets = report.get("presets", {}).get("presets")
     if not presets:
         return None
-    colours = {"plain, tf32": "#999999", "tf32": "#88b0d8", "bf16": "#3f7fbf", "bf16, compiled": "#0b3c6f"}
+    colours = {"plain, tf32": "#999999", "tf32": "#88b0d8", "bf16": "#3f7fbf", "bf16, frozen too": "#1f5f9f",
+               "bf16, frozen too, compiled": "#0b3c6f"}
     shown = [
         (name, [("plain, tf32", row["plain"]) for _ in ["plain"] if "plain" in row] + [(way, found["rate"]) for way, found in row["ways"].items()])
         for name, row in presets.items()

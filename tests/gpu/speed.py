@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ from .cases import Case, imm_case
 from .presets import preset_cases
 
 SECONDS = 2.0  # of each measurement
+HALF = {"train.frozen_precision": "half"}
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tf32": ("tf32", {}), "bf16": ("bf16", {}), "bf16, frozen too": ("bf16", HALF),
+    "bf16, frozen too, compiled": ("bf16", {**HALF, "run.compile": True}),
+}  # fmt: skip
 
 
 def matrix_rate(device: str, dtype: torch.dtype, side: int = 8192) -> float:
@@ -59,18 +64,17 @@ def rate(step: Callable[[], Any], images: int, device: str, seconds: float = SEC
     return steps * images / (time.perf_counter() - start)
 
 
-def presets(device: str, small: bool) -> dict[str, Any]:
+def presets(device: str, small: bool, names: Sequence[str] = ("",)) -> dict[str, Any]:
     """{preset: {way: {"rate": images/s, "share": of the matrix rate, "computed" and "measured": GiB}}}; `plain`: the textbook's."""
     peak = matrix_rate(device, torch.bfloat16) if device == "cuda" else None
     seconds = 0.1 if small else SECONDS
     rows, failed = {}, []
-    for case, work, batch in preset_cases(small):
+    chosen = [row for row in preset_cases(small) if any(name in row[0].name for name in names)]
+    for case, work, batch in chosen:
         row: dict[str, Any] = {"batch": batch, "ways": {}}
-        ways = [("tf32", False)] if small else [("tf32", False), ("bf16", False), ("bf16", True)]
-        for precision, compile_ in ways:
-            way = precision + (", compiled" if compile_ else "")
+        for way in list(WAYS)[:1] if small else WAYS:
             try:
-                row["ways"][way] = measured(case, work, batch, device, precision, compile_, seconds, peak)
+                row["ways"][way] = measured(case, work, batch, device, way, seconds, peak)
             except Exception as error:  # noqa: BLE001 a report says what fails and goes on
                 failed.append(f"{case.name}, {way}: {type(error).__name__}: {error}"[:400])
             release(device)
@@ -86,11 +90,12 @@ def presets(device: str, small: bool) -> dict[str, Any]:
 
 
 def measured(
-    case: Case, work: Work, batch: int, device: str, precision: str, compile_: bool, seconds: float, peak: float | None
+    case: Case, work: Work, batch: int, device: str, way: str, seconds: float, peak: float | None
 ) -> dict[str, Any]:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    trainer = case.make(device, precision, batch, **({"run.compile": True} if compile_ else {}))
+    precision, changes = WAYS[way]
+    trainer = case.make(device, precision, batch, **changes)
     cost = estimate(trainer.train, trainer.task.model_config, trainer.parts, work)
     found: dict[str, Any] = {"rate": rate(trainer._step, batch, device, seconds), "computed": cost.total / 2**30}
     trainer.numbers.flush()

@@ -1,10 +1,13 @@
 """Algorithm 2 of moment matching distillation (arXiv:2406.04103): the auxiliary denoiser and the student take turns.
 
-Under autocast only the network that is trained works in half precision. What it is compared with, and the small difference
-g_phi - g_theta that the student follows, are computed as the accelerator's float32 is.
+Under autocast the network that is trained works in half precision, and so does the student in both turns: x~ is the same. What the
+auxiliary learns from the teacher is in half precision with train.frozen_precision half. The small difference g_phi - g_theta that the
+student follows is always computed as the accelerator's float32 is.
 """
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +41,14 @@ class AuxiliaryObjective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         matching = self.matching
-        with full_precision(batch), torch.no_grad():
+        with full_precision(batch):
             noised = matching.noised(batch)
-            x_tilde = matching.answer(noised)
-            z_s = matching.target(noised, x_tilde)
-            g_theta = matching.taught(z_s, noised)
+        with torch.no_grad():
+            x_tilde = matching.answer(noised)  # under autocast, as in the student's turn
+            with full_precision(batch):
+                z_s = matching.target(noised, x_tilde)
+            with contextlib.nullcontext() if matching.half_teacher else full_precision(batch):
+                g_theta = matching.taught(z_s, noised)
         g_phi = self.auxiliary.x_hat(z_s, noised.s, matching.schedule, noised.condition)
         loss = auxiliary_loss(x_tilde, g_phi, g_theta, matching.weight(noised.s), matching.loss.reduction)
         return loss.mean(), pass_numbers(matching, noised.s, x_tilde, g_phi, g_theta)

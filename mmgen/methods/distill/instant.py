@@ -77,7 +77,8 @@ class InstantObjective(nn.Module):
         matching, half = self.matching, minibatch(batch, 0)
         with torch.no_grad():
             noised = matching.noised(half)
-            x_tilde = matching.answer(noised)
+            with self.accelerator.autocast():  # as in the pass of B
+                x_tilde = matching.answer(noised)
             z_s = matching.target(noised, x_tilde)
         weight, function = matching.weight(noised.s), self.teacher.at(z_s, noised)
         return teacher_gradient(function, self.teacher.parameters, x_tilde, weight, matching.loss.reduction)

@@ -44,13 +44,16 @@ class Matching:
 
     def __init__(
         self, student: Denoiser, teacher: Denoiser, schedule: ScheduleSettings, loss: MomentSettings, inputs: Inputs, *,
-        steps: int, guidance: float, seed: int,
+        steps: int, guidance: float, seed: int, half_teacher: bool = False,
     ) -> None:  # fmt: skip
-        """steps: k. guidance: w of the teacher's classifier-free guidance, which the student learns to do without."""
+        """steps: k. guidance: w of the teacher's classifier-free guidance, which the student learns to do without.
+
+        half_teacher: it may be evaluated under autocast where no small difference is taken.
+        """
         self.student, self.teacher, self.schedule, self.loss, self.inputs = (
             student, teacher, make_schedule(schedule), loss, inputs
         )  # fmt: skip
-        self.steps, self.guidance, self.seed = steps, guidance, seed
+        self.steps, self.guidance, self.seed, self.half_teacher = steps, guidance, seed, half_teacher
         self.edges = level_edges(teacher)
         self.inner_edges = self.edges[1:-1].to(teacher.device)
         self.weighting = DenoisingSettings(loss.weighting, loss.sigma_data, loss.sigmoid_bias, loss.min_snr_gamma)

@@ -168,6 +168,7 @@ def distill_task(
     matching = Matching(
         student, frozen, schedule, config.loss, Inputs(config.data, config.train.seed, own.latents),
         steps=config.student.steps, guidance=config.teacher.guidance, seed=config.train.seed,
+        half_teacher=config.train.frozen_precision == "half",
     )  # fmt: skip
     comparison = Comparison(teacher, config, schedule, dataset, reporter, accelerator.device)
     shown = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import torch
@@ -70,8 +71,8 @@ def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
 class ImmObjective(nn.Module):
     """`objective(batch)` is the mean loss over a part of the batch, a scalar float64 tensor, and no other numbers: {}.
 
-    It is a module so that DistributedDataParallel and autocast wrap the whole pass. Under autocast only the student's pass is
-    in half precision: the target and the loss are float32, times and coefficients float64.
+    It is a module so that DistributedDataParallel and autocast wrap the whole pass. Under autocast the student's pass is in
+    half precision, and the target's with train.frozen_precision half; the loss is float32, times and coefficients float64.
     """
 
     def __init__(self, network: nn.Module, config: ImmConfig, latents: LatentSettings | None = None) -> None:
@@ -92,9 +93,10 @@ class ImmObjective(nn.Module):
             each_s, each_r, each_t = (time.repeat_interleave(loss.group_size) for time in (s, r, t))
 
         out_t = self._output(batch, x, noise, each_s, each_t, condition, augment_label)
+        target_precision = contextlib.nullcontext() if self.config.train.frozen_precision == "half" else full_precision
+        with target_precision, torch.no_grad():  # the target: the current weights without gradient, no EMA
+            out_r = self._output(batch, x, noise, each_s, each_r, target_condition, augment_label)
         with full_precision:
-            with torch.no_grad():  # the target: the current weights without gradient, no EMA
-                out_r = self._output(batch, x, noise, each_s, each_r, target_condition, augment_label)
             difference, y_r = jump_difference(flow, each_s, each_r, each_t, x, noise, out_t, out_r)
             return imm_loss(loss, flow, s, r, t, difference, y_r).mean(), {}
 
