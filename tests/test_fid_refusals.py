@@ -250,5 +250,5 @@ def test_model_without_a_training_set_asks_for_a_reference(tmp_path, digits_mode
     with pytest.raises(ConfigError, match="nothing says what to compare m.safetensors with: give --ref"):
         run(fid, "m.safetensors", "--features", "pixels", "--num", 4)
     save_file({"x": torch.zeros(1)}, "other.safetensors")
-    with pytest.raises(ModelError, match="not one of mmgen's"):
+    with pytest.raises(ModelError, match="no family that mmgen knows"):
         run(fid, "other.safetensors", "--features", "pixels", "--num", 4)

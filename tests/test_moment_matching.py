@@ -28,6 +28,7 @@ from mmgen.losses.moment_matching import (
     teacher_gradient,
 )
 from mmgen.models.config import ModelConfig
+from mmgen.networks.conditions import Labels
 from mmgen.networks import ADMSettings, DiTSettings, EDM2Settings, UNetSettings, UViTSettings
 from mmgen.system.random import keys, normal, uniform
 from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
@@ -315,7 +316,7 @@ def test_forward_mode_through_every_network(kind):
     generator = torch.Generator().manual_seed(2)
     direction = {name: torch.randn(value.shape, generator=generator) for name, value in parameters.items()}
     z = torch.randn(3, 1, 8, 8, generator=generator, dtype=torch.float64)
-    arguments = z, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), COSINE, torch.tensor([0, 1, 2]), 1.5
+    arguments = z, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), COSINE, Labels(torch.tensor([0, 1, 2]), 3), 1.5
 
     def g(values):
         return functional_call(module, values, arguments)

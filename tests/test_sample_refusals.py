@@ -32,7 +32,6 @@ from mmgen.sampling import missing as sample_drawing
         (("--num", "0"), "--num must be at least 1"),
         (("--classes", "10"), "unknown class '10'"),
         (("--classes", "seeven"), "did you mean 'seven'"),
-        (("--guidance", "nan"), "finite"),
         (("--sampler", "pushfoward"), "did you mean 'pushforward'"),
         (("--grid", "edn"), "did you mean 'edm'"),
         (("--eta", "nan", "--steps", "2"), "must descend"),

@@ -30,7 +30,7 @@ from mmgen.training.batches import data_indices, fetch
 from mmgen.methods.imm.objective import ImmObjective, imm_model_config, imm_task
 from mmgen.training.inputs import LATENT
 from mmgen.methods import IMM
-from mmgen.methods.run import train
+from mmgen.methods import run as methods
 from mmgen.training.start import load_data
 from mmgen.encoders.vae import load_vae
 
@@ -68,14 +68,14 @@ def tiny(place, **changes):
 
 def train(place, out, reporter=None, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
-    return train(IMM, tiny(place, **changes), out, reporter or Quiet(), device="cpu")
+    return methods.train(IMM, tiny(place, **changes), out, reporter or Quiet(), device="cpu")
 
 
 def test_cache_train_sample_decode_a_picture(place, tmp_path):
     reporter = Quiet()
     outcome = train(place, tmp_path / "run", reporter)
     assert outcome.finished and outcome.results["values"] is None
-    assert any(f"mmgen fid RUN --ref {place / 'images'} --resolution 16" in note for note in reporter.notes)
+    assert any("`mmgen fid` scores the finished run" in note for note in reporter.notes)
     assert [line["images"] for line in reporter.lines if "loss" in line] == [16, 32, 48, 64]
     config = read_config(tmp_path / "run/model.safetensors")
     stored = load_latents(place / "latents")

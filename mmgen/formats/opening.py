@@ -80,7 +80,7 @@ def _own_file(place: str | os.PathLike) -> Path | None:
 
     path = Path(place)
     if path.is_dir():
-        if not (path / MODEL_FILE).is_file() and (path / "log.jsonl").is_file():
+        if not (path / MODEL_FILE).is_file() and (path / "config.json").is_file() and (path / "checkpoints").is_dir():
             return find_model(place)  # which says that the run has not saved yet
         return path / MODEL_FILE if _is_own(path / MODEL_FILE) else None
     if path.exists():
