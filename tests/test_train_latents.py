@@ -221,4 +221,4 @@ def test_two_vaes_are_two_runs(place, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     moved = replace(config, data=replace(config.data, name=str(tmp_path / "latents")))
     with pytest.raises(TrainingError, match="the data have changed"):
-        train(IMM, moved, tmp_path / "run", Quiet(), device="cpu")
+        methods.train(IMM, moved, tmp_path / "run", Quiet(), device="cpu")
