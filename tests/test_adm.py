@@ -134,8 +134,8 @@ def test_null_class():
     x, t, _, label = inputs()
     network, strict, plain = tiny().eval(), tiny(null_class=False).eval(), tiny(num_classes=0).eval()
     null = Labels(torch.full((6,), 5), 5)
-    assert torch.equal(network(x, t, condition=null), network(x, t)) and network.has_null_class
-    assert torch.equal(strict(x, t, condition=label), network(x, t, condition=label)) and not strict.has_null_class
+    assert torch.equal(network(x, t, condition=null), network(x, t)) and network.settings.null_class
+    assert torch.equal(strict(x, t, condition=label), network(x, t, condition=label)) and not strict.settings.null_class
     for wrong in (None, null, Labels(torch.tensor([0, 1, 2, 3, 4, 5]), 5)):
         with pytest.raises(ConfigError, match="no null class"):
             strict(x, t, condition=wrong)

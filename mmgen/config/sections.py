@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ..errors import ConfigError, nearest, shortened
-from ..networks import ADMSettings, DiTSettings, EDM2Settings, NetworkSettings, UNetSettings
-from ..networks.limits import check_sizes
+from ..networks import NETWORKS, NetworkSettings, kinds_with
 from ..system.schema import flatten, from_dict
 
 try:
@@ -311,39 +310,6 @@ def check_shared(config: Any) -> None:
     for name in () if data.text or taken_over else (*CAPTIONS, "leave_out"):
         require(not getattr(data, name), f"data.{name} is of captions: set data.text=true, or leave it out")
     require(
-        data.augment == 0 or network is None or isinstance(network, UNetSettings | ADMSettings),
-        "data.augment needs network.kind unet or adm: the others take no augmentation label",
+        data.augment == 0 or network is None or "augment_dim" in NETWORKS[type(network)].supports,
+        f"data.augment needs network.kind {' or '.join(kinds_with('augment_dim'))}: the others take no augmentation label",
     )
-
-
-def check_network(network: NetworkSettings, resolution: int, channels: int) -> None:
-    """Raises ConfigError where a network cannot take images of this size. A UViT says so itself when it is built."""
-    check_sizes(network, resolution=resolution, channels=channels, num_classes=0)
-    if isinstance(network, DiTSettings):
-        require(network.num_heads > 0, "network.num_heads must be at least 1")
-        if resolution % network.patch_size:
-            raise ConfigError(f"network.patch_size {network.patch_size} does not divide the resolution {resolution}")
-        if network.hidden_size % network.num_heads or network.hidden_size % 4:
-            raise ConfigError(
-                f"network.hidden_size {network.hidden_size} must be a multiple of num_heads {network.num_heads} and of 4"
-            )
-    if not isinstance(network, UNetSettings | ADMSettings | EDM2Settings):
-        return
-    if not network.channel_mult:
-        raise ConfigError("network.channel_mult needs at least one level")
-    levels = len(network.channel_mult)
-    factor = 2 ** (levels - 1)
-    if resolution % factor:
-        raise ConfigError(
-            f"a U-Net of {levels} levels (network.channel_mult) needs a resolution divisible by {factor}, not {resolution}"
-        )
-    if isinstance(network, EDM2Settings):  # it has no group norm
-        return
-    least = getattr(network, "channels_per_group", 4)
-    widths = [int(m * network.model_channels) for m in (1, *network.channel_mult)]
-    for width in widths + [a + b for a in widths for b in widths]:
-        if width < least or width % min(32, width // least):
-            raise ConfigError(
-                f"network.model_channels {network.model_channels} gives a layer of {width} channels, which group norm cannot "
-                "divide into up to 32 groups: use a multiple of 32, or 4, 8 or 16"
-            )

@@ -79,7 +79,7 @@ def check(config: TeacherConfig) -> None:
         "denoiser.noise_channels and denoiser.noise_dropout are for students: a teacher has no randomness of its own",
     )
     require(
-        getattr(network, "null_class", True) or not config.data.conditional or config.data.label_dropout == 0,
+        network.null_class or not config.data.conditional or config.data.label_dropout == 0,
         "network.null_class is off, so that no label can be hidden: set data.label_dropout=0",
     )
     require(

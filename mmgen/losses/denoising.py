@@ -12,6 +12,7 @@ lambda = log SNR. Errors of all predictions are multiples of the error of x_hat,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +37,7 @@ class DenoisingSettings:
     times: where t is uniform the weight of an error of eps has the factor -d lambda/dt.
     """
 
-    weighting: Literal["edm", "sigmoid", "min_snr", "v", "eps", "uniform", "output"] = "v"
+    weighting: Weighting = "v"
     sigma_data: float = 0.5  # edm only: standard deviation of the data
     sigmoid_bias: float = 0.0  # sigmoid only: b, the log-SNR at which the weight is half its largest
     min_snr_gamma: float = 5.0  # min_snr only
@@ -95,22 +96,26 @@ def weight(settings: DenoisingSettings, denoiser: DenoiserSettings, sigma: Tenso
 
     The density is that before the cut to the trained range.
     """
-    snr = sigma**-2
-    if settings.weighting == "edm":
-        return snr + settings.sigma_data**-2
-    if settings.weighting == "min_snr":
-        return snr.clamp(max=settings.min_snr_gamma)
-    if settings.weighting == "v":
-        return snr + 1
-    if settings.weighting == "eps":
-        return snr
-    if settings.weighting == "output":
-        return preconditioning(denoiser)(sigma)[1] ** -2
-    if settings.weighting == "sigmoid":
-        bias = settings.sigmoid_bias
-        of_x = 0.5 * math.exp(bias) * torch.sigmoid(-2 * sigma.log() - bias)
-        return of_x / log_snr_density(settings, denoiser, sigma)
-    return torch.ones_like(sigma)
+    return WEIGHTS[settings.weighting](settings, denoiser, sigma)
+
+
+def _sigmoid(settings: DenoisingSettings, denoiser: DenoiserSettings, sigma: Tensor) -> Tensor:
+    bias = settings.sigmoid_bias
+    of_x = 0.5 * math.exp(bias) * torch.sigmoid(-2 * sigma.log() - bias)
+    return of_x / log_snr_density(settings, denoiser, sigma)
+
+
+# w(sigma) by `weighting`. A further one is a line here, and what it has to be told a field of DenoisingSettings
+WEIGHTS: dict[str, Callable[[DenoisingSettings, DenoiserSettings, Tensor], Tensor]] = {
+    "edm": lambda settings, denoiser, sigma: sigma**-2 + settings.sigma_data**-2,
+    "sigmoid": _sigmoid,
+    "min_snr": lambda settings, denoiser, sigma: (sigma**-2).clamp(max=settings.min_snr_gamma),
+    "v": lambda settings, denoiser, sigma: sigma**-2 + 1,
+    "eps": lambda settings, denoiser, sigma: sigma**-2,
+    "uniform": lambda settings, denoiser, sigma: torch.ones_like(sigma),
+    "output": lambda settings, denoiser, sigma: preconditioning(denoiser)(sigma)[1] ** -2,
+}
+Weighting = Literal[tuple(WEIGHTS)]
 
 
 def log_snr_density(settings: DenoisingSettings, denoiser: DenoiserSettings, sigma: Tensor) -> Tensor:

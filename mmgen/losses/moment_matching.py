@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..diffusion.process import per_image, posterior, unconditional
 from ..system.random import normal, uniform
 from ..diffusion.schedules import Schedule
+from .denoising import Weighting
 
 Tensors = Mapping[str, Tensor]  # by name of the teacher's parameter
 Function = Callable[[Tensors], Tensor]  # parameters -> g_theta(z_s) [N, ...], z_s and all else fixed
@@ -34,7 +35,7 @@ class MomentSettings:
     """The loss of moment matching distillation."""
 
     method: Literal["alternating", "instant"] = "alternating"  # algorithm 2, or 3
-    weighting: Literal["edm", "sigmoid", "min_snr", "v", "eps", "uniform", "output"] = "v"  # w(s): as in losses/denoising.py
+    weighting: Weighting = "v"  # w(s): see `denoising.WEIGHTS`
     sigma_data: float = 0.5  # of weighting edm
     sigmoid_bias: float = 0.0  # of weighting sigmoid
     min_snr_gamma: float = 5.0  # of weighting min_snr

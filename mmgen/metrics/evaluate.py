@@ -14,19 +14,18 @@ from ..errors import ConfigError, ModelError, nearest
 from ..system.files import at_home
 from ..system.processes import Team
 from .captions import read_captions
-from .features import SMALLEST_FOR_INCEPTION, Extractor, auto_extractor, build_extractor
+from .comparisons import COMPARISONS
+from .features import SMALLEST_FOR_INCEPTION, Extractor, auto_extractor, build_extractor, features_in
 from .image_sets import ImageSet
 from .pretrained import ClipScore, build_clip
 from .reference_sets import ReferenceSet, collect_reference, file_reference
-from .references import features_in, is_statistics, write_statistics
+from .references import is_statistics, write_statistics
 from .results import Report, Row, earlier
-from .score import SINGLE, ScoreSettings, check_metrics, score, summary
+from .score import ScoreSettings, check_metrics, score, summary
 from .subjects import Subject, image_subjects, is_model, model_subjects, own_reference, reference_images
 
 NUM = 50_000  # samples drawn from a model, as behind every published FID
 MODES = ("tf", "clean", "torch")
-METRICS = ("fid", "kid", "is", "pr", "dc", "clip")
-COMPARING = ("fid", *SINGLE)  # those that need a reference
 
 # Where captions alone are scored: images of any size, and no network for them.
 _NO_FEATURES = Extractor(
@@ -34,6 +33,16 @@ _NO_FEATURES = Extractor(
 )
 
 Bar = Callable[[str, int], AbstractContextManager]  # (what is done, images) -> update(done, images)
+
+
+def known_metrics() -> tuple[str, ...]:
+    """The words of --metrics, in the order of `all`."""
+    return ("fid", *COMPARISONS, "is", "clip")
+
+
+def _compares(metric: str) -> bool:
+    """Whether a metric needs a reference."""
+    return metric == "fid" or metric in COMPARISONS
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,8 @@ class FidSettings:
         if self.mode is not None and self.mode not in MODES:
             raise ConfigError(f"unknown mode {self.mode!r}: {nearest(self.mode, MODES)}")
         for metric in self.metrics or ():
-            if metric not in METRICS:
-                raise ConfigError(f"unknown metric {metric!r}: {nearest(metric, METRICS)}; or all")
+            if metric not in known_metrics():
+                raise ConfigError(f"unknown metric {metric!r}: {nearest(metric, known_metrics())}; or all")
         for option, value in (("--mode", self.mode), ("--inception", self.inception)):
             if value is not None and self.features not in ("auto", "inception"):
                 raise ConfigError(f"{option} is for Inception, and --features is {self.features}: leave one of them out")
@@ -97,7 +106,7 @@ class FidSettings:
         """Raises ConfigError for options that nothing would look at."""
         if self.metrics is None:
             return
-        compared = [metric for metric in self.metrics if metric in COMPARING]
+        compared = [metric for metric in self.metrics if _compares(metric)]
         given = {"--ref": self.ref, "--ref-num": self.ref_num, "--ref-split": self.ref_split, "--ref-mode": self.ref_mode}
         for option, value in {**given, "--resolution": self.resolution, "--channels": self.channels}.items():
             if value is not None and not compared:
@@ -107,8 +116,8 @@ class FidSettings:
                 if value is not None:
                     raise ConfigError(f"{option} is for scores by Inception, and --metrics clip has none: leave it out")
         if self.save_stats is not None and self.ref is None:
-            if single := [metric for metric in compared if metric in SINGLE]:
-                raise ConfigError(f"{SINGLE[single[0]]} with --save-stats need something to compare with: give --ref")
+            if single := [metric for metric in compared if metric in COMPARISONS]:
+                raise ConfigError(f"{COMPARISONS[single[0]].title} with --save-stats need something to compare with: give --ref")
             if self.repeat > 1:
                 raise ConfigError("--repeat is for a spread of scores, and --save-stats without --ref gives none: leave it out")
 
@@ -140,8 +149,8 @@ def evaluate(
     for subject in subjects:  # a file that cannot be added to is found before hours of work
         if file := settings.out or subject.draws[0].beside:
             earlier(file)
-    metrics = settings.metrics if settings.metrics is not None else METRICS
-    compared = any(metric in COMPARING for metric in metrics)
+    metrics = settings.metrics if settings.metrics is not None else known_metrics()
+    compared = any(_compares(metric) for metric in metrics)
     if compared and settings.ref is None and settings.save_stats is None:
         own_reference(subjects)  # nothing is downloaded if it is missing
     extractor, why = _NO_FEATURES, None
@@ -149,9 +158,9 @@ def evaluate(
         extractor, why = _extractor(subjects, settings, bar)
     reference = None
     if compared and (settings.ref is not None or settings.save_stats is None):
-        reference = _reference(subjects, settings, extractor, any(metric in SINGLE for metric in metrics), team, bar)
+        reference = _reference(subjects, settings, extractor, any(metric in COMPARISONS for metric in metrics), team, bar)
     elif compared:
-        metrics = tuple(metric for metric in metrics if metric not in COMPARING)  # only statistics are wanted
+        metrics = tuple(metric for metric in metrics if not _compares(metric))  # only statistics are wanted
     metrics, notes = _possible(metrics, settings, extractor, reference)
     clip = build_clip(settings.clip, settings.device) if "clip" in metrics else None
     rows = [_score(subject, settings, extractor, metrics, reference, clip, team, bar) for subject in subjects]

@@ -24,7 +24,7 @@ from .frechet import pixel_features
 from .inception import build_inception, load_torchscript, refusing
 from ..formats.network_file import EXPORTED, TORCHSCRIPT, content
 from .published_file import Progress
-from .references import WORDS
+from .reference_files import find
 
 SMALLEST_FOR_INCEPTION = 32  # side of images; it has not seen smaller ones
 LARGEST_PIXELS = 4096  # C H W up to which FD-pixels is measured where nobody asks for it: its covariance has the square of that
@@ -62,6 +62,17 @@ class Extractor:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the maker of an extractor is told: see `build_extractor`."""
+
+    mode: str
+    inception: Path | None
+    device: torch.device | str
+    allow_download: bool
+    progress: Progress | None
+
+
 def build_extractor(
     features: str = "inception",
     mode: str = "tf",
@@ -85,19 +96,17 @@ def build_extractor(
 
     Raises ConfigError for an unknown word or mode, ModelError where a network is missing, damaged or of another kind.
     """
-    if features == "inception":
-        extractor = _inception(mode, inception, device, allow_download, progress)
-    elif features == "pixels":
-        protocol = {"features": "pixels"}
-        return Extractor("fd-pixels", "FD-pixels", protocol, True, False, None, pixel_features, None)
+    wanted = Wanted(mode, inception, device, allow_download, progress)
+    if features in EXTRACTORS:
+        extractor = EXTRACTORS[features](wanted)
     elif Path(features).is_file():
         extractor = _file(Path(features), device)
-    elif features == "dinov2" or Path(features).is_dir() or _is_hub_id(features):
-        extractor = _dinov2(features, device, allow_download)
+    elif Path(features).is_dir() or _is_hub_id(features):
+        extractor = _dinov2(wanted, features)
     elif Path(features).suffix in _FILE_SUFFIXES or Path(features).is_absolute():
         raise ModelError(f"the file of features {features} does not exist")
     else:
-        raise ConfigError(f"features {features!r} are unknown, and no file: {nearest(features, WORDS)}, or the path of a file")
+        raise ConfigError(f"features {features!r} are unknown, and no file: {nearest(features, tuple(EXTRACTORS))}, or the path of a file")
     return replace(
         extractor,
         extract=_precisely(extractor.extract),
@@ -122,12 +131,12 @@ def auto_extractor(shape: Sequence[int], **options: Any) -> tuple[Extractor, str
         return build_extractor("pixels"), f"no FID, FD-pixels is measured instead: {error}"
 
 
-def _inception(
-    mode: str, file: Path | None, device: torch.device | str, allow_download: bool, progress: Progress | None
-) -> Extractor:
-    network = build_inception(mode, device, file=file, allow_download=allow_download, progress=progress)
+def _inception(wanted: Wanted) -> Extractor:
+    network = build_inception(
+        wanted.mode, wanted.device, file=wanted.inception, allow_download=wanted.allow_download, progress=wanted.progress
+    )
     path, digest = network.weights.path, network.weights.sha256
-    protocol = {"features": "inception", "mode": mode, "network": path.name, "sha256": digest}
+    protocol = {"features": "inception", "mode": wanted.mode, "network": path.name, "sha256": digest}
     metric, title, warnings = "fid", "FID", ()
     if not network.weights.published:
         metric, title = f"fd-{path.stem}", f"FD-{path.stem}"
@@ -138,14 +147,28 @@ def _inception(
     )
 
 
-def _dinov2(place: str, device: torch.device | str, allow_download: bool) -> Extractor:
+def _pixels(wanted: Wanted) -> Extractor:
+    return Extractor("fd-pixels", "FD-pixels", {"features": "pixels"}, True, False, None, pixel_features, None)
+
+
+def _dinov2(wanted: Wanted, place: str = "dinov2") -> Extractor:
     from .pretrained import build_dinov2
 
-    network = build_dinov2(place, device, allow_download=allow_download)
+    network = build_dinov2(place, wanted.device, allow_download=wanted.allow_download)
     protocol = {"features": "dinov2", "network": network.name, "sha256": network.sha256}
     word = "DINOv2" if network.is_large else network.name
     metric = "fd-dinov2" if network.is_large else f"fd-{word}"
     return Extractor(metric, f"FD-{word}", protocol, True, True, None, network.extract, None)
+
+
+# By the word of --features. A further extractor is a function in a file and a line here
+EXTRACTORS: dict[str, Callable[[Wanted], Extractor]] = {"inception": _inception, "pixels": _pixels, "dinov2": _dinov2}
+
+
+def features_in(path: Path) -> str:
+    """The --features word that a statistics file is for: what mmgen's own say, else Inception's."""
+    found = find(path, "inception", False)
+    return found.says["features"] if found.own and found.says.get("features") in EXTRACTORS else "inception"
 
 
 def _file(path: Path, device: torch.device | str) -> Extractor:

@@ -21,7 +21,6 @@ from .reference_files import FORMAT, STATEMENT, TAKES, Found, find, is_statistic
 
 __all__ = ["TAKES", "Reference", "is_statistics", "read_reference", "write_statistics"]
 
-WORDS = ("inception", "pixels", "dinov2")  # of --features that need no path
 _MODES = ("tf", "clean", "torch")
 _USUAL_SIZES = {2048: "Inception", 1024: "DINOv2", 512: "CLIP", 768: "another layer or network"}
 
@@ -78,12 +77,6 @@ def read_reference(
     return Reference(
         path.name, gaussian, found.num, found.says, found.source, found.features, found.has_images, found.fingerprint, warnings
     )
-
-
-def features_in(path: Path) -> str:
-    """The --features word that a statistics file is for: what mmgen's own say, else Inception's."""
-    found = find(path, "inception", False)
-    return found.says["features"] if found.own and found.says.get("features") in WORDS else "inception"
 
 
 def write_statistics(

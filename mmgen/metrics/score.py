@@ -11,15 +11,13 @@ import torch
 from ..errors import ConfigError
 from ..system.processes import Team
 from .collect import Captioned, Collected, Progress, Wanted, collect
+from .comparisons import COMPARISONS, Pair, named
 from .features import Extractor
 from .frechet import GaussianStatistics, frechet_distance
 from .image_sets import ImageSet
-from .kid import kid
-from .neighbours import neighbour_metrics
 from .reference_sets import ReferenceSet
 
 FULL = 50_000  # samples behind a published FID
-SINGLE = {"kid": "KID", "pr": "precision and recall", "dc": "density and coverage"}  # need the features of single images
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,9 @@ def check_metrics(metrics: Sequence[str], extractor: Extractor, reference: Refer
             raise ConfigError(
                 f"the Inception Score needs Inception's classes, which {extractor.title} has not: --mode tf has them"
             )
-        if metric in SINGLE and reference is not None and reference.kept is None:
+        if metric in COMPARISONS and reference is not None and reference.kept is None:
             raise ConfigError(
-                f"{SINGLE[metric]} compare single images, and the reference is a file of mean and covariance: "
+                f"{COMPARISONS[metric].title} compare single images, and the reference is a file of mean and covariance: "
                 "give --ref a data set or a folder of images, or leave the metric out"
             )
 
@@ -89,7 +87,7 @@ def score(
     check_metrics(settings.metrics, extractor, reference)
     image = samples.shape(extractor.colour)
     warnings = _check_images(image, reference, extractor)
-    single = any(metric in SINGLE for metric in settings.metrics)
+    single = any(metric in COMPARISONS for metric in settings.metrics)
     distance = reference is not None and "fid" in settings.metrics
     wanted = Wanted(
         keep=single,
@@ -104,10 +102,15 @@ def score(
     if distance:
         _add_distance(result, collected, reference, extractor)
     if reference is not None and single:
-        _add_comparisons(result, collected, reference, settings.metrics, extractor)
+        pair = Pair(reference.kept, collected.kept, extractor.title)
+        for metric in (metric for metric in COMPARISONS if metric in settings.metrics):
+            for name, (value, error) in COMPARISONS[metric].figures(pair).items():
+                result.figures[name] = value
+                if error is not None:
+                    result.spreads[name] = error
     if collected.inception is not None:
         mean, deviation = collected.inception.result()
-        name = _named("Inception Score", "IS", extractor)
+        name = named("Inception Score", "IS", extractor.title)
         result.figures[name], result.spreads[name] = mean, deviation
     if collected.clip is not None:
         result.figures["CLIP score"] = collected.clip
@@ -147,28 +150,6 @@ def _excess(collected: Collected, reference: ReferenceSet, value: float) -> floa
     ]
     excess = sum(slopes) / len(slopes) * (1 / collected.num - 1 / FULL)
     return excess if excess > 0 else None
-
-
-def _add_comparisons(
-    result: Score, collected: Collected, reference: ReferenceSet, metrics: Sequence[str], extractor: Extractor
-) -> None:
-    real, fake = reference.kept, collected.kept
-    if "kid" in metrics:
-        name, distance = _named("KID", "KD", extractor), kid(real, fake)
-        result.figures[name] = distance.mean
-        if distance.standard_error is not None:
-            result.spreads[name] = distance.standard_error
-    if "pr" in metrics or "dc" in metrics:
-        found = neighbour_metrics(real, fake)
-        if "pr" in metrics:
-            result.figures |= {"precision": found.precision, "recall": found.recall}
-        if "dc" in metrics:
-            result.figures |= {"density": found.density, "coverage": found.coverage}
-
-
-def _named(name: str, short: str, extractor: Extractor) -> str:
-    """A score's name: Inception's own if the published network gave the features, else with theirs, as KD-pixels."""
-    return name if extractor.title == "FID" else short + extractor.title.removeprefix("FD")
 
 
 def _check_images(image: tuple[int, ...], reference: ReferenceSet | None, extractor: Extractor) -> list[str]:

@@ -56,7 +56,7 @@ def knows_null(config: ModelConfig) -> bool | None:
     if config.text is not None:
         dropout = data.get("caption_dropout")
         return config.null_trained if not isinstance(dropout, int | float) else dropout > 0
-    if config.num_classes == 0 or not getattr(config.network, "null_class", config.network.kind != "diffusers_unet2d"):
+    if config.num_classes == 0 or not config.network.null_class:
         return False
     if config.null_trained is not None:
         return config.null_trained

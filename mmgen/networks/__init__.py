@@ -1,12 +1,13 @@
 """Networks: `network(x, t, s=None, condition=None, augment=None)` with times already scaled. They know no schedule.
 
-`condition` is a `conditions.Condition`, None for all null; a network that has no null says so with `has_null_class = False`. Some
+`condition` is a `conditions.Condition`, None for all null; a network without a null has `null_class = False` in its settings. Some
 give twice as many channels as they get: the second half is a learned variance.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Union
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,8 @@ from .text import TextSettings, check_text
 from .unet import UNet, UNetSettings
 from .uvit import UViT, UViTSettings
 
-# A further network is a file, a line here, and its settings in `NetworkSettings`. Its class says by `supports` which of the
-# options of `build_network` it has.
+# A further network is a file and a line here. Its class says by `supports` which of the options of `build_network` it has; its
+# settings, by `limits`, `check` and `null_class`, which sizes it can have and whether it can do without a class.
 NETWORKS: dict[type, type[nn.Module]] = {
     UNetSettings: UNet, DiTSettings: DiT, ADMSettings: ADM, EDM2Settings: EDM2, DiffusersUNetSettings: DiffusersUNet,
     UViTSettings: UViT,
@@ -31,9 +32,14 @@ _LACKS = {
     "augment_dim": "takes no augmentation label",
     "second_time": "has no second time: it can be a denoiser, not a flow map",
     "extra_channels": "takes no channels beside those of the image",
-    "text": "takes no text: choose unet, dit or uvit",
+    "text": "takes no text",
 }
-NetworkSettings = UNetSettings | DiTSettings | ADMSettings | EDM2Settings | DiffusersUNetSettings | UViTSettings
+NetworkSettings = Union[tuple(NETWORKS)]  # noqa: UP007
+
+
+def kinds_with(option: str) -> list[str]:
+    """The kinds of network that have an option of `build_network`, such as `text`."""
+    return [settings.kind for settings, network in NETWORKS.items() if option in network.supports]
 
 
 def build_network(
@@ -63,7 +69,7 @@ def build_network(
     options = {"augment_dim": augment_dim, "second_time": second_time, "extra_channels": extra_channels, "text": text}
     for name in [name for name in options if name not in network.supports]:
         if options.pop(name):
-            raise ConfigError(f"a network of kind {settings.kind!r} {_LACKS[name]}")
+            raise ConfigError(f"a network of kind {settings.kind!r} {_LACKS[name]}: {' or '.join(kinds_with(name))} can")
     return network(settings, resolution, channels, num_classes, **options)
 
 

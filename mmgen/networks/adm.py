@@ -9,7 +9,7 @@ says which.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .keyed_dropout import checkpointed
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 from .norm import GroupNorm
+from .limits import BLOCKS, FACTOR, HEADS, PROBABILITY, SIDE, WIDTH, check_groups, check_levels
 
 EPSILON = 1e-5  # of every group norm
 
@@ -43,6 +44,16 @@ class ADMSettings:
     learn_sigma: bool = False  # twice the channels out: the second half is the learned variance
     dropout: float = 0.1
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+
+    limits: ClassVar = {
+        "model_channels": WIDTH, "channel_mult": FACTOR, "num_blocks": BLOCKS, "attn_resolutions": SIDE, "channels_per_head": WIDTH,
+        "num_heads": HEADS, "channels_per_group": WIDTH, "dropout": PROBABILITY,
+    }  # fmt: skip
+
+    def check(self, resolution: int) -> None:
+        """Raises ConfigError where the settings do not fit each other or images of this size."""
+        check_levels(self, resolution)
+        check_groups(self, least=self.channels_per_group)
 
 
 def _norm(channels: int, settings: ADMSettings) -> GroupNorm:
@@ -130,7 +141,7 @@ class ADM(nn.Module):
         second_time: bool = False, extra_channels: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.settings, self.num_classes, self.has_null_class = settings, num_classes, settings.null_class
+        self.settings, self.num_classes = settings, num_classes
         width, emb = settings.model_channels, 4 * settings.model_channels
         self.register_buffer("frequencies", positional_frequencies(width, endpoint=False), persistent=False)
         self.augment_embed = nn.Linear(augment_dim, width, bias=False) if augment_dim else None

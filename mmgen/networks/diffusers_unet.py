@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -20,17 +20,21 @@ class DiffusersUNetSettings:
     config: str  # config.json of the UNet2DModel: JSON with sorted keys
     old_attention_names: bool = False  # the source names its attention query, key, value, proj_attn, as before diffusers 0.17
 
+    limits: ClassVar = {}  # diffusers has its own
+    null_class: ClassVar = False
+
+    def check(self, resolution: int) -> None:
+        """Left to diffusers."""
+
 
 class DiffusersUNet(nn.Module):
     """x float [N, C, R, R], times float64 [N] -> float [N, C or 2 C, R, R]: as many channels as the config has.
 
-    `condition`: class labels. A UNet2DModel with classes has no null class (`has_null_class`), so that it can neither do without labels
+    `condition`: class labels. A UNet2DModel with classes has no null class (`null_class`), so that it can neither do without labels
     nor be guided. Its tensors are named as diffusers names them, after "unet.".
 
     Raises ConfigError where diffusers is not installed or does not know the architecture.
     """
-
-    has_null_class = False
 
     supports = frozenset(())
 

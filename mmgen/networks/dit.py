@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .conditions import Condition, class_numbers, has_null
 from .keyed_dropout import checkpointed
 from .text import CrossAttention, TextEncoder, TextSettings, start_attention_at_zero
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
+from .limits import DEPTH, FACTOR, HEADS, PATCH, WIDTH
 
 EPSILON = 1e-6  # of every layer norm
 SINUSOID_DIM = 256
@@ -35,6 +36,19 @@ class DiTSettings:
     time_endpoint: bool = False  # diffusers' DiT: the last frequency of the time embedding is 1/10000 itself
     null_class: bool = True  # a row of the class table for no class; without it neither guidance nor unlabelled images
     mlp_epsilon: float = EPSILON  # of the layer norm before the MLP: diffusers' DiT has 1e-5
+
+    limits: ClassVar = {
+        "hidden_size": WIDTH, "depth": DEPTH, "num_heads": HEADS, "patch_size": PATCH, "mlp_ratio": FACTOR, "mlp_epsilon": (1e-30, 1.0),
+    }  # fmt: skip
+
+    def check(self, resolution: int) -> None:
+        """Raises ConfigError where the settings do not fit each other or images of this size."""
+        if self.num_heads < 1:
+            raise ConfigError("network.num_heads must be at least 1")
+        if resolution % self.patch_size:
+            raise ConfigError(f"network.patch_size {self.patch_size} does not divide the resolution {resolution}")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            raise ConfigError(f"network.hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads} and of 4")
 
 
 def grid_embedding(dim: int, side: int) -> Tensor:
@@ -100,7 +114,7 @@ class DiT(nn.Module):
         super().__init__()
         if second_time and (settings.learn_sigma or settings.reversed_flow):
             raise ConfigError("learn_sigma and reversed_flow are settings of denoisers: a flow map's network has neither")
-        self.settings, self.num_classes, self.has_null_class = settings, num_classes, settings.null_class
+        self.settings, self.num_classes = settings, num_classes
         dim, patch = settings.hidden_size, settings.patch_size
         self.side = resolution // patch
         frequencies = positional_frequencies(SINUSOID_DIM, endpoint=settings.time_endpoint)
@@ -148,7 +162,7 @@ class DiT(nn.Module):
             emb = emb + self.second_time_mlp(sinusoid(s, self.frequencies, sine_first=False))
         if self.label_embed is not None:
             label = class_numbers(condition, self.num_classes, t)
-            if not self.has_null_class and has_null(condition):
+            if not self.settings.null_class and has_null(condition):
                 raise ConfigError("this DiT has no null class: every image needs a class, and guidance must be 1")
             emb = emb + self.label_embed(label)
         text: tuple[Tensor, ...] = ()

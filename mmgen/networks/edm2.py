@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ..errors import ConfigError
 from .conditions import Condition, class_numbers
 from .keyed_dropout import checkpointed
 from .dropout import Dropout
+from .limits import BLOCKS, FACTOR, PROBABILITY, SHARE, SIDE, WIDTH, WIDTH_OR_0, check_levels
 
 EPSILON = 1e-4  # added to every magnitude that is divided by
 
@@ -43,6 +44,17 @@ class EDM2Settings:
     attn_balance: float = 0.3  # between main path (0) and attention (1)
     clip_activations: float | None = 256.0  # after every block
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+
+    limits: ClassVar = {
+        "model_channels": WIDTH, "channel_mult": FACTOR, "noise_channels": WIDTH_OR_0, "emb_channels": WIDTH_OR_0, "num_blocks": BLOCKS,
+        "attn_resolutions": SIDE, "channels_per_head": WIDTH, "dropout": PROBABILITY, "label_balance": SHARE, "concat_balance": SHARE,
+        "res_balance": SHARE, "attn_balance": SHARE, "clip_activations": (1e-3, 1e30),
+    }  # fmt: skip
+    null_class: ClassVar = True
+
+    def check(self, resolution: int) -> None:
+        """Raises ConfigError where the settings do not fit each other or images of this size."""
+        check_levels(self, resolution)
 
 
 def normalise(x: Tensor, dim: tuple[int, ...]) -> Tensor:

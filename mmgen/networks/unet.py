@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .keyed_dropout import checkpointed
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 from .norm import GroupNorm
+from .limits import BLOCKS, FACTOR, PROBABILITY, SIDE, WIDTH, check_groups, check_levels
 from .text import CrossAttention, TextEncoder, TextSettings
 from .winograd import Conv2d
 
@@ -40,6 +41,16 @@ class UNetSettings:
     encoder: Literal["standard", "residual"] = "standard"  # residual: the shrunken image is added at every level
     resample: Literal["box", "fir"] = "box"  # filter for going between levels: [1, 1] or [1, 3, 3, 1]
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+
+    limits: ClassVar = {
+        "model_channels": WIDTH, "channel_mult": FACTOR, "num_blocks": BLOCKS, "attn_resolutions": SIDE, "dropout": PROBABILITY,
+    }  # fmt: skip
+    null_class: ClassVar = True
+
+    def check(self, resolution: int) -> None:
+        """Raises ConfigError where the settings do not fit each other or images of this size."""
+        check_levels(self, resolution)
+        check_groups(self, least=4)
 
 
 def _linear(in_dim: int, out_dim: int, bias: bool = True, gain: float = 1.0) -> nn.Linear:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from .dropout import Dropout
 from .norm import GroupNorm
 from .text import CrossAttention, TextEncoder, TextSettings, start_attention_at_zero
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
+from .limits import BLOCKS, DEPTH, FACTOR, PATCH, PROBABILITY, SIDE, WIDTH, WIDTH_OR_0
 
 EPSILON = 1e-6  # of every norm
 SINUSOID_DIM = 256
@@ -48,6 +49,16 @@ class UViTSettings:
     dropout: float = 0.1
     dropout_resolution: int = 32  # the largest side at which there is dropout: none in the high-resolution levels
     gradient_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more time
+
+    limits: ClassVar = {
+        "model_channels": WIDTH, "channel_mult": FACTOR, "num_blocks": BLOCKS, "depth": DEPTH, "channels_per_head": WIDTH,
+        "mlp_ratio": FACTOR, "emb_channels": WIDTH_OR_0, "patch_size": PATCH, "dropout": PROBABILITY, "dropout_resolution": SIDE,
+    }  # fmt: skip
+    null_class: ClassVar = True
+
+    def check(self, resolution: int) -> None:
+        """Raises ConfigError where the settings do not fit each other or images of this size."""
+        level_widths(self, resolution)
 
 
 class ConvBlock(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...training.augment import AUGMENT_DIM
-from ...config.sections import check_network
+from ...networks.limits import check_sizes
 from ...data import DataShape
 from ...diffusion.process import diffuse, per_image
 from ...errors import ConfigError
@@ -34,7 +34,7 @@ _NOISE, _TIME = 103, 104  # purposes of random numbers, drawn with the seed and 
 
 def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
     """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
-    check_network(config.network, shape.resolution, shape.channels)
+    check_sizes(config.network, resolution=shape.resolution, channels=shape.channels)
     conditional, latents = config.data.conditional, shape.latents
     if latents is not None:  # the noise has the standard deviation sigma_data, and so have the latents
         latents = replace(latents, target_std=config.flow.sigma_data)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...training.augment import AUGMENT_DIM
-from ...config.sections import check_network
+from ...networks.limits import check_sizes
 from ...data import DataShape
 from ...models.denoiser import Denoiser
 from ...diffusion.preconditioning import preconditioning
@@ -35,7 +35,7 @@ _NOISE, _TIME = 120, 121  # purposes of random numbers, drawn with the seed and 
 
 def teacher_model_config(config: TeacherConfig, shape: DataShape) -> ModelConfig:
     """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
-    check_network(config.network, shape.resolution, shape.channels)
+    check_sizes(config.network, resolution=shape.resolution, channels=shape.channels)
     conditional, latents = config.data.conditional, shape.latents
     if latents is not None:  # EDM's coefficients are for data of this standard deviation, those of a process for 1
         latents = replace(latents, target_std=preconditioning(config.denoiser).data_std)

@@ -1,0 +1,46 @@
+"""A further metric, extractor of features or weight of a loss is a function in a file and one line elsewhere; each is tried here."""
+
+from __future__ import annotations
+
+import typing
+
+import torch
+from fid_tools import run, scores, write_images
+
+from mmgen.cli.fid import fid
+from mmgen.losses import denoising
+from mmgen.metrics.comparisons import COMPARISONS, Comparison
+from mmgen.metrics.evaluate import known_metrics
+from mmgen.metrics.features import EXTRACTORS, Extractor
+
+
+def words_of(option: str) -> str:
+    return typing.get_type_hints(fid, include_extras=True)[option].__metadata__[0].help
+
+
+def test_help_names_all():
+    for option, names in (("metrics", known_metrics()), ("features", EXTRACTORS)):
+        assert all(name in words_of(option) for name in names), f"the help of --{option} is to name {list(names)}"
+
+
+def test_a_further_metric_and_extractor(own_cache, monkeypatch, tmp_path):
+    def gap(pair):
+        return {"mean gap": ((pair.real.mean() - pair.fake.mean()).abs().item(), None)}
+
+    def brightness(wanted):
+        by = lambda images: images.double().mean((2, 3))  # noqa: E731
+        return Extractor("fd-mean", "FD-mean", {"features": "brightness"}, True, True, None, by, None)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(COMPARISONS, "gap", Comparison("the gap", gap))
+    monkeypatch.setitem(EXTRACTORS, "brightness", brightness)
+    write_images(tmp_path / "a", 9), write_images(tmp_path / "b", 7)
+    run(fid, "a", "--ref", "b", "--metrics", "gap", "--features", "brightness", "--out", "scores.json")
+    (found,) = scores(tmp_path / "scores.json")
+    assert list(found["figures"]) == ["mean gap"] and found["figures"]["mean gap"] > 0 and found["protocol"] == {"features": "brightness"}
+
+
+def test_a_further_weight(monkeypatch):
+    monkeypatch.setitem(denoising.WEIGHTS, "cube", lambda settings, denoiser, sigma: sigma**3)
+    settings = denoising.DenoisingSettings(weighting="cube")
+    assert denoising.weight(settings, denoising.DenoiserSettings(), torch.tensor([2.0], dtype=torch.float64)).tolist() == [8.0]
