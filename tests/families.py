@@ -114,7 +114,7 @@ PRESET = {
 
 def family_of(given: Found):
     """The one family that recognises a file."""
-    matching = [module for module in (edm, edm2, adm, imm) if module.matches(given)]
+    matching = [module for module in (edm, edm2, adm, imm) if module.family(given)]
     assert len(matching) == 1
     return matching[0]
 

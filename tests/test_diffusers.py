@@ -110,7 +110,7 @@ def test_unet_there_and_back(tmp_path, name):
     expected = theirs(x, t, class_labels=label).sample
 
     given = read(tmp_path / "in")
-    assert ours.matches(given) and not dit.matches(given)
+    assert ours.family(given) and not dit.family(given)
     converted = ours.convert(given, PLAIN)
     assert converted.family == family_of(given) == "diffusers-unet2d" and converted.left_out == {}
     save_model(tmp_path / "m.safetensors", converted.config, converted.state)
@@ -238,7 +238,7 @@ def test_dit_there_and_back(tmp_path):
     index = {"_class_name": "DiTPipeline", "id2label": {str(i): f"name {i}" for i in range(10)}}
     (tmp_path / "in" / "model_index.json").write_text(json.dumps(index))
     given = read(tmp_path / "in")
-    assert ours.matches(given) and not dit.matches(given)
+    assert ours.family(given) and not dit.family(given)
     converted = ours.convert(given, PLAIN)
     assert converted.family == family_of(given) == "diffusers-dit" and converted.config.class_names[3] == "name 3"
     assert len(converted.left_out) == 5  # the embeddings of the second block

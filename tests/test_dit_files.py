@@ -117,7 +117,7 @@ def test_files(tmp_path, layout):
     nested = {"model": plain, "ema": tensors, "opt": {"state": {}, "param_groups": []}, "args": args}
     torch.save(tensors if layout == "flat" else nested, tmp_path / "some.pt")
     given = read(tmp_path / "some.pt")
-    assert dit.matches(given) and family_of(given) == ("dit" if layout == "flat" else "sit")
+    assert dit.family(given) and family_of(given) == ("dit" if layout == "flat" else "sit")
     if layout == "flat":  # whose heads nobody knows, and type
         given = Found(given.path, given.container, given.tensors, {"args": HEADS}, {}, "")
         with pytest.raises(ConfigError, match="some.pt can be DiT's or SiT's"):
@@ -171,10 +171,10 @@ def test_pixels_have_no_autoencoder():
 
 def test_matches():
     tensors = state("dit_learn_sigma")
-    assert dit.matches(found(tensors)) and dit.matches(found(repa_tensors()))
-    assert not dit.matches(found(tensors | {"s_embedder.mlp.0.weight": torch.zeros(1)}))
-    assert not dit.matches(found({"model." + key: value for key, value in tensors.items()}))
-    assert not dit.matches(found({"input_blocks.0.0.weight": torch.zeros(1)}))
+    assert dit.family(found(tensors)) and dit.family(found(repa_tensors()))
+    assert not dit.family(found(tensors | {"s_embedder.mlp.0.weight": torch.zeros(1)}))
+    assert not dit.family(found({"model." + key: value for key, value in tensors.items()}))
+    assert not dit.family(found({"input_blocks.0.0.weight": torch.zeros(1)}))
 
 
 REFUSED = [

@@ -1,13 +1,19 @@
-"""A further metric, extractor of features or weight of a loss is a function in a file and one line elsewhere; each is tried here."""
+"""A further metric, extractor of features, weight of a loss or family of checkpoints is a function in a file and one line elsewhere; each is tried here."""
 
 from __future__ import annotations
 
 import typing
+from types import ModuleType
 
+import pytest
 import torch
 from fid_tools import run, scores, write_images
 
 from mmgen.cli.fid import fid
+from mmgen.errors import ConfigError
+from mmgen.formats.family import ConvertOptions
+from mmgen.formats.reading import read
+from mmgen.formats.recognise import FAMILIES, Family, convert, family_of
 from mmgen.losses import denoising
 from mmgen.metrics.comparisons import COMPARISONS, Comparison
 from mmgen.metrics.evaluate import known_metrics
@@ -44,3 +50,15 @@ def test_a_further_weight(monkeypatch):
     monkeypatch.setitem(denoising.WEIGHTS, "cube", lambda settings, denoiser, sigma: sigma**3)
     settings = denoising.DenoisingSettings(weighting="cube")
     assert denoising.weight(settings, denoising.DenoiserSettings(), torch.tensor([2.0], dtype=torch.float64)).tolist() == [8.0]
+
+
+def test_a_further_family_of_checkpoints(monkeypatch, tmp_path):
+    theirs = ModuleType("theirs")
+    theirs.family = lambda found: "theirs" if "their.weight" in found.tensors else None
+    theirs.convert = lambda found, options: (found.path.name, options.heads)
+    monkeypatch.setitem(FAMILIES, "theirs", Family("Theirs", theirs, ("heads", "classes")))
+    torch.save({"their.weight": torch.ones(2)}, tmp_path / "a.pt")
+    found = read(tmp_path / "a.pt")
+    assert family_of(found) == "theirs" and convert(found, ConvertOptions(heads=4)) == ("a.pt", 4)
+    with pytest.raises(ConfigError, match="--guide-all is for"):
+        convert(found, ConvertOptions(guide_all=True))

@@ -121,10 +121,17 @@ _MULT = {512: (0.5, 1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3
 _PRECONDITIONS = {"edm": "edm_cm", "consistency_distillation": "cm", "consistency_training": "cm"}
 
 
-def matches(found: Found) -> bool:
-    """ADM's U-Net; that of latent diffusion has the same names and cross-attention besides."""
+def family(found: Found) -> str | None:
+    """ADM's U-Net, "adm", or that of consistency models, which has no learned variance among the channels that it puts out.
+
+    That of latent diffusion has the same names and cross-attention besides.
+    """
     there = {"input_blocks.0.0.weight", "time_embed.0.weight"} <= found.tensors.keys()
-    return there and not any(".transformer_blocks." in key for key in found.tensors)
+    if not there or any(".transformer_blocks." in key for key in found.tensors):
+        return None
+    first, last = found.tensors["input_blocks.0.0.weight"], found.tensors.get("out.2.weight")
+    same = last is not None and first.ndim == last.ndim == 4 and len(last) == first.shape[1]
+    return "consistency" if same else "adm"
 
 
 def convert(found: Found, options: ConvertOptions) -> Converted:

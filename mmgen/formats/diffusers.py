@@ -45,12 +45,17 @@ _OLD_KEY = re.compile(r".*\battentions\.\d+\.(query|key|value|proj_attn)\.\w+")
 _NEW_KEY = re.compile(r"(.*\battentions\.\d+\.)(to_q|to_k|to_v|to_out\.0)(\.\w+)")
 
 
-def matches(found: Found) -> bool:
+def family(found: Found) -> str | None:
     """A folder of diffusers, or the weights out of one, which are then refused for want of a config."""
     keys = found.tensors.keys()
     unet = "time_embedding.linear_1.weight" in keys and any(key.startswith("down_blocks.") for key in keys)
     dit = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_1.weight" in keys
-    return "_class_name" in found.arguments.get("config", {}) or unet or dit
+    config = found.arguments.get("config")
+    config = config if isinstance(config, dict) else {}
+    if not ("_class_name" in config or unet or dit):
+        return None
+    transformer = any(key.startswith("transformer_blocks.") for key in keys)
+    return "diffusers-dit" if "Transformer2D" in str(config.get("_class_name", "")) or transformer else "diffusers-unet2d"
 
 
 def convert(found: Found, options: ConvertOptions) -> Converted:

@@ -58,8 +58,11 @@ def original_names(depth: int, labels: bool = True) -> dict[str, str]:
     return names
 
 
-def matches(found: Found) -> bool:
-    """A transformer with one time: IMM's has a second (`s_embedder`)."""
+def family(found: Found) -> str | None:
+    """A transformer with one time: IMM's has a second (`s_embedder`).
+
+    DiT and SiT have the same names and shapes: "dit" unless the file says otherwise, and `convert` then asks.
+    """
     keys = found.tensors.keys()
     needed = {
         "x_embedder.proj.weight",
@@ -67,7 +70,15 @@ def matches(found: Found) -> bool:
         "t_embedder.mlp.0.weight",
         "final_layer.linear.weight",
     }
-    return needed <= keys and not any(key.startswith(("s_embedder.", "r_embedder.")) for key in keys)
+    if not needed <= keys or any(key.startswith(("s_embedder.", "r_embedder.")) for key in keys):
+        return None
+    if {"blocks.0.mlp.w12.weight", "feat_rope.freqs_cos"} & keys:
+        return "lightningdit"
+    said = found.arguments.get("args")
+    said = said if isinstance(said, dict) else {}
+    if any(key.startswith("projectors.") for key in keys) or "proj_coeff" in said:
+        return "repa"
+    return "sit" if "path_type" in said or str(said.get("model", "")).startswith("SiT") else "dit"
 
 
 def convert(found: Found, options: ConvertOptions) -> Converted:
@@ -130,13 +141,9 @@ def _family(found: Found, options: ConvertOptions) -> str:
     if options.type is not None and options.type not in TYPES:
         raise ConfigError(f"unknown type {options.type!r}: {nearest(options.type, TYPES)}")
     arguments = found.arguments.get("args", {})
-    model = str(arguments.get("model", ""))
-    if any(key.startswith("projectors.") for key in found.tensors) or "proj_coeff" in arguments:
-        said = "repa"
-    elif "path_type" in arguments or model.startswith("SiT"):
-        said = "sit"
-    else:
-        said = "dit" if model.startswith("DiT") else None
+    said = family(found)
+    if said == "dit" and not str(arguments.get("model", "")).startswith("DiT"):
+        said = None
     if said is None and options.type is None:
         raise ConfigError(
             f"{found.path} can be DiT's or SiT's, whose tensors have the same names and shapes: say which with --type dit or "
@@ -144,10 +151,10 @@ def _family(found: Found, options: ConvertOptions) -> str:
         )
     if said and options.type and {said, options.type} not in ({said}, {"sit", "repa"}):
         raise ConfigError(f"{found.path} says itself that it is of type {said}, not {options.type}: leave out --type")
-    family = said or options.type
-    if family != "dit":
+    chosen = said or options.type
+    if chosen != "dit":
         _check_path(found, arguments)
-    return family
+    return chosen
 
 
 def _check_path(found: Found, arguments: dict[str, Any]) -> None:

@@ -58,10 +58,11 @@ _WRAPPERS: dict[str, dict[str, Any]] = {
 }
 
 
-def matches(found: Found) -> bool:
-    """Whether these are networks of EDM's, with one time: IMM's have two."""
+def family(found: Found) -> str | None:
+    """Networks of EDM's, with one time: IMM's have two."""
     keys = found.tensors.keys()
-    return found.arguments.get("class_name") in _WRAPPERS or ("model.map_layer0.weight" in keys and not two_times(found))
+    ours = found.arguments.get("class_name") in _WRAPPERS or ("model.map_layer0.weight" in keys and not two_times(found))
+    return "edm" if ours else None
 
 
 def two_times(found: Found) -> bool:

@@ -34,8 +34,8 @@ _UNET = {
 _PRECOND = {"use_fp16": True, "sigma_data": 0.5, "logvar_channels": 128, **_UNET}
 
 
-def matches(found: Found) -> bool:
-    return "unet.emb_fourier.freqs" in found.tensors
+def family(found: Found) -> str | None:
+    return "edm2" if "unet.emb_fourier.freqs" in found.tensors else None
 
 
 def convert(found: Found, options: ConvertOptions) -> Converted:

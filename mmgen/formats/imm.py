@@ -54,9 +54,9 @@ _SECOND_TIMES = {"identity": "s", "stride": "t-s"}
 _HEADS = {"S": 6, "B": 12, "L": 16, "XL": 16}  # of DiT_S_2 and so on
 
 
-def matches(found: Found) -> bool:
-    """Whether this is a network with IMM's two times."""
-    return found.arguments.get("class_name") == "IMMPrecond" or edm.two_times(found)
+def family(found: Found) -> str | None:
+    """A network with IMM's two times."""
+    return "imm" if found.arguments.get("class_name") == "IMMPrecond" or edm.two_times(found) else None
 
 
 def convert(found: Found, options: ConvertOptions) -> Converted:

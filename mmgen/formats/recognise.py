@@ -12,22 +12,24 @@ from . import adm, diffusers, dit, edm, edm2, imm
 from .family import Converted, ConvertOptions
 from .reading import Found
 
+
 class Family(NamedTuple):
     title: str
-    module: ModuleType | None = None  # with `matches`, `convert` and `original_state`; None: mmgen's own
+    module: ModuleType | None = None  # with `family`, `convert` and `original_state`; None: mmgen's own
+    options: tuple[str, ...] = ()  # those of guide_all, heads and classes that it takes
 
 
-# A further family is a file and a line here. The modules are asked in this order; families of one module, by `_told_apart`.
+# A further family is a file and a line here. The modules are asked in this order which of their families a file is of, if any.
 FAMILIES = {  # by name, which is also Converted.family
     "mmgen": Family("mmgen's own"),
-    "imm": Family("Inductive Moment Matching (lumaai/imm)", imm),
+    "imm": Family("Inductive Moment Matching (lumaai/imm)", imm, ("heads", "classes")),
     "edm2": Family("EDM2 (NVlabs/edm2)", edm2),
     "edm": Family("EDM (NVlabs/edm)", edm),
     "diffusers-unet2d": Family("UNet2DModel of diffusers", diffusers),
     "diffusers-dit": Family("DiT of diffusers", diffusers),
-    "dit": Family("DiT (facebookresearch/DiT)", dit),
-    "sit": Family("SiT (willisma/SiT)", dit),
-    "repa": Family("REPA (sihyun-yu/REPA)", dit),
+    "dit": Family("DiT (facebookresearch/DiT)", dit, ("guide_all", "heads", "classes")),
+    "sit": Family("SiT (willisma/SiT)", dit, ("guide_all", "heads", "classes")),
+    "repa": Family("REPA (sihyun-yu/REPA)", dit, ("heads", "classes")),
     "adm": Family("ADM (openai/guided-diffusion)", adm),
     "consistency": Family("consistency models (openai/consistency_models)", adm),
 }
@@ -36,38 +38,11 @@ _PRECISIONS = ("fp32", "fp16")
 
 
 def family_of(found: Found) -> str | None:
-    """A name in FAMILIES, from the names of the tensors and what the file says; None for a file that is of none of them.
-
-    ADM and consistency models have the same names: told by the channels that they put out (ADM's learn a variance too).
-    DiT and SiT have the same names and shapes: "dit" unless the file says otherwise, and `convert` then asks.
-    """
+    """A name in FAMILIES or UNSUPPORTED, from the names of the tensors and what the file says; None for a file of none of them."""
     if "mmgen" in found.arguments:
         return "mmgen"
-    for name, family in FAMILIES.items():
-        if family.module is not None and family.module.matches(found):
-            return _told_apart(name, found)
-    return None
-
-
-def _told_apart(family: str, found: Found) -> str:
-    said = found.arguments.get("args")
-    said = said if isinstance(said, dict) else {}
-    if family == "adm":
-        first, last = found.tensors.get("input_blocks.0.0.weight"), found.tensors.get("out.2.weight")
-        same = first is not None and last is not None and first.ndim == last.ndim == 4 and len(last) == first.shape[1]
-        return "consistency" if same else "adm"
-    if family == "dit" and {"blocks.0.mlp.w12.weight", "feat_rope.freqs_cos"} & found.tensors.keys():
-        return "lightningdit"
-    if family == "dit" and (any(key.startswith("projectors.") for key in found.tensors) or "proj_coeff" in said):
-        return "repa"
-    if family == "dit" and ("path_type" in said or str(said.get("model", "")).startswith("SiT")):
-        return "sit"
-    if family == "diffusers-unet2d":
-        config = found.arguments.get("config")
-        name = str(config.get("_class_name", "")) if isinstance(config, dict) else ""
-        transformer = any(key.startswith("transformer_blocks.") for key in found.tensors)
-        return "diffusers-dit" if "Transformer2D" in name or transformer else family
-    return family
+    modules = dict.fromkeys(family.module for family in FAMILIES.values() if family.module is not None)
+    return next((name for module in modules if (name := module.family(found)) is not None), None)
 
 
 def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Converted:
@@ -89,9 +64,10 @@ def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Convert
         first = ", ".join(ascii(key[:60])[1:-1] for key in list(found.tensors)[:3])
         known = ", ".join(known.title for name, known in FAMILIES.items() if name != "mmgen")
         raise ModelError(f"{found.path} is of no family that mmgen knows (its tensors: {first} ...); known: {known}")
-    if options.guide_all and family not in ("dit", "sit"):
+    taken = FAMILIES[family].options
+    if options.guide_all and "guide_all" not in taken:
         raise ConfigError(f"--guide-all is for DiT and SiT files, and {found.path} is none: leave it out")
-    if (options.heads or options.classes) and family not in ("dit", "sit", "repa", "imm"):
+    if (options.heads or options.classes) and "heads" not in taken:
         raise ConfigError(f"--heads and --classes are for DiT and its kin, and {found.path} says these itself: leave them out")
     try:
         return FAMILIES[family].module.convert(found, options)
