@@ -53,7 +53,7 @@ def gradient_norm(place, student, count=256):
         with torch.no_grad():
             x_tilde = used.answer(noised)
             z_s = used.target(noised, x_tilde)
-        error = ((used.taught(z_s, noised) - x_tilde) ** 2).sum((1, 2, 3))
+        error = ((used.teacher_x(z_s, noised) - x_tilde) ** 2).sum((1, 2, 3))
         found.append(grads((used.weight(noised.s) * error).mean(), teacher.network))
     return 0.5 * (found[0] @ found[1]).item()
 

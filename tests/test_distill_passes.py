@@ -228,7 +228,7 @@ def test_dropout_of_the_teacher_is_off_and_clipping_too(tmp_path):
     used = task.parts["student"].objective.matching
     assert not teacher.model.training and not used.teacher.training
     noised = used.noised(digits())
-    assert used.taught(3 * noised.z_t, noised).abs().max() > 1 and used.answer(noised).abs().max() > 1
+    assert used.teacher_x(3 * noised.z_t, noised).abs().max() > 1 and used.answer(noised).abs().max() > 1
     assert teacher.model.settings.clip and read_config(path).denoiser.clip  # its own samples are clipped as ever
 
 
@@ -239,7 +239,7 @@ def test_guidance_is_the_teachers_alone(place):
     z = noised.z_t
     plain = teacher.model.x_hat(z, noised.s, used.schedule, noised.condition)
     none = teacher.model.x_hat(z, noised.s, used.schedule, noised.condition.null())
-    torch.testing.assert_close(used.taught(z, noised), none + 2.5 * (plain - none), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(used.teacher_x(z, noised), none + 2.5 * (plain - none), rtol=1e-4, atol=1e-4)
     at_t = teacher.model.x_hat(z, noised.t, used.schedule, noised.condition)
     torch.testing.assert_close(used.answer(noised), at_t)
     assert task.model_config.sampling.guidance == 1 and task.model_config.training["distilled"]["guidance"] == 2.5

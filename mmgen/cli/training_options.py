@@ -78,7 +78,7 @@ Compile = Annotated[bool | None, _running("--compile/--no-compile", help="Use to
 DryRun = Annotated[bool, _running("--dry-run", help="Show settings, memory and cost; train nothing.")]
 Verbose = Annotated[bool, _running("--verbose", help="Show all settings before training.")]
 
-# Of every training command, in the order of its help, with their defaults
+# The options of every training command, in the order of the help, with their defaults
 SHARED: dict[str, tuple[Any, Any]] = {
     "data": (Data, None), "resolution": (Resolution, None), "channels": (Channels, None), "conditional": (Conditional, None),
     "split": (Split, None), "subset": (Subset, None), "revision": (Revision, None), "image_column": (ImageColumn, None),

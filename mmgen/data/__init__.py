@@ -1,4 +1,4 @@
-"""Data sets: a word on the command line becomes uint8 images `[N, C, R, R]`, integer labels and captions.
+"""Data sets: a name on the command line becomes uint8 images `[N, C, R, R]`, integer labels and captions.
 
     data = load("cifar10")                            # $MMGEN_DATA_DIR/cifar10, the hub's cache, or a download
     data = load("photos/", resolution=64)             # a folder of images, one subfolder a class

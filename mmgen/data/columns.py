@@ -71,8 +71,8 @@ def _holds_bytes(kind: pyarrow.DataType) -> bool:
 def choose_image(columns: list[Column], wanted: str | None, place: str) -> Column:
     """The column of images: the one wanted, else the only Image feature, else one that holds bytes under a usual name.
 
-    Of several Image features (an image and its mask) the one with a usual name is meant; if that does not single one
-    out, or there is none, raises DataError.
+    Among several Image features (an image and its mask) the one with a usual name is taken. Raises DataError if that leaves none
+    or several.
     """
     possible = [c for c in columns if c.kind in _KINDS["images"]]
     if wanted is not None:

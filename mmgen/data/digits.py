@@ -20,7 +20,7 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 def strokes(images: np.ndarray, labels: np.ndarray) -> list[str]:
     """`thin`, `bold` or "" for each image [N, H, W], by its sum (the ink) relative to the other images of its class.
 
-    Of each class the SHARE with the least ink is thin, the SHARE with the most bold; of equal ones, the earlier count as less.
+    In each class the SHARE with the least ink is thin, the SHARE with the most bold; among equals, the earlier one has less.
     """
     ink, found = images.astype(np.float64).sum((1, 2)), [""] * len(images)
     for label in np.unique(labels):

@@ -1,7 +1,7 @@
 """A data set of images through a VAE, once: shards of moments that training maps.
 
-A shard is written beside its place and renamed, so a run that is killed at any moment loses at most the shards it was at,
-and the same command continues with those that are missing. What a shard holds depends on its images alone, not on who
+Shards are written atomically, so a run that is killed at any moment loses at most the shards it was at, and the same command
+continues with those that are missing. What a shard holds depends on its images alone, not on who
 encodes it or when: with several processes, or after kills, the files are the same.
 """
 
@@ -304,7 +304,7 @@ def _moments(task: _Task, images: torch.Tensor, name: str) -> tuple[torch.Tensor
 
 
 def _summary(task: _Task, number: int) -> tuple[int, str, np.ndarray]:
-    """Of a shard: its number of rows, its SHA-256, and the sums [2, C] of latents and of their squares, in float64."""
+    """A shard's number of rows, its SHA-256, and the sums [2, C] of latents and of their squares, in float64."""
     file, channels = task.file(number), task.vae.channels
     try:
         moments = np.load(file, mmap_mode="r", allow_pickle=False)

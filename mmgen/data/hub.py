@@ -72,7 +72,7 @@ def _download(repo: str, reading: Reading) -> Path:
 
 
 def files_needed(names: list[str], split: str, repo: str, subset: str | None = None, configs: Configs = {}) -> list[str]:
-    """Of a repository's files, those to download: the split's parquet files, or tars, or else all images.
+    """The files of a repository to download: the split's parquet files, or tars, or else all images.
 
     Raises DataError, before anything is downloaded, where the split or subset is missing or the layout is one that mmgen does
     not read.

@@ -137,7 +137,7 @@ def load_latents(place: Path, word: str = "") -> LatentDataset:
 
 
 def _images(record: dict[str, Any]) -> dict[str, Any]:
-    """Of latents.json: what the images were called, where they lay, what they were, and how `data.load` reads them."""
+    """The images as latents.json describes them: name, path, content, and the options of `data.load` that read them."""
     source = record["source"]
     options = {"resolution": record["resolution"], "channels": 3, "on_corrupt": record["job"]["on_corrupt"]}
     return {

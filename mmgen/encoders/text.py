@@ -103,7 +103,7 @@ def frozen_encoder(place: str, device: str = "cpu") -> FrozenEncoder:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Of the names and contents of the files of an encoder: weights, settings, vocabulary."""
+    """The SHA-256 of an encoder: of the names and contents of its weights, settings and vocabulary."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in _SUFFIXES):
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())

@@ -1,1 +1,1 @@
-"""Checkpoint files of other projects, read and written without running anything in them."""
+"""Checkpoint files of other projects, read and written without running anything in them. See README.md."""

@@ -23,8 +23,8 @@ _REASON = "another part of the training module"
 def network_in(tensors: dict[str, Any], weights: str, path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors of the network without the prefix that a training module puts before them, and those left out.
 
-    Of two networks the averaged one (with "ema" in its name) is taken for `weights` "ema". What is no known network is returned as
-    it is. Raises ModelError where several networks could be meant.
+    If there are two networks, `weights` "ema" takes the averaged one (with "ema" in its name). Tensors of no known network are
+    returned unchanged. Raises ModelError if several networks could be meant.
     """
     for mark in _MARKS:
         prefixes = [key.removesuffix(mark) for key in tensors if key.endswith(mark)]

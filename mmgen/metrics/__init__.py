@@ -1,1 +1,1 @@
-"""Figures of merit: feature statistics, the Fréchet distance, and what else compares two sets of images."""
+"""Metrics: feature statistics, the Fréchet distance, and other comparisons of two sets of images. See README.md."""

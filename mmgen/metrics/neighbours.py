@@ -79,7 +79,7 @@ def precision_recall(real: Tensor | np.ndarray, fake: Tensor | np.ndarray, k: in
 def density_coverage(real: Tensor | np.ndarray, fake: Tensor | np.ndarray, k: int = 5) -> tuple[float, float]:
     """(density, coverage) of features floats [N, D] and [M, D]: see NeighbourMetrics, and neighbour_metrics for the rest.
 
-    Of the generated features, one is enough.
+    One generated feature is enough.
     """
     real, fake = _centred(real, fake)
     (balls,) = _squared_radii(real, "real", k)

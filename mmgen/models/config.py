@@ -24,7 +24,7 @@ class SamplingSettings:
     """How a model is sampled unless the command says otherwise. `default` and None: what suits its kind."""
 
     sampler: Literal["default", "pushforward", "restart", "ddim", "ancestral", "heun"] = "default"
-    # Of the times: see `time_grid` or `sigma_grids` of the room `sampling`; `schedule`: evenly spaced in that of `schedule` below
+    # How times are spaced: see `sampling.flow_map_samplers` and `sigma_grids`; `schedule`: evenly in the time of `schedule` below
     grid: Literal["default", "uniform", "edm", "schedule", "linspace", "leading"] = "default"
     guidance: float = 1.0  # w of classifier-free guidance; 1 is none
     steps: int | None = None

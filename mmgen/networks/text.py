@@ -86,8 +86,8 @@ class _Block(nn.Module):
 class TextEncoder(nn.Module):
     """A condition -> tokens [N, L, width], their mask bool [N, 1, 1, L], and the embedding's part [N, emb_channels].
 
-    Of bytes it is a transformer whose pooled vector is the mean of its tokens. Of a frozen encoder it normalises the features, and
-    holds those of the null, "" by the encoder, as buffers, so that a model file is complete without the encoder.
+    For bytes it is a transformer whose pooled vector is the mean of its tokens. For a frozen encoder it normalises the features
+    and keeps those of the null ("" by the encoder) as buffers, so that a model file is complete without the encoder.
     """
 
     def __init__(self, settings: TextSettings, emb_channels: int) -> None:

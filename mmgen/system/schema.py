@@ -1,4 +1,4 @@
-"""Settings as data classes: from plain dictionaries, with every unknown key and impossible value refused by name."""
+"""Settings as data classes: from plain dictionaries, with a named error for every unknown key and impossible value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: folders of .safetensors files and one JSON, written beside and renamed. Nothing in them is a pickle.
+"""Checkpoints: folders of .safetensors files and one JSON, written atomically. Nothing in them is a pickle.
 
 checkpoints/000000512000/        images seen
     network.safetensors          the weights that are trained; NAME.safetensors: those of every further part of the method

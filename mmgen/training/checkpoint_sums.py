@@ -46,8 +46,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 def damage(folder: Path, needed: set[str]) -> str | None:
     """What is damaged in a checkpoint, in words; None where it is whole. needed: the names of its files beside state.json.
 
-    Of a checkpoint without sums, by an older mmgen, the files are opened, which tells whether they are complete. Raises
-    TrainingError where a file may not be read, or a newer mmgen wrote it: then it need not be damaged.
+    A checkpoint of an older mmgen has no sums: its files are opened, which shows whether they are complete. Raises TrainingError
+    if a file may not be read or was written by a newer mmgen: it need not be damaged then.
     """
     try:
         state = read_state(folder)
@@ -91,7 +91,7 @@ def _digests(files: list[Path]) -> list[tuple[Path, str]]:
 
 
 def _sum_of(state: dict[str, Any]) -> str:
-    """Of what JSON means, not of how it is written."""
+    """The SHA-256 of the values, however the JSON is laid out."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 

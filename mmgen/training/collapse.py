@@ -40,14 +40,14 @@ class Spread:
 
 
 def spread_of(images: Any) -> float:
-    """Of all images at once, uint8 [N, C, H, W]."""
+    """The spread of images uint8 [N, C, H, W]."""
     spread = Spread()
     spread.add(np.asarray(images))
     return spread.result()
 
 
 def spread_of_data(images: np.ndarray) -> float:
-    """Of up to 2,000 images of a data set, evenly spaced in it."""
+    """The spread of up to 2,000 images of a data set, evenly spaced in it."""
     return spread_of(images[np.linspace(0, len(images) - 1, min(_OF_DATA, len(images))).astype(int)])
 
 

@@ -37,8 +37,8 @@ class Work:
 IMM = Work(forward=2, backward=1)  # the student, the target
 DENOISING = Work(forward=1, backward=1)
 ALTERNATING = Work(forward=3, backward=1, trained=2, frozen=1)  # student, auxiliary, teacher; one of the first two is updated
-# Of one half of the batch: a student's pass, the teacher's with its gradient. Of the other: a student's with its gradient, the
-# teacher's with a derivative, twice as much.
+# One half of the batch takes a pass of the student, and one of the teacher with its gradient; the other half a pass of the
+# student with its gradient, and one of the teacher with a derivative, which is twice as much.
 INSTANT = Work(forward=2.5, backward=1, whole=3)
 
 
@@ -61,7 +61,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class PassCost:
-    """Of one pass of the network, for one image."""
+    """One pass of the network, for one image."""
 
     parameters: int
     flops: float  # forward: two to a multiply-add

@@ -33,7 +33,7 @@ def ramp_up(train: TrainSettings, images: int) -> float:
 class EMA:
     """averages[name][parameter] <- decay averages + (1 - decay) parameter at every update. Buffers are not averaged.
 
-    Of a sharded network every process has the averages of its own pieces.
+    Where a network is sharded, every process has the averages of its own pieces.
     """
 
     def __init__(self, network: nn.Module, decays: dict[str, float]) -> None:

@@ -137,7 +137,7 @@ def keep(file: Path, image: Image.Image, note: Callable[[str], None]) -> None:
 def curves(log: Sequence[dict[str, Any]], halves: float | None = None, levels: Sequence[float] = ()) -> Image.Image:
     """Losses, other numbers and scores over the images seen, from the lines of the log; at most three panels in a row.
 
-    halves: the distance between two halves of the data, the noise floor. levels: the edges of the noise levels, in sigma.
+    halves: the score of real against real (two halves), the noise floor. levels: the edges of the noise levels, in sigma.
     Losses that can be negative have an axis of their own.
     """
     panels = _numbers(log, levels)

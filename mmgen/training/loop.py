@@ -48,7 +48,7 @@ from .updates import Updates, with_its_gradient
 
 __all__ = ["BEST_FILE", "Outcome", "Part", "Reporter", "Task", "Trainer"]
 
-BEST_FILE = "model-best.safetensors"  # the averaged weights with the least figure so far, at the first of run.eval_steps
+BEST_FILE = "model-best.safetensors"  # the averaged weights with the best score so far, at the first of run.eval_steps
 
 
 class Trainer:

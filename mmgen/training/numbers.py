@@ -21,7 +21,7 @@ class Numbers:
         self._sums: dict[str, Tensor] = {}  # float64 [2, K], sums and counts
 
     def add_step(self, part: str, loss: Tensor, gradient_norm: Tensor) -> None:
-        """Of one step: the loss, a scalar, the mean over this process's share of the batch; the whole gradient's norm."""
+        """A step's loss (a scalar, the mean over this process's share of the batch) and the norm of its whole gradient."""
         self._losses.append((part, loss))
         self._norms.append(gradient_norm)
 

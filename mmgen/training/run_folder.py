@@ -6,8 +6,8 @@ log.jsonl                one line per log interval and per measurement
 checkpoints/             to resume from
 model.safetensors        the (first) averaged weights at the last checkpoint, or the weights where nothing is averaged
 model-ema-NAME.safetensors  the other averages
-model-best.safetensors   those weights with the least figure so far, at the first of run.eval_steps
-previews/, curves.png    sample grids over training; loss and figures over training
+model-best.safetensors   the weights with the best score so far, at the first of run.eval_steps
+previews/, curves.png    sample grids over training; loss and scores over training
 samples.png, results.json   at the end: 1, 2, 4, 8 steps above real images, and the table
 .lock                    keeps a second run out while one is at work
 """

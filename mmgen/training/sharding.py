@@ -52,7 +52,7 @@ def shard(network: nn.Module) -> nn.Module:
 
 
 def synchronise_gradients(network: nn.Module, wanted: bool) -> None:
-    """Of a sharded network: whether the next backward pass adds up the gradients of all devices."""
+    """Sharded networks only: whether the next backward pass adds up the gradients of all devices."""
     network.set_requires_gradient_sync(wanted)
 
 

@@ -48,7 +48,7 @@ class AuxiliaryObjective(nn.Module):
             with full_precision(batch):
                 z_s = matching.target(noised, x_tilde)
             with contextlib.nullcontext() if matching.half_teacher else full_precision(batch):
-                g_theta = matching.taught(z_s, noised)
+                g_theta = matching.teacher_x(z_s, noised)
         g_phi = self.auxiliary.x_hat(z_s, noised.s, matching.schedule, noised.condition)
         loss = auxiliary_loss(x_tilde, g_phi, g_theta, matching.weight(noised.s), matching.loss.reduction)
         return loss.mean(), pass_numbers(matching, noised.s, x_tilde, g_phi, g_theta)
@@ -69,7 +69,7 @@ class StudentObjective(nn.Module):
         x_tilde = matching.answer(noised)
         with full_precision(batch), torch.no_grad():
             z_s = matching.target(noised, x_tilde)
-            g_theta = matching.taught(z_s, noised)
+            g_theta = matching.teacher_x(z_s, noised)
             g_phi = auxiliary.x_hat(z_s, noised.s, matching.schedule, noised.condition)
         loss = student_loss(x_tilde, g_phi, g_theta, matching.weight(noised.s), matching.loss.reduction)
         return loss.mean(), pass_numbers(matching, noised.s, x_tilde, g_phi, g_theta)

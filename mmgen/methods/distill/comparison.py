@@ -99,7 +99,7 @@ def measured(ways: Sequence[Drawn], scorer: Scorer, seed: int, teacher: str) -> 
 
 
 def best(rows: Sequence[Row]) -> int:
-    """Which has the least figure."""
+    """The index of the row with the best (lowest) score."""
     return min(range(len(rows)), key=lambda i: rows[i].value)
 
 

@@ -73,7 +73,7 @@ class InstantObjective(nn.Module):
         self.direction = preconditioned(total, self.second_moments)
 
     def _gradient(self, batch: Batch) -> dict[str, Tensor]:
-        """Of the teacher's mean loss on what the student makes of A."""
+        """The gradient of the teacher's mean loss on what the student makes of A."""
         matching, half = self.matching, minibatch(batch, 0)
         with torch.no_grad():
             noised = matching.noised(half)

@@ -87,7 +87,7 @@ class Matching:
         key = keys(self.seed, noised.index, _TARGET)
         return draw_target(self.loss, self.schedule, noised.s, noised.t, noised.z_t, x_tilde, key)
 
-    def taught(self, z_s: Tensor, noised: Noised) -> Tensor:
+    def teacher_x(self, z_s: Tensor, noised: Noised) -> Tensor:
         """g_theta(z_s), the teacher's x_hat, with its guidance."""
         return self.teacher.x_hat(z_s, noised.s, self.schedule, noised.condition, self.guidance)
 
