@@ -1,0 +1,134 @@
+"""Half precision: which network computes in it, dropout masks of two passes, a loss scaler for each network. On a CPU, in bfloat16."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.gpu.cases import TINY, imm_case, tiny_cases  # noqa: E402
+
+from mmgen.config.imm import ImmConfig, resolve  # noqa: E402
+from mmgen.config.sections import nest  # noqa: E402
+from mmgen.errors import ConfigError  # noqa: E402
+from mmgen.networks.dropout import Dropout  # noqa: E402
+from mmgen.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
+
+PLAIN = {"data.name": "noise", "data.resolution": 16, "data.channels": 3, "data.conditional": True, "data.num_classes": 10,
+         "data.augment": 0.0, "loss.group_size": 4}  # fmt: skip
+CASES = {case.name: case for case in tiny_cases()}
+
+
+def imm_trainer(kind, **changes):
+    settings = {f"network.{key}": value for key, value in TINY[kind].items()} | PLAIN
+    return imm_case("cifar10-imm", **{**settings, **changes}).make("cpu", "bf16", 8)
+
+
+def watched(network):
+    """dtypes of the network's raw outputs, in the order of its passes."""
+    found = []
+    network.register_forward_hook(lambda module, inputs, output: found.append((output.dtype, output.requires_grad)))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["unet", "uvit"])
+@pytest.mark.parametrize("frozen", ["full", "half"])
+def test_both_passes_of_imm_have_the_same_dropout_masks(kind, frozen):
+    trainer = imm_trainer(kind, **{"network.dropout": 0.5, "train.frozen_precision": frozen})
+    masks = []
+    for module in trainer.network.modules():
+        if isinstance(module, Dropout):
+            module.register_forward_hook(lambda module, inputs, output: masks.append(((output == 0) & (inputs[0] != 0), output.requires_grad)))
+    objective, _ = trainer._prepared["model"]
+    objective(next(iter(trainer._batches(0))))
+    student, target = ([mask for mask, grad in masks if grad is wanted] for wanted in (True, False))
+    assert len(student) == len(target) > 1 and len(masks) == 2 * len(student)
+    for one, other in zip(student, target):
+        assert 0.3 < one.float().mean() < 0.7
+        assert (one == other).float().mean() > 0.999  # a product may be 0 in bfloat16 where it is not in float32
+
+
+@pytest.mark.parametrize("frozen", ["full", "half"])
+def test_the_target_of_imm_computes_as_the_setting_says(frozen):
+    trainer = imm_trainer("unet", **{"train.frozen_precision": frozen})
+    found = watched(trainer.network)
+    objective, _ = trainer._prepared["model"]
+    loss, _ = objective(next(iter(trainer._batches(0))))
+    assert found == [(torch.bfloat16, True), (torch.bfloat16 if frozen == "half" else torch.float32, False)]
+    assert loss.dtype == torch.float64
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainer.network.parameters())
+
+
+def test_half_precision_of_frozen_networks_needs_that_of_the_trained_one():
+    with pytest.raises(ConfigError, match="train.frozen_precision half needs train.precision bf16 or fp16"):
+        resolve({}, nest({"train.frozen_precision": "half", "train.precision": "tf32", "data.name": "digits"}, ImmConfig))
+
+
+@pytest.mark.parametrize("frozen", ["full", "half"])
+def test_x_tilde_is_the_same_in_both_turns_and_the_small_difference_is_full(frozen):
+    trainer = CASES["distill, alternating"].make("cpu", "bf16", 8, **{"train.frozen_precision": frozen})
+    matching = trainer.task.parts["student"].objective.matching
+    student, auxiliary, teacher = trainer.networks["student"], trainer.networks["auxiliary"], matching.teacher.network
+    answers, dtypes = [], {name: watched(network) for name, network in
+                           (("student", student), ("auxiliary", auxiliary), ("teacher", teacher))}  # fmt: skip
+    answer = matching.answer
+    matching.answer = lambda noised: answers.append(answer(noised)) or answers[-1]
+    batch = next(iter(trainer._batches(0)))
+    for name in ("student", "auxiliary"):
+        trainer._prepared[name][0](batch)
+    assert torch.equal(answers[0].detach(), answers[1])
+    half = torch.bfloat16
+    assert dtypes["student"] == [(half, True), (half, False)]
+    assert dtypes["auxiliary"] == [(torch.float32, False), (half, True)]  # in the student's turn g_phi - g_theta is small
+    assert [dtype for dtype, _ in dtypes["teacher"]] == [torch.float32, half if frozen == "half" else torch.float32]
+
+
+def test_each_network_has_a_loss_scaler_of_its_own(tmp_path):
+    trainer = CASES["distill, alternating"].make("cpu", "fp32", 8)
+    scalers = {name: torch.amp.GradScaler("cpu", init_scale=2.0**power) for name, power in (("student", 4), ("auxiliary", 9))}
+    for scaler in scalers.values():
+        scaler.scale(torch.zeros(1))
+    parts = trainer.networks, trainer.optimizers, trainer.ema
+    path = save_checkpoint(tmp_path, *parts, scalers, Progress(8))
+    fresh = {name: torch.amp.GradScaler("cpu") for name in scalers}
+    load_checkpoint(path, *parts, fresh)
+    for scaler in fresh.values():
+        scaler.scale(torch.zeros(1))
+    assert [scaler.get_scale() for scaler in fresh.values()] == [16.0, 512.0]
+
+
+def test_a_step_uses_the_scaler_of_its_part(monkeypatch):
+    """What accelerate does with fp16 on a GPU, by torch's own scaler on the CPU."""
+    import mmgen.training.loop as loop
+
+    made = loop.build_optimizer
+    prepared = []
+
+    def with_scaler(settings, parameters):
+        prepared.append(made(settings, parameters))
+        return prepared[-1]
+
+    monkeypatch.setattr(loop, "build_optimizer", with_scaler)
+    from mmgen.training import start
+
+    make = start.make_accelerator
+
+    def with_accelerators_scaler(*arguments):
+        accelerator = make(*arguments)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+        return accelerator
+
+    monkeypatch.setattr("tests.benchmarks.runs.make_accelerator", with_accelerators_scaler)
+    trainer = CASES["distill, alternating"].make("cpu", "fp32", 8)
+    first, second = trainer.scalers.values()
+    assert first is not second
+    trainer.progress.images = 8  # step 1: the student's turn
+    trainer._step()
+    assert trainer.scalers["student"].get_scale() == 2.0**11  # it grows with each step that was made
+    assert trainer.scalers["auxiliary"].get_scale() == 2.0**10
+    trainer._step()
+    assert [scaler.get_scale() for scaler in (first, second)] == [2.0**11, 2.0**11]
