@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -63,8 +64,9 @@ def small(arguments: list[str]) -> list[str]:
         return arguments
     added = list(SMALL.get(name, []))
     if name.startswith("train") and "--out" not in arguments:
-        data = arguments[arguments.index("--data") + 1] if "--data" in arguments else "digits"
-        added += ["--out", f"runs/{data.strip('/')}-{name.removeprefix('train-')}"]
+        given = dict(pairwise(arguments))
+        preset = given.get("--preset") or f"{given.get('--data', 'digits').strip('/')}-{name.removeprefix('train-')}"
+        added += ["--out", f"runs/{preset}"]
     if "--batch-per-device" in arguments:
         added += ["--out", "runs/auto"]
     return [*("1,2" if one == "1,2,4,8" else one for one in arguments), *added]
