@@ -1,24 +1,164 @@
 """mmgen: few-step image generators by moment matching.
 
 >>> import mmgen
->>> model = mmgen.load("runs/digits-imm")
->>> images = model.sample(64, steps=2, seed=0)  # uint8 [64, 1, 8, 8]
+>>> run = mmgen.train_imm(data="digits", out="runs/digits-imm")
+>>> samples = run.load().sample(64, steps=2, output="pil")
+
+Importing it loads no torch: the functions here do, when they are called.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from .formats.convert import Written
+    from .methods.python import Run
+    from .metrics.results import Report
+    from .sampling.loading import Denoiser, FlowModel
+    from .sampling.pipeline import Pipeline
+
+    Place = str | os.PathLike
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "load", "pipeline"]
+__all__ = [
+    "Labels", "__version__", "convert", "distill", "fid", "load", "pipeline", "train_imm", "train_teacher",
+]  # fmt: skip
 
 
-def __getattr__(name: str):
-    """`mmgen.load` and `mmgen.pipeline`, without importing torch before they are needed."""
-    if name == "load":
-        from .sampling.loading import load
+def train_imm(
+    data: Place | None = None,
+    *,
+    preset: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    out: Place | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+    device: str = "auto",
+    max_time: str | None = None,
+) -> Run:
+    """Trains, or resumes, a one- to eight-step generator with Inductive Moment Matching, as `mmgen train-imm` does.
 
-        return load
-    if name == "pipeline":
-        from .sampling.pipeline import pipeline
+    Args:
+        data: a folder of images, a hub dataset ...; None: the digits that come with mmgen.
+        preset: the recipe; None: by the data.
+        settings: any setting, {"loss.k": 12, "train.max_images": 64_000} or {"loss": {"k": 12}}.
+        out: the run's folder; None: runs/PRESET, with a suffix where settings differ.
+        callback: called with every line of the log, such as {"images": 51200, "loss": 0.31, ...}, and {"note": text}.
+        progress: show a bar.
+        device: auto (a GPU if any), cpu or cuda.
+        max_time: finish after this long, such as "30m".
 
-        return pipeline
+    Raises mmgen.errors.MmgenError, with one sentence, for whatever is wrong.
+
+    >>> run = mmgen.train_imm(data="cifar10", settings={"train.max_images": 1_000_000})
+    >>> run.folder, run.results["values"], run.load().sample(16).images
+    """
+    from .methods import IMM
+    from .methods.python import train
+
+    return train(IMM, {"data.name": data}, preset, settings, out, callback, progress, device, max_time)
+
+
+def train_teacher(
+    data: Place | None = None,
+    *,
+    preset: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    out: Place | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+    device: str = "auto",
+    max_time: str | None = None,
+) -> Run:
+    """Trains, or resumes, a diffusion or flow-matching model, as `mmgen train-teacher` does. Arguments: those of `train_imm`."""
+    from .methods import TEACHER
+    from .methods.python import train
+
+    return train(TEACHER, {"data.name": data}, preset, settings, out, callback, progress, device, max_time)
+
+
+def distill(
+    teacher: Place,
+    *,
+    steps: int | None = None,
+    data: Place | None = None,
+    preset: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    out: Place | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    progress: bool = True,
+    device: str = "auto",
+    max_time: str | None = None,
+) -> Run:
+    """Distils a teacher into a student of few steps, as `mmgen distill` does. Other arguments: those of `train_imm`.
+
+    Args:
+        teacher: a run folder, a model file, what `mmgen convert` reads, or a hub repository.
+        steps: of the student; None: the preset's.
+        data: None: what the teacher was trained on.
+
+    >>> run = mmgen.distill("runs/digits-teacher", steps=4, settings={"loss.method": "instant"})
+    """
+    from .methods import DISTILLATION
+    from .methods.python import train
+
+    changes = {"teacher.name": teacher, "student.steps": steps, "data.name": data}
+    return train(DISTILLATION, changes, preset, settings, out, callback, progress, device, max_time)
+
+
+def load(place: Place, **options: Any) -> FlowModel | Denoiser:
+    """Loads a model from a file, a run folder, a hub repository or another project's checkpoint: see `sampling.loading.load`.
+
+    >>> samples = mmgen.load("runs/digits-imm").sample(64, steps=2, output="pil")
+    """
+    from .sampling.loading import load
+
+    return load(place, **options)
+
+
+def fid(samples: Place | Sequence[Place], **options: Any) -> Report:
+    """Computes FID and other scores of images, or of a model's samples, as `mmgen fid` does: see `metrics.python.fid`.
+
+    >>> mmgen.fid("samples/", ref="cifar10").scores
+    {'fid10k': 12.3}
+    """
+    from .metrics.python import fid
+
+    return fid(samples, **options)
+
+
+def convert(place: Place, out: Place, *, to: str = "mmgen", weights: str = "ema", overwrite: bool = False, **options: Any) -> Written:
+    """Converts a checkpoint of another project to mmgen's file, or back, as `mmgen convert` does.
+
+    options: type, preset, precision, heads, classes, guide_all, of `formats.family.ConvertOptions`.
+
+    >>> mmgen.convert("edm-cifar10-32x32-cond-vp.pkl", "edm-cifar10.safetensors").left_out
+    """
+    from .formats.convert import convert_file
+    from .formats.family import options_of
+
+    return convert_file(place, out, options_of(options), to=to, weights=weights, overwrite=overwrite)
+
+
+def pipeline(model: FlowModel | Denoiser | Place, **options: Any) -> Pipeline:
+    """A model behind the interface of diffusers' pipelines: see `sampling.pipeline`.
+
+    >>> mmgen.pipeline("runs/digits-imm")(class_labels=[3, 5], num_inference_steps=2).images
+    """
+    from .sampling.pipeline import pipeline
+
+    return pipeline(model, **options)
+
+
+def __getattr__(name: str) -> Any:
+    """`mmgen.Labels`, the condition of a class-conditional model."""
+    if name == "Labels":
+        from .networks.conditions import Labels
+
+        return Labels
     raise AttributeError(f"module 'mmgen' has no attribute {name!r}")

@@ -277,7 +277,7 @@ def test_files(tmp_path):
     assert isinstance(model, Denoiser) and model.config.denoiser == DenoiserSettings("vp", sigma_max=152.0)
     assert not model.training and model.range == (0.002, 152.0) and model.image_shape == (1, 8, 8)
     assert json.loads(open_header(path))["kind"] == "denoiser"
-    assert model.sample(2, steps=2).shape == (2, 1, 8, 8)
+    assert model.sample(2, steps=2).images.shape == (2, 1, 8, 8)
     old = make_model(tmp_path / "old.safetensors", channels=1)
     assert json.loads(open_header(old))["kind"] == "imm" and isinstance(mmgen.load(old), FlowModel)
 
@@ -296,7 +296,7 @@ def test_files_from_before_there_were_denoisers_load(tmp_path):
         del header["config"][key]
     header["config"]["sampling"] = {"sampler": "restart", "grid": "uniform", "guidance": 1.0}
     save_file(load_file(path), path, {METADATA_KEY: json.dumps(header)})
-    assert mmgen.load(path).sample(1, steps=2).shape == (1, 1, 8, 8)
+    assert mmgen.load(path).sample(1, steps=2).images.shape == (1, 1, 8, 8)
 
 
 def test_a_model_is_one_of_both(tmp_path):

@@ -163,7 +163,7 @@ def test_sample_command(tmp_path):
         run(sample, make_model(tmp_path / "m.safetensors", channels=1), "--out", tmp_path / "x", "--sampler", "ddim")
     table = run(sample, path, "--num", 2, "--out", tmp_path / "a.npz", "--guidance", 2)
     assert " 18 " in table and " 70 " in table  # the default, and two times 35 evaluations
-    expected = mmgen.load(path).sample(2, guidance=2.0).permute(0, 2, 3, 1).numpy()
+    expected = mmgen.load(path).sample(2, guidance=2.0).images.permute(0, 2, 3, 1).numpy()
     assert np.array_equal(np.load(tmp_path / "a.npz")["arr_0"], expected)
 
 
@@ -200,7 +200,7 @@ def test_latents_are_decoded(tmp_path, monkeypatch):
     assert record["image"] == [3, 16, 16] and record["vae"] == {"name": "somebody/vae", "sha256": "0" * 64}
     run(sample, path, "--num", 3, "--out", tmp_path / "a.npz", "--steps", 2)
     assert np.load(tmp_path / "a.npz")["arr_0"].shape == (3, 16, 16, 3)
-    assert mmgen.load(path).sample(0).shape == (0, 3, 16, 16)
+    assert mmgen.load(path).sample(0).images.shape == (0, 3, 16, 16)
 
 
 def test_training_begins_only_with_a_sampler_for_flow_maps():

@@ -41,7 +41,7 @@ def test_the_ablations_make_their_table(tmp_path):
     [
         ("imm_ablations.py", "run", "train", ("a", {}, 0, 128, 32, Path("a"))),
         ("distill_ablations.py", "teacher", "train", (Path("a"), 2)),
-        ("distill_ablations.py", "student", "distill", ("teacher", None, 8, 0, 2, Path("a"))),
+        ("distill_ablations.py", "student", "train", ("teacher", None, 8, 0, 2, Path("a"))),
     ],
 )
 def test_half_a_training_is_no_result(example, function, trains, arguments, monkeypatch):

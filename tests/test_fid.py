@@ -28,7 +28,7 @@ def test_model_is_scored_in_memory_against_its_training_set(digits_model, tmp_pa
     found = scores(tmp_path / "run" / "scores.json")
     digits = mmgen.data.load("digits")
     for entry, steps in zip(found, (1, 2), strict=True):
-        drawn = mmgen.load(digits_model).sample(64, steps=steps)
+        drawn = mmgen.load(digits_model).sample(64, steps=steps).images
         assert entry["figures"]["FD-pixels-64"] == pytest.approx(fd_pixels(drawn, digits.images), rel=1e-9)
         assert entry["samples"]["steps"] == steps and entry["samples"]["seed"] == 0 and entry["samples"]["classes"] == "random"
         assert entry["samples"]["nfe"] == steps and entry["samples"]["guidance"] == 1.0
@@ -78,7 +78,7 @@ def test_scores_of_several_at_once_are_all_kept(tmp_path):
 def test_several_draws(digits_model, tmp_path):
     run(fid, digits_model, "--num", 40, "--repeat", 3, "--features", "pixels", "--out", "s.json")
     (entry,) = scores(tmp_path / "s.json")
-    all_images = mmgen.load(digits_model).sample(120)
+    all_images = mmgen.load(digits_model).sample(120).images
     digits = mmgen.data.load("digits").images
     expected = [fd_pixels(all_images[r * 40 : (r + 1) * 40], digits) for r in range(3)]
     assert [draw["FD-pixels-40"] for draw in entry["draws"]] == pytest.approx(expected, rel=1e-9)

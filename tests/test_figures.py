@@ -71,7 +71,7 @@ def test_figures_are_those_of_the_saved_model(tmp_path):
     assert all(line["figure"] == "FD-pixels-40" and line["num"] == 40 for line in lines)
     model, digits = mmgen.load(tmp_path / "run"), mmgen.data.load("digits")
     for steps in (1, 2):
-        expected = fd_pixels(model.sample(40, steps=steps), digits.images)
+        expected = fd_pixels(model.sample(40, steps=steps).images, digits.images)
         assert outcome.results["values"][str(steps)] == pytest.approx(expected, rel=1e-6)
 
 

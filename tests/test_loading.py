@@ -67,7 +67,7 @@ def test_loading_and_sampling_import_no_compiler(tmp_path, kind):
     written(tmp_path, NETWORKS[kind])
     code = (
         "import sys, mmgen; from mmgen.__main__ import main\n"
-        f"mmgen.load({str(tmp_path)!r}).sample(2, steps=2)\n"
+        f"mmgen.load({str(tmp_path)!r}).sample(2, steps=2).images\n"
         f"sys.argv = ['mmgen', 'sample', {str(tmp_path)!r}, '--num', '2', '--steps', '2', '--out', {str(tmp_path / 'out')!r}]\n"
         "try: main()\nexcept SystemExit as end: assert not end.code, end.code\n"
         "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy', 'datasets') if name in sys.modules])"

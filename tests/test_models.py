@@ -59,7 +59,7 @@ def test_round_trip(tmp_path, network):
     assert loaded.network.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in loaded.network.state_dict().items())
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    assert torch.equal(loaded.sample(3, steps=2, seed=1), draw(model.eval(), SampleSettings(2, seed=1), range(3))[0])
+    assert torch.equal(loaded.sample(3, steps=2, seed=1).images, draw(model.eval(), SampleSettings(2, seed=1), range(3))[0])
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
 
 

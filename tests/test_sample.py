@@ -31,7 +31,7 @@ def test_png_folder(model, tmp_path):
     out = tmp_path / "out"
     table = run(model, "--num", 20, "--out", out, "--seed", 3, "--steps", 2)
     assert "20" in table and str(out) in table
-    expected = mmgen.load(model).sample(20, steps=2, seed=3)
+    expected = mmgen.load(model).sample(20, steps=2, seed=3).images
     assert np.array_equal(pixels(out), expected[:, 0].numpy())
     assert sorted(p.name for p in out.glob("*.png")) == [f"{i:06d}.png" for i in range(20)]
     found = record(out / "samples.json")
@@ -57,7 +57,7 @@ def test_labels_are_readable_as_a_data_set(model, tmp_path):
 
 def test_colour_and_unconditional(colour_model, tmp_path):
     run(colour_model, "--num", 5, "--out", tmp_path / "out")
-    assert np.array_equal(pixels(tmp_path / "out"), mmgen.load(colour_model).sample(5).permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(pixels(tmp_path / "out"), mmgen.load(colour_model).sample(5).images.permute(0, 2, 3, 1).numpy())
     assert not (tmp_path / "out" / "dataset.json").exists() and record(tmp_path / "out" / "samples.json")["classes"] is None
 
 
@@ -122,7 +122,7 @@ def test_more_images_continue(model, tmp_path):
     old = (tmp_path / "out" / "000003.png").stat().st_mtime_ns
     run(model, "--num", 9, "--out", tmp_path / "out", "--batch-size", 2)
     assert (tmp_path / "out" / "000003.png").stat().st_mtime_ns == old
-    assert same(pixels(tmp_path / "out"), mmgen.load(model).sample(9)[:, 0].numpy())
+    assert same(pixels(tmp_path / "out"), mmgen.load(model).sample(9).images[:, 0].numpy())
     assert record(tmp_path / "out" / "samples.json")["num"] == 9
     assert len(record(tmp_path / "out" / "dataset.json")["labels"]) == 9
     with pytest.raises(ConfigError, match="--num is 4, but it holds 9"):
@@ -179,7 +179,7 @@ def test_npz(model, colour_model, tmp_path):
     with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
         images, labels = found["arr_0"], found["arr_1"]
     assert images.dtype == np.uint8 and labels.dtype == np.int64 and labels.tolist() == list(range(10))
-    expected = mmgen.load(model).sample(10, classes="balanced", batch_size=4)
+    expected = mmgen.load(model).sample(10, classes="balanced", batch_size=4).images
     assert np.array_equal(images, expected.permute(0, 2, 3, 1).numpy())
     assert {p.name for p in tmp_path.iterdir()} == {"a.npz", "a.npz.json"}
     run(colour_model, "--num", 3, "--format", "npz", "--out", tmp_path / "folder")
@@ -211,7 +211,7 @@ def test_npz_continues_from_parts_and_grows(model, tmp_path, monkeypatch):
     assert drawn == []
     run(model, "--num", 23, "--out", file)
     assert drawn == [[20, 21, 22]]
-    assert same(np.load(file)["arr_0"][..., 0], mmgen.load(model).sample(23)[:, 0].numpy())
+    assert same(np.load(file)["arr_0"][..., 0], mmgen.load(model).sample(23).images[:, 0].numpy())
     assert {p.name for p in tmp_path.iterdir()} == {"a.npz", "a.npz.json"} and record(tmp_path / "a.npz.json")["num"] == 23
 
 
@@ -240,7 +240,7 @@ def test_several_steps(model, tmp_path):
     loaded = mmgen.load(model)
     for steps in (1, 2):
         found = tmp_path / "out" / f"steps-{steps}"
-        expected = loaded.sample(3, steps=steps, guidance=1.5)
+        expected = loaded.sample(3, steps=steps, guidance=1.5).images
         assert np.array_equal(pixels(found), expected[:, 0].numpy()) and record(found / "samples.json")["nfe"] == 2 * steps
     run(model, "--num", 3, "--steps", "1,2", "--out", tmp_path / "a.npz")
     assert (tmp_path / "a-steps-1.npz").is_file() and (tmp_path / "a-steps-2.npz.json").is_file()

@@ -157,7 +157,7 @@ def test_a_stopped_run_leaves_whole_files_and_continues(model, tmp_path, stop):
         Image.open(path).load()
     run(*command[1:])
     assert record(out / "samples.json")["complete"] and not list(out.glob(".tmp-*"))
-    assert np.array_equal(pixels(out), mmgen.load(model).sample(150, batch_size=1)[:, 0].numpy())
+    assert np.array_equal(pixels(out), mmgen.load(model).sample(150, batch_size=1).images[:, 0].numpy())
 
 
 def test_exit_status_and_one_sentence(tmp_path):

@@ -82,7 +82,7 @@ def test_cache_train_sample_decode_a_picture(place, tmp_path):
     assert config.latents == stored.latents and (config.resolution, config.channels, config.num_classes) == (8, 4, 3)
     for file in ("samples.png", "curves.png", "previews/000000000032.png"):
         assert min(Image.open(tmp_path / "run" / file).size) > 100
-    images = mmgen.load(tmp_path / "run").sample(5, steps=2, seed=3)
+    images = mmgen.load(tmp_path / "run").sample(5, steps=2, seed=3).images
     assert images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8 and images.float().std() > 1
 
 

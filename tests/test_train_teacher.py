@@ -20,7 +20,7 @@ from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys, normal, uniform
 from mmgen.config.teacher import TeacherConfig, resolve
 from mmgen.methods import TEACHER
-from mmgen.methods.run import train
+from mmgen.methods.run import train as train_method
 from mmgen.methods.teacher import objective as teacher
 from mmgen.training.batches import fetch
 from mmgen.methods.teacher.objective import teacher_model_config, teacher_task
@@ -214,7 +214,7 @@ def test_labels_that_are_not_there():
 
 
 def train(config, folder, **options):
-    return train(TEACHER, config, folder, Quiet(), device="cpu", **options)
+    return train_method(TEACHER, config, folder, Quiet(), device="cpu", **options)
 
 
 @pytest.mark.parametrize("changes", [{}, EDM], ids=["v", "edm"])
@@ -227,8 +227,8 @@ def test_a_run_leaves_a_denoiser_that_samples(tmp_path, changes):
     assert all(len(line["loss_by_noise"]) == 8 for line in losses)
     model = load(tmp_path / "run")
     assert isinstance(model, Denoiser) and model.config.num_classes == 10
-    assert model.sample(3, steps=3, guidance=2.0).shape == (3, 1, 8, 8)
-    assert model.sample(3, steps=3, sampler="ancestral").shape == (3, 1, 8, 8)
+    assert model.sample(3, steps=3, guidance=2.0).images.shape == (3, 1, 8, 8)
+    assert model.sample(3, steps=3, sampler="ancestral").images.shape == (3, 1, 8, 8)
 
 
 def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path):

@@ -223,8 +223,8 @@ def test_inspect_promises_diffusers_its_own(tmp_path):
 def test_what_a_teacher_can_be_is_sampled_and_loaded(tmp_path):
     path, _ = write("edm_ddpmpp_cond", tmp_path)
     run(convert_command, path, tmp_path / "m.safetensors")
-    ours = mmgen.load(tmp_path / "m.safetensors").sample(3, steps=2, seed=1)
-    assert torch.equal(mmgen.load(path).sample(3, steps=2, seed=1), ours)
+    ours = mmgen.load(tmp_path / "m.safetensors").sample(3, steps=2, seed=1).images
+    assert torch.equal(mmgen.load(path).sample(3, steps=2, seed=1).images, ours)
     run(sample, path, "--num", 3, "--steps", 2, "--out", tmp_path / "samples")
     record = json.loads((tmp_path / "samples" / "samples.json").read_text())
     assert record["complete"] and record["model_sha256"] == read(path).sha256
@@ -236,7 +236,7 @@ def test_a_folder_of_diffusers_is_sampled(tmp_path):
     folder = training_of_diffusers(tmp_path / "out")
     run(sample, folder, "--num", 2, "--steps", 2, "--out", tmp_path / "grid.png")
     assert (tmp_path / "grid.png").is_file()
-    assert mmgen.load(folder).sample(1, steps=1).shape == (1, 3, 8, 8)
+    assert mmgen.load(folder).sample(1, steps=1).images.shape == (1, 3, 8, 8)
 
 
 def test_options_of_loading(tmp_path):

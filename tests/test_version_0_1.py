@@ -19,9 +19,9 @@ from mmgen.networks.conditions import Labels
 @pytest.mark.parametrize("name", ["imm", "schedule", "discrete"])
 def test_a_model_file_of_version_0_1(name):
     expected, model = arrays("v0.1"), mmgen.load(FOLDER / f"v0.1-{name}.safetensors")
-    drawn = {name: model.sample(6, steps=2, seed=5)}
+    drawn = {name: model.sample(6, steps=2, seed=5).images}
     if name != "schedule":
-        drawn[f"{name}_guided"] = model.sample(6, steps=3, seed=5, guidance=1.5, classes="balanced")
+        drawn[f"{name}_guided"] = model.sample(6, steps=3, seed=5, guidance=1.5, classes="balanced").images
     for key, images in drawn.items():
         difference = (images.int() - expected[key].int()).abs()
         assert difference.max() <= 1 and (difference == 0).double().mean() > 0.95, key

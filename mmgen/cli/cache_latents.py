@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import COUNT, DEVICE, check_device, choose_device
+from .options import COUNT, DEVICE
+from ..system.devices import check_device, find_device
 from .progress import progress_bar
 
 
@@ -76,7 +77,7 @@ def cache_latents(
     reading = {"split": split, "image_column": image_column, "label_column": label_column, "subset": subset,
                "revision": revision, "follow_links": follow_links}  # fmt: skip
     source = resolve(data, **reading)
-    loaded = load_vae(vae, choose_device(device))
+    loaded = load_vae(vae, find_device(device))
     speed = _Speed()
     with progress_bar("encoding", source.length) if team.is_main else contextlib.nullcontext() as update:
         record = encode_source(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError
-from .options import COUNT, DEVICE, check_device, choose_device
+from .options import COUNT, DEVICE
+from ..system.devices import check_device, find_device
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def _images(name: str, num: int, steps: int | None, seed: int, device: str, text
     from ..sampling.drawing import SampleSettings, plan
     from ..sampling.record import Origin
 
-    model = Origin.of(name).load(choose_device(device))
+    model = Origin.of(name).load(find_device(device))
     settings = SampleSettings(steps=steps, seed=seed, prompts=tuple(texts or ()) if model.config.text is not None else ())
     return drawn_images(model, plan(model.config, settings), num, name=name)
 

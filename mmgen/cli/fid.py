@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import COUNT, DEVICE, NUMBER, check_device, choose_device, home, numbers
+from .options import COUNT, DEVICE, NUMBER, PRECISION, home, numbers
+from ..system.devices import check_device, find_device
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def fid(
     s_noise: Annotated[float | None, _model(**NUMBER, help="heun only: S_noise.")] = None,
     stochasticity: Annotated[float | None, _model(**NUMBER, help="ancestral only: from 0 (as ddim) to 1.")] = None,
     ema: Annotated[str | None, _model(metavar="NAME", help="Another weight average of the run.")] = None,
+    precision: Annotated[str | None, _model(**PRECISION)] = None,
     split: Annotated[str | None, _images(metavar="NAME", help="Split. Default: train.")] = None,
     image_column: Annotated[str | None, _images(metavar="NAME", help="Column of the images. Default: the first one.")] = None,
     follow_links: Annotated[
@@ -124,7 +126,7 @@ def fid(
     drawing |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
     drawing["steps"] = None if steps is None else numbers(steps, int, "--steps", "1,2,4,8")
     drawing["etas"] = None if eta is None else tuple(numbers(eta, float, "--eta", "1.4"))
-    drawing["classes"] = classes
+    drawing["classes"], drawing["precision"] = classes, precision
     wanted = None if metrics == "all" else tuple(dict.fromkeys(word.strip() for word in metrics.split(",")))
 
     from ..metrics.evaluate import FidSettings, evaluate
@@ -153,7 +155,7 @@ def fid(
         save_stats=home(save_stats),
         out=home(out),
         batch_size=batch_size,
-        device=choose_device(device),
+        device=find_device(device),
     )
     report = evaluate(samples, settings, team=team, bar=progress_bar)  # the process that downloads or decodes shows it
     if team.is_main:

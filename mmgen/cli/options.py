@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 
 import typer
 
-from ..errors import ConfigError, nearest, shortened
+from ..errors import ConfigError, shortened
 
 Place = TypeVar("Place", str, Path, None)
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def _count(value: Any) -> int:
@@ -36,13 +35,8 @@ def _number(value: Any) -> float:
 # What an option for a whole number and for a decimal number is made with: typer.Option(**COUNT, help=...)
 COUNT: dict[str, Any] = {"parser": _count, "metavar": "N"}
 NUMBER: dict[str, Any] = {"parser": _number, "metavar": "X"}
-DEVICE: dict[str, Any] = {"metavar": "NAME", "help": "auto (a GPU if any), cpu or cuda."}
-
-
-def check_device(word: str) -> None:
-    """Raises ConfigError for an unknown word, before torch is loaded."""
-    if word not in DEVICES:
-        raise ConfigError(f"unknown device {word!r}: {nearest(word, DEVICES)}")
+DEVICE: dict[str, Any] = {"metavar": "NAME", "help": "auto (a GPU if any), cpu, cuda or cuda:N."}
+PRECISION: dict[str, Any] = {"metavar": "TYPE", "help": "fp32, tf32, bf16 or fp16. Default: as the weights."}
 
 
 def numbers(text: str, kind: type, option: str, example: str) -> list:
@@ -64,11 +58,3 @@ def home(place: Place) -> Place:
     if place is None or not str(place).startswith("~"):
         return place
     return type(place)(os.path.expanduser(place))
-
-
-def choose_device(word: str) -> str:
-    import torch
-
-    if word == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: torch finds no GPU; use --device cpu, or install a torch that supports yours")
-    return "cuda" if word != "cpu" and torch.cuda.is_available() else "cpu"

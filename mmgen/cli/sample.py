@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError, nearest
-from .options import COUNT, DEVICE, NUMBER, check_device, choose_device, numbers
+from .options import COUNT, DEVICE, NUMBER, PRECISION, numbers
+from ..system.devices import check_device, find_device
 from .progress import progress_bar
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ def sample(
     stochasticity: Stochasticity = None,
     ema: Ema = None,
     batch_size: Annotated[int, _running(**COUNT, help="Images at a time: fewer need less memory; same images.")] = 256,
+    precision: Annotated[str | None, _running(**PRECISION)] = None,
     device: Annotated[str, _running(**DEVICE)] = "auto",
 ) -> None:
     """Draw images from a model.
@@ -136,7 +138,7 @@ def sample(
         config = origin.config
         common = {"prompts": texts, "negative": (negative_prompt or "").strip()}
         common |= {"seed": seed, "classes": classes, "guidance": guidance, "sampler": sampler}
-        common |= {"grid": grid, "etas": etas, "batch_size": batch_size}
+        common |= {"precision": precision, "grid": grid, "etas": etas, "batch_size": batch_size}
         common |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
         settings = [sampling.SampleSettings(steps=count, **common) for count in step_counts]
         plans = [sampling.plan(config, one) for one in settings]  # all are checked before the first is drawn
@@ -144,7 +146,7 @@ def sample(
         for note in dict.fromkeys(note for chosen in plans for note in chosen.notes):
             if team.is_main:
                 typer.echo(f"note: {note}", err=True)
-        loaded = origin.load(choose_device(device))
+        loaded = origin.load(find_device(device))
         write = {"png": sample_folder.write_png, "npz": sample_file.write_npz, "grid": sample_file.write_grid}[layout]
 
         written = []

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..errors import ConfigError
 from ..methods.method import Method
+from ..methods.times import seconds_of
 from . import training_options as option
-from .options import check_device
+from ..system.devices import check_device
 from .progress import progress_bar
 from .training_report import TrainingReport
 
@@ -29,8 +29,8 @@ def training_command(method: Method) -> Callable[..., None]:
 
     def command(**given: Any) -> None:
         changes = {**option.shared_changes(given), **option.own_changes(method.options, given)}
-        seconds = seconds_of(given["max_time"])
-        check_device(given["device"])
+        seconds = float("inf") if given["max_time"] is None else seconds_of(given["max_time"])
+        check_device(given["device"], numbered=False)
 
         from ..config.sections import parse_assignment
         from ..methods.choosing import choose
@@ -62,20 +62,6 @@ def training_command(method: Method) -> Callable[..., None]:
 def is_main() -> bool:
     """Whether this process speaks: one of those that `accelerate launch` starts does."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def seconds_of(text: str | None) -> float:
-    """--max-time in seconds; without one, infinitely many. Raises ConfigError."""
-    if text is None:
-        return float("inf")
-    unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
-    try:
-        seconds = float(text[:-1]) * unit if unit else -1.0
-    except ValueError:
-        seconds = -1.0
-    if not 0 < seconds < float("inf"):
-        raise ConfigError(f"--max-time {text!r} must be a number with a unit, such as 90s, 30m or 2h")
-    return seconds
 
 
 def run(method: Method, chosen: Chosen, *, device: str, max_seconds: float) -> None:

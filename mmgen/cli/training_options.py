@@ -11,7 +11,7 @@ import typer
 
 from ..errors import ConfigError, nearest
 from ..methods.method import Option
-from .options import COUNT, DEVICE, NUMBER, home
+from .options import COUNT, NUMBER, home
 
 _images = partial(typer.Option, rich_help_panel="Images")
 _training = partial(typer.Option, rich_help_panel="Training (defaults: the preset's)")
@@ -72,7 +72,7 @@ Out = Annotated[
         help="Run folder; a run found there is resumed. Default: runs/PRESET, with a suffix if settings differ.",
     ),
 ]
-Device = Annotated[str, _running(**DEVICE)]
+Device = Annotated[str, _running(metavar="NAME", help="auto (a GPU if any), cpu or cuda.")]
 BatchPerDevice = Annotated[str | None, _running(metavar="N", help="Images per pass: fewer need less memory. auto: as many as fit.")]
 Compile = Annotated[bool | None, _running("--compile/--no-compile", help="Use torch.compile or not.")]
 DryRun = Annotated[bool, _running("--dry-run", help="Show settings, memory and cost; train nothing.")]

@@ -5,12 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError, shortened
 from .schedules import Schedule
 
 
 def per_image(coefficient: Tensor, images: Tensor) -> Tensor:
     """A float64 coefficient [N] in the images' dtype, shaped to multiply images [N, ...]."""
     return coefficient.to(images.dtype).reshape(-1, *[1] * (images.ndim - 1))
+
+
+def each_time(t: Tensor | float, images: Tensor) -> Tensor:
+    """A time for each of the images [N, ...], float64 [N] on their device, from one for all or one for each. Raises ConfigError."""
+    try:
+        times = torch.as_tensor(t, dtype=torch.float64, device=images.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"a time must be a number, or a tensor of one for each image, not {shortened(t)}") from None
+    if times.ndim == 0 or times.shape == (len(images),):
+        return times.expand(len(images))
+    raise ConfigError(f"times must be one number, or one for each of the {len(images)} images, not of shape {tuple(times.shape)}")
 
 
 def diffuse(schedule: Schedule, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:

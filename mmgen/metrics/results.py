@@ -25,7 +25,7 @@ from .subjects import Subject
 FORMAT = 1
 _MADE = (
     "model", "model_file", "model_sha256", "ema", "data", "data_place", "data_fingerprint", "data_content", "vae", "steps",
-    "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax", "s_noise", "stochasticity", "guidance", "classes", "seed",
+    "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax", "s_noise", "stochasticity", "guidance", "classes", "seed", "precision",
 )  # fmt: skip
 
 
@@ -45,6 +45,11 @@ class Report:
     extractor: Extractor
     notes: list[str]  # which figures were left out, and why
     clip: dict[str, str] | None = None  # the network of the CLIP score
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Those of the first set of samples, by name."""
+        return self.rows[0].score.figures
 
 
 def entry(row: Row, report: Report) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.preconditioning import DenoiserSettings, check_settings, preconditioning
-from ..diffusion.process import per_image
+from ..diffusion.process import each_time, per_image
 from ..errors import ConfigError
 from .config import ModelConfig
 from .guidance import guided, is_single
 from ..networks.keyed_dropout import dropouts, keyed_dropout
 from ..networks import build_network
-from ..networks.conditions import Condition
+from ..networks.conditions import Condition, check_condition
 from ..system.random import normal
 from ..diffusion.schedules import Schedule
 
@@ -66,7 +66,7 @@ class Denoiser(nn.Module):
     def denoise(
         self,
         y: Tensor,
-        sigma: Tensor,
+        sigma: Tensor | float,
         condition: Condition | None = None,
         guidance: float = 1.0,
         noise: Tensor | None = None,
@@ -75,12 +75,13 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """x_hat of y = x + sigma e, in y's dtype. `clip` False: not clipped, whatever the settings say.
 
-        y float [N, C, H, W]; sigma float64 [N], positive. `guidance` w other than 0 and 1 costs two evaluations. Outside `range`
+        y float [N, C, H, W]; sigma positive, float64 [N] or one number for all images. `guidance` w other than 0 and 1 costs two evaluations. Outside `range`
         the formulas are continued, but timesteps and `schedule` end.
         noise: int64 [N], keys (`random.keys`) of a student's own randomness, one per image, the same for both evaluations of
         guidance. A model with such randomness raises ValueError without them, others do not look at them.
         """
-        c_skip, c_out, c_in, c_noise = self.preconditioning(sigma)
+        check_condition(condition)
+        c_skip, c_out, c_in, c_noise = self.preconditioning(each_time(sigma, y))
         exact = y.double()
         scaled = (per_image(c_in, exact) * exact).to(next(self.network.parameters()).dtype)
         if self.is_random and noise is None:
@@ -101,17 +102,19 @@ class Denoiser(nn.Module):
     def x_hat(
         self,
         z: Tensor,
-        t: Tensor,
+        t: Tensor | float,
         schedule: Schedule,
         condition: Condition | None = None,
         guidance: float = 1.0,
         noise: Tensor | None = None,
     ) -> Tensor:
-        """x_hat of z = alpha_t x + sigma_t e, of any schedule, in z's dtype. z float [N, C, H, W], t float64 [N].
+        """x_hat of z = alpha_t x + sigma_t e, of any schedule, in z's dtype. z float [N, C, H, W], t float64 [N] or
+        one number for all images.
 
         Where sigma_t / alpha_t is outside `range`, the nearest sigma inside is taken instead: above, with z's noise scaled down
         to it, so that t = 1, where alpha_t is 0, is the denoiser at its largest sigma. The rest as in `denoise`.
         """
+        t = each_time(t, z)
         return self.denoise_within(z, schedule.alpha(t), schedule.sigma(t), condition, guidance, noise)
 
     def denoise_within(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.flow_map import FlowMapSettings, coefficients, input_scale, network_times
-from ..diffusion.process import per_image
+from ..diffusion.process import each_time, per_image
 from ..networks import build_network
-from ..networks.conditions import Condition
+from ..networks.conditions import Condition, check_condition
 from .config import ModelConfig
 from .guidance import guided
 
@@ -36,9 +36,12 @@ class FlowModel(nn.Module):
     def image_shape(self) -> tuple[int, int, int]:
         return self.config.channels, self.config.resolution, self.config.resolution
 
-    def f(self, x: Tensor, s: Tensor, t: Tensor, condition: Condition | None = None, guidance: float = 1.0) -> Tensor:
-        """f_{s,t}(x): see `flow_map`."""
-        return flow_map(self.network, self.config.flow, x, s, t, condition, guidance)
+    def f(
+        self, x: Tensor, s: Tensor | float, t: Tensor | float, condition: Condition | None = None, guidance: float = 1.0
+    ) -> Tensor:
+        """f_{s,t}(x): see `flow_map`. x [N, C, H, W]; s and t float64 [N], or one number for all images."""
+        check_condition(condition)
+        return flow_map(self.network, self.config.flow, x, each_time(s, x), each_time(t, x), condition, guidance)
 
 
 def guided_output(
@@ -48,7 +51,7 @@ def guided_output(
 
     x [N, C, H, W] float; s, t float64 [N]. Returns float32 [N, C, H, W].
     """
-    scaled = (per_image(input_scale(flow, t), x) * x).float()
+    scaled = (per_image(input_scale(flow, t), x) * x).to(next(network.parameters()).dtype)
     return guided(network, scaled, *network_times(flow, s, t), condition, guidance)
 
 

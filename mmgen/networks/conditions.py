@@ -58,6 +58,12 @@ class Condition:
         return replace(self, **chosen)
 
 
+def check_condition(condition: Any) -> None:
+    """Raises TypeError for what is no condition, such as a tensor of labels."""
+    if not isinstance(condition, Condition | None):
+        raise TypeError(f"a condition is mmgen.Labels(classes, num_classes) or None, not {type(condition).__name__}")
+
+
 @dataclass(frozen=True, eq=False)
 class Labels(Condition):
     """Class labels.

@@ -103,7 +103,7 @@ def _sampling(config: ModelConfig, name: str) -> str:
             "import mmgen",
             "",
             f'model = mmgen.load("hf://{name}")',
-            f"images = model.sample(64, {python})  # uint8 [64, channels, height, width]",
+            f"images = model.sample(64, {python}).images  # uint8 [64, channels, height, width]",
             "```",
         ]
     )

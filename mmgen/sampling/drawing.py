@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from . import denoiser_samplers as diffusion
 from ..models.denoiser import Denoiser
 from ..models.guidance import knows_null
 from .classes import class_numbers, random_labels, with_images
+from .types import check_types
 from .denoiser_samplers import Churn
 from .prompts import count_cut, text_condition, texts_of
 from .sigma_grids import RESPACED, sigma_grid
@@ -23,6 +25,7 @@ from ..errors import ConfigError, nearest
 from ..models.build import AnyModel
 from ..models.config import ModelConfig, SamplingSettings, drawn_shape, is_conditional, kind_of
 from ..models.pixels import to_uint8
+from ..models.precision import check_precision, computed_in
 from ..networks.conditions import Condition, Labels
 from ..networks.text import BYTES
 from ..system.random import keys, normal, uniform
@@ -51,6 +54,19 @@ class SampleSettings:
     s_noise: float | None = None
     stochasticity: float | None = None  # of ancestral: 1 is DDPM, 0 is DDIM: see `diffusion.posterior`
     batch_size: int = 256  # images at a time; has no influence on the images
+    precision: str | None = None  # fp32, tf32, bf16 or fp16; None: as the weights are, on a GPU by torch's own settings
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def settings_of(given: Mapping[str, Any]) -> SampleSettings:
+    """Settings from a dictionary. Raises ConfigError for an unknown name."""
+    names = [field.name for field in fields(SampleSettings)]
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"unknown setting {name!r} of sampling: {nearest(name, names)}")
+    return SampleSettings(**given)
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,7 @@ class Plan:
     prompts: tuple[str, ...] = ()
     negative: str = ""
     notes: tuple[str, ...] = ()  # what a person should know, a sentence each
+    precision: str | None = None
 
 
 def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
@@ -137,6 +154,7 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         prompts=settings.prompts,
         negative=settings.negative,
         notes=_notes(config, steps, sampler, grid, guidance if null is None else 1.0) + _cut_note(config, settings.prompts),
+        precision=check_precision(settings.precision),
     )
 
 
@@ -283,7 +301,7 @@ def draw(
     for start in range(0, len(indices), chosen.batch_size):
         batch = torch.as_tensor(list(indices[start : start + chosen.batch_size]), device=model.device)
         condition = draw_condition(model.config, chosen, batch)
-        with _telling(model, chosen, start, len(batch), tell):
+        with _telling(model, chosen, start, len(batch), tell), computed_in(chosen.precision, model.network):
             drawn = _draw_batch(model, chosen, batch, condition)
         if model.config.latents is not None:
             from ..encoders.vae import decoder

@@ -2,25 +2,63 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..formats.family import ConvertOptions
+from ..errors import ConfigError, shortened
+from ..formats.family import options_of
 from ..formats.opening import open_model
 from ..models import denoiser, flow_model
-from .drawing import SampleSettings, draw
+from ..report.bars import bar
+from ..system.devices import find_device
+from .drawing import draw, plan, settings_of
+from .samples import Samples, as_output, check_output
 
 
 class Draws:
     """What sampling adds to a model."""
 
-    def sample(self, num: int, **options: Any) -> Tensor:
-        """Images, uint8 [num, C, H, W] on the CPU. Options: those of `SampleSettings` (steps, seed, classes, guidance, sampler,
-        grid, batch_size ...)."""
-        return draw(self, SampleSettings(**options), range(num))[0]
+    def sample(
+        self,
+        num: int,
+        *,
+        output: str = "tensor",
+        progress: bool = False,
+        callback: Callable[[float, int], None] | None = None,
+        **settings: Any,
+    ) -> Samples:
+        """Draws images number 0 to num - 1. Image i depends on (seed, i) alone.
+
+        Args:
+            output: `tensor`, uint8 [num, C, H, W] on the CPU; `pil`, a list of pictures; `numpy`, uint8 [num, H, W, C].
+            progress: show a bar.
+            callback: called with (images drawn, images in all); a fraction of an image while a batch is under way.
+            settings: those of `SampleSettings` (steps, seed, classes, guidance, sampler, grid, precision, batch_size ...).
+
+        Raises ConfigError for what does not suit the model.
+
+        >>> samples = model.sample(8, classes=["cat", "dog"], steps=2, output="pil")
+        >>> samples.images[0], samples.names[0]
+        """
+        check_output(output)
+        if isinstance(num, bool) or not isinstance(num, int) or num < 0:
+            raise ConfigError(f"the number of images must be a whole number of at least 0, not {shortened(num)}")
+        chosen = plan(self.config, settings_of(settings))
+        with (bar("sampling", num) if progress else contextlib.nullcontext(lambda done: None)) as update:
+
+            def tell(done: float) -> None:
+                update(done)
+                if callback is not None:
+                    callback(done, num)
+
+            images, labels = draw(self, chosen, range(num), tell)
+        known = self.config.class_names if labels is not None else None
+        names = None if not known else [known[i] if i < len(known) else str(i) for i in labels.tolist()]
+        return Samples(as_output(images, output), labels, names, chosen.notes)
 
 
 class FlowModel(Draws, flow_model.FlowModel):
@@ -36,12 +74,12 @@ def load(
 ) -> FlowModel | Denoiser:
     """Loads a model from a file, a run folder or a hub repository: a `FlowModel` or a `Denoiser`.
 
-    Other projects' checkpoints are converted in memory; `options` are those of `mmgen convert`: type, preset, heads, classes ...
+    device: auto (a GPU if any), cpu, cuda or cuda:N. Other projects' checkpoints are converted in memory; `options` are those of `mmgen convert`: type, preset, heads, classes ...
 
     >>> model = mmgen.load("runs/digits-imm")
-    >>> images = model.sample(64, steps=2)  # uint8 [64, 1, 8, 8]
+    >>> images = model.sample(64, steps=2).images  # uint8 [64, 1, 8, 8]
     >>> teacher = mmgen.load("edm-cifar10-32x32-cond-vp.pkl")
     >>> x = teacher.denoise(y, sigma, Labels(torch.tensor([3, 4]), num_classes=10))  # x_hat of y = x + sigma e
     """
-    opened = open_model(place, ema, weights=weights, options=ConvertOptions(**options))
-    return opened.build(device, FlowModel, Denoiser)
+    opened = open_model(place, ema, weights=weights, options=options_of(options))
+    return opened.build(find_device(str(device)), FlowModel, Denoiser)

@@ -39,6 +39,7 @@ DECIDING = {
     "prompts_sha256": "prompts",
     "negative_prompt": "the negative prompt",
     "seed": "seed",
+    "precision": "precision",
     "digits": "the number of digits in file names",
 }
 
@@ -104,6 +105,7 @@ def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more:
         "prompts_sha256": prompts_sha256(chosen.prompts),
         "negative_prompt": chosen.negative or None,
         "seed": chosen.seed,
+        "precision": chosen.precision,  # None: as the weights are
         "mmgen": __version__,
         "torch": torch.__version__,
         "device": str(model.device),

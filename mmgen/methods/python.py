@@ -1,0 +1,104 @@
+"""Training from Python: what `mmgen.train_imm`, `mmgen.train_teacher` and `mmgen.distill` share."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, shortened
+from ..report.bars import bar
+from ..sampling.loading import Denoiser, FlowModel, load
+from ..system.devices import check_device
+from ..system.schema import flatten
+from ..training.task import Reporter
+from . import run
+from .choosing import choose
+from .method import Method
+from .times import seconds_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder after a training."""
+
+    folder: Path
+    images: int  # trained on
+    finished: bool  # all images of the recipe were seen; otherwise it was interrupted, or max_time was over
+    results: dict[str, Any]  # as in results.json: values by number of steps, seconds ...; empty where it was interrupted
+
+    def load(self, **options: Any) -> FlowModel | Denoiser:
+        """The trained model. Options: those of `mmgen.load`."""
+        return load(self.folder, **options)
+
+
+def train(
+    method: Method,
+    changes: Mapping[str, Any],
+    preset: str | None,
+    settings: Mapping[str, Any] | None,
+    out: str | os.PathLike | None,
+    callback: Callable[[dict[str, Any]], None] | None,
+    progress: bool,
+    device: str,
+    max_time: str | None,
+) -> Run:
+    """Trains a method. `changes`: settings by dotted key, None or a path among their values; the rest as in `mmgen.train_imm`."""
+    if not isinstance(settings, Mapping | None):
+        raise ConfigError(f'settings must be a dictionary, such as {{"loss.k": 12}}, not {shortened(settings)}')
+    check_device(device, numbered=False)
+    seconds = math.inf if max_time is None else seconds_of(max_time)
+    given = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in changes.items() if value is not None}
+    chosen = choose(method, dict(flatten(dict(settings or {}))), given, preset=preset, out=None if out is None else Path(out))
+    training = method.training()
+    watcher = Watcher(callback, progress, training.watch(chosen.config))
+    for note in (chosen.note, *training.notes(chosen.config)):
+        if note:
+            watcher.note(note)
+    try:
+        outcome = run.train(method, chosen.config, chosen.folder, watcher, device=device, max_seconds=seconds)
+    finally:
+        watcher.close()
+    return Run(chosen.folder, outcome.images, outcome.finished, outcome.results or {})
+
+
+class Watcher(Reporter):
+    """Tells a callback what is logged, and shows a bar."""
+
+    def __init__(self, callback: Callable[[dict[str, Any]], None] | None, progress: bool, watch: str) -> None:
+        self.callback, self.progress, self.watch, self.shown = callback, progress, watch, None
+
+    def note(self, text: str) -> None:
+        self._tell({"note": text})
+
+    def log(self, line: dict[str, Any]) -> None:
+        if self.shown is not None and isinstance(line.get(self.watch), float):
+            self.shown.set_postfix({self.watch: f"{line[self.watch]:.3g}"})
+        self._tell(line)
+
+    def start(self, images: int, total: int) -> None:
+        if self.progress:
+            from tqdm.auto import tqdm
+
+            self.shown = tqdm(total=total, initial=images, desc="training", unit=" images")
+
+    def advance(self, images: int) -> None:
+        if self.shown is not None:
+            self.shown.update(images - self.shown.n)
+
+    @contextlib.contextmanager
+    def work(self, what: str, total: int, unit: str = "images") -> Iterator[Callable[..., None]]:
+        with bar(what, total, f" {unit}") if self.progress else contextlib.nullcontext(lambda done: None) as update:
+            yield lambda done, of=None: update(done)
+
+    def close(self) -> None:
+        if self.shown is not None:
+            self.shown.close()
+
+    def _tell(self, line: dict[str, Any]) -> None:
+        if self.callback is not None:
+            self.callback(line)
