@@ -22,7 +22,7 @@ from mmgen.system.processes import Team
 from mmgen.training import loop
 from mmgen.training.figures import make_scorer
 from mmgen.methods import IMM
-from mmgen.methods.run import train
+from mmgen.methods.run import train as train_method
 from mmgen.training.task import Reporter
 
 SETTINGS = {
@@ -51,7 +51,7 @@ def fresh(tmp_path, monkeypatch):
 def train(folder, **changes):
     config = resolve(configs.read_preset("digits-imm"), configs.nest({**SETTINGS, **changes}, ImmConfig))
     notes = Notes()
-    return train(IMM, config, folder, notes, device="cpu"), notes.notes
+    return train_method(IMM, config, folder, notes, device="cpu"), notes.notes
 
 
 def measured(folder):

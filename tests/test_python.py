@@ -162,6 +162,7 @@ def test_notes_are_told(runs):
         ({"seed": None}, "seed must be"), ({"guidance": "high"}, "guidance must be a number"), ({"etas": 1.4}, "etas must be a list"),
         ({"classes": 1.5}, "classes must be names or numbers"), ({"classes": None}, "classes must be names or numbers"),
         ({"classes": "eleven"}, "unknown class 'eleven'"), ({"sampler": 3}, "sampler must be a word"),
+        ({"prompts": 3}, "prompts must be a text or a list of texts"), ({"prompts": [3]}, "prompts must be a text"),
         ({"step": 2}, "did you mean 'steps'"), ({"precision": "bf15"}, "did you mean 'bf16'"), ({"precision": "fp16"}, "needs a GPU"),
     ],
 )  # fmt: skip

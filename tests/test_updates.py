@@ -17,7 +17,7 @@ from test_training import Quiet, assert_same, tiny, weights
 from mmgen.errors import TrainingError
 from mmgen.training import loop
 from mmgen.methods import IMM
-from mmgen.methods.run import train
+from mmgen.methods.run import train as train_method
 from mmgen.training.updates import MOST, MOST_SCALED, Updates, with_its_gradient
 
 TESTS = Path(__file__).parent
@@ -50,7 +50,7 @@ def broken_gradient(monkeypatch, *at):
 def train(folder, **changes) -> Quiet:
     AcceleratorState._reset_state(reset_partial_state=True)
     reporter = Quiet()
-    assert train(IMM, tiny(**{"run.eval_num": 0, "run.checkpoint_every": 16, "run.keep_checkpoints": 9, **changes}), folder, reporter,
+    assert train_method(IMM, tiny(**{"run.eval_num": 0, "run.checkpoint_every": 16, "run.keep_checkpoints": 9, **changes}), folder, reporter,
                      device="cpu").finished  # fmt: skip
     return reporter
 

@@ -11,18 +11,19 @@ from torch import Tensor
 from ..errors import ConfigError, shortened
 
 _WHOLE, _NUMBERS = ("steps", "seed", "batch_size"), ("guidance", "churn", "s_tmin", "s_tmax", "s_noise", "stochasticity")
-_WORDS = ("sampler", "grid", "precision")
-_REQUIRED = ("seed", "batch_size", "etas")  # all others can be None, for the model's own
+_WORDS = ("sampler", "grid", "precision", "negative")
+_REQUIRED = ("seed", "batch_size", "etas", "classes", "prompts", "negative")  # all others can be None, for the model's own
 
 
 def check_types(settings: Any) -> None:
-    """Raises ConfigError for a value of `SampleSettings` of a wrong type. One class stands for a list of it."""
+    """Raises ConfigError for a value of `SampleSettings` of a wrong type. One class or prompt stands for a list of it."""
     for names, kind, what in (
         (_WHOLE, operator.index, "a whole number"),
         (_NUMBERS, float, "a number"),
         (_WORDS, _word, "a word"),
         (("etas",), lambda etas: tuple(map(float, etas)), "a list of numbers"),
         (("classes",), _classes, "names or numbers of classes"),
+        (("prompts",), _texts, "a text or a list of texts"),
     ):
         for name in names:
             _check(settings, name, kind, what)
@@ -30,10 +31,10 @@ def check_types(settings: Any) -> None:
 
 def _check(settings: Any, name: str, kind: Callable[[Any], Any], what: str) -> None:
     value = getattr(settings, name)
-    if value is None and name not in _REQUIRED and name != "classes":
+    if value is None and name not in _REQUIRED:
         return
     try:
-        if isinstance(value, bool) or (isinstance(value, str) and name not in ("classes", *_WORDS)):
+        if isinstance(value, bool) or (isinstance(value, str) and name not in ("classes", "prompts", *_WORDS)):
             raise TypeError
         object.__setattr__(settings, name, kind(value))  # the data class is frozen
     except (TypeError, ValueError, RuntimeError):
@@ -52,3 +53,7 @@ def _classes(value: Any) -> str | list:
     if isinstance(value, str):
         return value
     return [value] if isinstance(value, int) else list(value)
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(map(_word, value))
