@@ -51,7 +51,8 @@ def guided_output(
 
     x [N, C, H, W] float; s, t float64 [N]. Returns float32 [N, C, H, W].
     """
-    scaled = (per_image(input_scale(flow, t), x) * x).to(next(network.parameters()).dtype)
+    own = next((parameter.dtype for parameter in network.parameters()), torch.float32)
+    scaled = (per_image(input_scale(flow, t), x) * x).to(own)
     return guided(network, scaled, *network_times(flow, s, t), condition, guidance)
 
 
