@@ -86,6 +86,8 @@ class Trainer:
         self.networks, self.optimizers, self.scalers, self._prepared = {}, {}, {}, {}
         for network in self.task.frozen:
             lay_out(network)
+            if run.compile:
+                compile_network(network)
             if self.sharded:
                 shard(network)
         for name, part in self.task.parts.items():

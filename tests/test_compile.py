@@ -1,0 +1,49 @@
+"""Compilation: how often it happens, and that it changes no result. With a backend that only counts, so no C++ compiler is needed."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from mmgen.networks import DiTSettings, UNetSettings, UViTSettings, build_network  # noqa: E402
+from mmgen.networks.conditions import Labels  # noqa: E402
+from mmgen.training.compute import compile_network  # noqa: E402
+
+NETWORKS = {
+    "dit": DiTSettings(hidden_size=32, depth=1, num_heads=2, patch_size=2),
+    "uvit": UViTSettings(model_channels=32, channel_mult=(1, 2), num_blocks=(1,), depth=1, channels_per_head=32, dropout=0.0),
+    "unet": UNetSettings(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,), dropout=0.0),
+}
+
+
+def graphs(settings) -> int:
+    """How many a step of IMM compiles: a pass with gradient, and one without."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    network = build_network(settings, resolution=16, channels=3, num_classes=10)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs = torch.randn(2, 3, 16, 16), *torch.rand(2, 2, dtype=torch.float64), Labels(torch.tensor([1, 2]), 10)
+    expected, keys, counter = network(*inputs), list(network.state_dict()), CompileCounter()
+    compile_network(network, counter)
+    torch.testing.assert_close(network(*inputs), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(network(*inputs), expected)
+    assert list(network.state_dict()) == keys
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("kind", ["dit", "uvit"])
+def test_a_deep_transformer_compiles_no_more_than_a_shallow_one(kind):
+    shallow, deep = (graphs(replace(NETWORKS[kind], depth=depth)) for depth in (1, 6))
+    # A UViT has beside it a block on the way down, one on the way up with a skip connection, and two changes of the side
+    assert shallow == deep == {"dit": 2, "uvit": 2 * 5}[kind]
+
+
+def test_a_unet_is_compiled_whole():
+    assert graphs(NETWORKS["unet"]) == 2
