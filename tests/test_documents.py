@@ -51,6 +51,21 @@ def every_command() -> list[tuple[str, str]]:
     return [(path, line) for path in DOCUMENTS for line in dict.fromkeys(commands((ROOT / path).read_text()))]
 
 
+def in_help_and_examples() -> list[tuple[str, str]]:
+    """The commands in the help of the commands, and in examples/ and its settings files."""
+    texts = {f"help of {name}": command.help for name, command in COMMANDS.items()}
+    texts |= {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "examples").iterdir() if file.suffix != ".png"}
+    found = []
+    for place, text in texts.items():
+        if not place.endswith(".md"):
+            paragraphs = re.split(r"\n\s*\n", text) if place.startswith("help") else text.splitlines()
+            lines = [" ".join(one.split()).removeprefix("# ") for one in paragraphs]
+            lines = [re.sub(f"^(?:[A-Z][\\w', ]*: )?(?:{LAUNCHERS})?", "", line) for line in lines]
+            lines = [line.replace('"$@"', "") for line in lines if not line.endswith("...")]
+            found += [(place, line) for line in lines if re.match("mmgen [a-z]", line)]
+    return found
+
+
 def parsed(line: str) -> tuple[str, dict]:
     """The command and its options. Raises click's errors for an unknown option, a missing argument or a wrong value."""
     _, name, *arguments = shlex.split(line, comments=True)
@@ -65,7 +80,7 @@ def anchors(text: str) -> set[str]:
 
 def test_there_are_documents():
     assert {"README.md", "CHANGELOG.md", "mmgen/training/README.md", "examples/results.md"} <= set(DOCUMENTS)
-    assert len(every_command()) > 60
+    assert len(every_command()) > 60 and len(in_help_and_examples()) > 15
     assert anchors("# A\n```bash\n# not one\n```\n## What `mmgen` did, and not\n") == {"a", "what-mmgen-did-and-not"}
 
 
@@ -91,6 +106,11 @@ def test_files_that_are_named(path):
     for module in re.findall(r"python -m (tests(?:\.\w+)+)", text):
         place = ROOT / module.replace(".", "/")
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), module
+
+
+@pytest.mark.parametrize("place, line", in_help_and_examples(), ids=lambda value: value[:60])
+def test_commands_of_help_and_examples_parse(place, line):
+    parsed(line)
 
 
 @pytest.mark.parametrize("path, line", every_command(), ids=lambda value: value[:60])
