@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmgen.metrics.frechet import StatisticsError
-from mmgen.metrics.neighbours import density_coverage, neighbour_metrics, precision_recall
+from mmgen.metrics.neighbours import neighbour_metrics, precision_recall
 
 
 def squared(a, b) -> float:
@@ -51,7 +51,6 @@ def test_double_loops(spread, k_pr, k_dc):
     for scale in (1.0, 1 / 3):  # thirds are not exact: ties are, to rounding
         assert values(neighbour_metrics(real * scale, fake * scale, k_pr, k_dc)) == pytest.approx(expected, abs=1e-12)
         assert precision_recall(real * scale, fake * scale, k_pr) == pytest.approx(expected[:2], abs=1e-12)
-        assert density_coverage(real * scale, fake * scale, k_dc) == pytest.approx(expected[2:], abs=1e-12)
 
 
 def test_more_than_a_block():
@@ -60,7 +59,8 @@ def test_more_than_a_block():
     within, across = (((real[:, None] - b) ** 2).sum(-1) for b in (real, fake))
     np.fill_diagonal(within, np.inf)
     inside = across <= np.sort(within, 1)[:, 4:5]
-    assert density_coverage(torch.from_numpy(real).float(), fake) == pytest.approx((inside.sum() / 5500, inside.any(1).mean()))
+    found = neighbour_metrics(torch.from_numpy(real).float(), fake)
+    assert (found.density, found.coverage) == pytest.approx((inside.sum() / 5500, inside.any(1).mean()))
     precise = (across <= np.sort(within, 1)[:, 2:3]).any(0)
     assert precision_recall(real, fake)[0] == pytest.approx(precise.mean())
 
@@ -70,7 +70,8 @@ def test_on_a_line():
     fake = torch.tensor([[0.5], [2.5], [19], [-1], [18], [18.0001]])  # [-1, 2], [0.5, 4.5], [18.0001, 20], [-2.5, 0.5], ...
     assert precision_recall(real, fake, k=1) == (4 / 6, 3 / 4)
     # In the balls of the real: 0.5 in two, 2.5 in two, -1 and 18 on the edge of one each; 19 and 18.0001 in none.
-    assert density_coverage(real, fake, k=1) == (6 / 6, 1.0)
+    found = neighbour_metrics(real, fake, 1, 1)
+    assert (found.density, found.coverage) == (6 / 6, 1.0)
 
 
 def test_the_ends_of_the_range():
@@ -81,7 +82,6 @@ def test_the_ends_of_the_range():
     assert values(neighbour_metrics(real, real + 1000)) == (0, 0, 0, 0)
     collapsed = neighbour_metrics(real, real[:1].expand(20, -1))
     assert collapsed.precision == 1 and collapsed.recall == 1 / 80 and collapsed.density > 0 and collapsed.coverage < 0.5
-    assert density_coverage(real, real[:1])[1] == collapsed.coverage
 
 
 def test_same_distribution():
@@ -106,7 +106,7 @@ def test_far_from_zero_and_outliers_cost_no_digits():
 def test_refusals():
     x = torch.randn(6, 3)
     with pytest.raises(StatisticsError, match="5 real features are too few for 5 neighbours"):
-        density_coverage(x[:5], x)
+        neighbour_metrics(x[:5], x)
     with pytest.raises(StatisticsError, match="3 generated features are too few for 3 neighbours"):
         precision_recall(x, x[:3])
     with pytest.raises(StatisticsError, match="k is below 1"):
@@ -116,4 +116,4 @@ def test_refusals():
     with pytest.raises(StatisticsError, match="not finite"):
         neighbour_metrics(x, x / 0)
     with pytest.raises(StatisticsError, match="0 generated"):
-        density_coverage(x, x[:0])
+        neighbour_metrics(x, x[:0])

@@ -76,17 +76,6 @@ def precision_recall(real: Tensor | np.ndarray, fake: Tensor | np.ndarray, k: in
     return both.precision, both.recall
 
 
-def density_coverage(real: Tensor | np.ndarray, fake: Tensor | np.ndarray, k: int = 5) -> tuple[float, float]:
-    """(density, coverage) of features floats [N, D] and [M, D]: see NeighbourMetrics, and neighbour_metrics for the rest.
-
-    One generated feature is enough.
-    """
-    real, fake = _centred(real, fake)
-    (balls,) = _squared_radii(real, "real", k)
-    inside = [(squared <= balls[rows, None]).sum(1) for rows, squared in _squared_distances(real, fake)]
-    return _density_coverage(torch.cat(inside), len(fake), k)
-
-
 def _density_coverage(inside: Tensor, fakes: int, k: int) -> tuple[float, float]:
     """From the number of generated features inside each real one's ball, int64 [N]."""
     return int(inside.sum()) / (k * fakes), _share(inside > 0)
