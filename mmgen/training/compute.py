@@ -20,10 +20,18 @@ def set_precision(precision: str) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def lay_out(network: nn.Module) -> None:
-    """Convolutions as a GPU's kernels want them, channels last; on a CPU nothing changes. Values and state dict are the same."""
+def make_fast(network: nn.Module, compile_: bool, sharded: bool) -> None:
+    """Before it trains, on its device. sharded: it will be, by FSDP, which takes no weights that are channels last."""
+    if not sharded and next(network.parameters()).device.type == "cuda":
+        channels_last(network)
+    if compile_:
+        compile_network(network)
+
+
+def channels_last(network: nn.Module) -> None:
+    """Weights of convolutions in the order that a GPU's kernels want. Values and state dict are the same."""
     for weight in network.parameters():  # strides of sides that are 1 say nothing, and optimisers compare them
-        if weight.device.type == "cuda" and weight.ndim == 4 and min(weight.shape) > 1:
+        if weight.ndim == 4 and min(weight.shape) > 1:
             weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
