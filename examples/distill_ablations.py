@@ -19,25 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 import mmgen
 from mmgen import data
-from mmgen.config import distill as distill_config, teacher as teacher_config
 from mmgen.report.charts import Panel, line_chart
-from mmgen.config.sections import nest, read_preset
 from mmgen.errors import ConfigError, MmgenError
 from mmgen.report.images import labelled_rows, save_png
 from mmgen.metrics.frechet import fd_pixels, halves_distance, pixel_features
 from mmgen.metrics.neighbours import precision_recall
 from mmgen.models.build import AnyModel
-from mmgen.sampling.drawing import SampleSettings, draw
-from mmgen.methods.distill.teachers import load_teacher
-from mmgen.methods import DISTILLATION
-from mmgen.training.task import Outcome, Reporter
-from mmgen.methods import TEACHER
-from mmgen.methods.run import train
 
 SHOWN = 15  # images of each row of the picture
 QUIET = {"run.checkpoint_every": 10**9, "run.preview_every": 10**9, "run.eval_num": 0}  # what is measured is measured here
@@ -83,8 +74,9 @@ class Table:
         """A row for models of the seeds 0, 1, ..., sampled ancestrally."""
         found = []
         for seed, model in enumerate(models):
-            images, labels = draw(model, SampleSettings(steps, seed, sampler="ancestral"), range(self.samples))
-            found.append(self._figures(images, labels))
+            drawn = model.sample(self.samples, steps=steps, seed=seed, sampler="ancestral")
+            images = drawn.images
+            found.append(self._figures(images, drawn.labels))
             if seed == 0:
                 self.pictures.append((f"{name}, {steps}", images[:SHOWN]))
         columns = zip(np.transpose(found), self.digits.values(), strict=True)
@@ -126,40 +118,35 @@ def spread(values: np.ndarray | list[float], digits: int) -> str:
     return f"{np.mean(values):.{digits}f} ± {np.ptp(values) / 2:.{digits}f}"
 
 
-def ended(outcome: Outcome) -> Outcome:
+def ended(run: Any) -> Any:
     """A run that was told to stop ends the script, too: half a training is no result."""
-    if outcome.signal is not None:
-        raise SystemExit(128 + outcome.signal)
-    return outcome
+    if run.signal is not None:
+        raise SystemExit(128 + run.signal)
+    return run
 
 
 def teacher(out: Path, iterations: int) -> Path:
     """Trains the small teacher in the folder `out`, or finds it there; the folder."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     images = iterations * TEACHER["train.batch_size"]
     settings = {**TEACHER, "train.max_images": images, "optimizer.warmup_images": images // 20}
-    config = teacher_config.resolve(read_preset("digits-teacher", "train-teacher"), nest(settings, teacher_config.TeacherConfig))
-    ended(train(TEACHER, config, out, Reporter(), device="cpu"))
+    ended(mmgen.train_teacher(preset="digits-teacher", settings=settings, out=out, progress=False, device="cpu"))
     return out
 
 
 def student(place: str, variant: Variant, steps: int, seed: int, iterations: int, out: Path) -> AnyModel:
     """Distils the teacher at `place` in a folder in `out`, or finds the student there."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     images = iterations * STUDENT["train.batch_size"]
     settings = {
-        **STUDENT, **variant.changes, "teacher.name": place, "student.steps": steps, "train.seed": seed,
-        "train.max_images": images, "optimizer.warmup_images": images // 20,
+        **STUDENT, **variant.changes, "train.seed": seed, "train.max_images": images, "optimizer.warmup_images": images // 20,
     }  # fmt: skip
-    config = distill_config.resolve(read_preset("digits-distill", "distill"), nest(settings, distill_config.DistillConfig))
     folder = out / f"{''.join(c if c.isalnum() else '-' for c in variant.name)}-{steps}-{seed}"
-    ended(train(DISTILLATION, config, folder, Reporter(), device="cpu"))
-    return mmgen.load(folder)
+    run = mmgen.distill(place, steps=steps, preset="digits-distill", settings=settings, out=folder, progress=False, device="cpu")
+    return ended(run).load()
 
 
 def compare(options: argparse.Namespace) -> None:
     place = options.teacher or str(teacher(options.out / "teacher", options.teacher_iterations))
-    model = load_teacher(place).model
+    model = mmgen.load(place)
     if model.image_shape != (1, 8, 8):
         raise ConfigError(f"the teacher {place} knows images of {model.image_shape}, and the digits are of (1, 8, 8)")
     table = Table(options.samples, options.seeds)

@@ -13,13 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from accelerate.state import AcceleratorState
-
-from mmgen.config.sections import nest, read_preset
-from mmgen.config.imm import ImmConfig, resolve
-from mmgen.methods import IMM
-from mmgen.methods.run import train
-from mmgen.training.task import Outcome, Reporter
+import mmgen
 
 STEPS = (1, 2, 8)
 SMALL = {
@@ -46,20 +40,14 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def ended(outcome: Outcome) -> Outcome:
-    """A run that was told to stop ends the script, too: half a training is no result."""
-    if outcome.signal is not None:
-        raise SystemExit(128 + outcome.signal)
-    return outcome
-
-
 def run(name: str, changes: dict, seed: int, images: int, samples: int, out: Path) -> dict[str, float]:
     """FD-pixels by number of steps. Trains the run in `out`, or finds it finished there."""
-    AcceleratorState._reset_state(reset_partial_state=True)
     settings = {**SMALL, **changes, "train.seed": seed, "train.max_images": images, "run.eval_num": samples}
-    config = resolve(read_preset("digits-imm"), nest(settings, ImmConfig))
     folder = out / f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}"
-    return ended(train(IMM, config, folder, Reporter(), device="cpu")).results["values"]
+    done = mmgen.train_imm(preset="digits-imm", settings=settings, out=folder, progress=False, device="cpu")
+    if done.signal is not None:  # it was told to stop: half a training is no result
+        raise SystemExit(128 + done.signal)
+    return done.results["values"]
 
 
 def spread(values: list[float]) -> str:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+import mmgen
 import torch
 from PIL import Image
 
@@ -39,9 +41,9 @@ def test_the_ablations_make_their_table(tmp_path):
 @pytest.mark.parametrize(
     ("example", "function", "trains", "arguments"),
     [
-        ("imm_ablations.py", "run", "train", ("a", {}, 0, 128, 32, Path("a"))),
-        ("distill_ablations.py", "teacher", "train", (Path("a"), 2)),
-        ("distill_ablations.py", "student", "train", ("teacher", None, 8, 0, 2, Path("a"))),
+        ("imm_ablations.py", "run", "train_imm", ("a", {}, 0, 128, 32, Path("a"))),
+        ("distill_ablations.py", "teacher", "train_teacher", (Path("a"), 2)),
+        ("distill_ablations.py", "student", "distill", ("teacher", None, 8, 0, 2, Path("a"))),
     ],
 )
 def test_half_a_training_is_no_result(example, function, trains, arguments, monkeypatch):
@@ -49,7 +51,7 @@ def test_half_a_training_is_no_result(example, function, trains, arguments, monk
     names = runpy.run_path(str(ROOT / "examples" / example))
     if arguments[1] is None:
         arguments = (arguments[0], names["VARIANTS"][0], *arguments[2:])
-    monkeypatch.setitem(names[function].__globals__, trains, lambda *_, **__: Outcome(128, signal=signal.SIGTERM))
+    monkeypatch.setattr(mmgen, trains, lambda *_, **__: Outcome(128, signal=signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
         names[function](*arguments)
     assert ended.value.code == 143

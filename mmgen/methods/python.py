@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.state import AcceleratorState
+
 from ..errors import ConfigError, shortened
 from ..report.bars import bar
 from ..sampling.loading import Denoiser, FlowModel, load
@@ -29,6 +31,7 @@ class Run:
     folder: Path
     images: int  # trained on
     finished: bool  # all images of the recipe were seen; otherwise it was interrupted, or max_time was over
+    signal: int | None  # the signal that ended it
     results: dict[str, Any]  # as in results.json: values by number of steps, seconds ...; empty where it was interrupted
 
     def load(self, **options: Any) -> FlowModel | Denoiser:
@@ -59,11 +62,13 @@ def train(
     for note in (chosen.note, *training.notes(chosen.config)):
         if note:
             watcher.note(note)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else accelerate keeps the precision of the training before
+        AcceleratorState._reset_state(reset_partial_state=True)
     try:
         outcome = run.train(method, chosen.config, chosen.folder, watcher, device=device, max_seconds=seconds)
     finally:
         watcher.close()
-    return Run(chosen.folder, outcome.images, outcome.finished, outcome.results or {})
+    return Run(chosen.folder, outcome.images, outcome.finished, outcome.signal, outcome.results or {})
 
 
 class Watcher(Reporter):
