@@ -106,3 +106,8 @@ def fetch(dataset: Dataset | LatentDataset, first: int, count: int, seed: int, d
         torch.arange(first, first + count, device=device),
         first,
     )
+
+
+def crossed(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]."""
+    return before // every != after // every

@@ -22,7 +22,7 @@ def set_precision(precision: str) -> None:
 
 def make_fast(network: nn.Module, compile_: bool, sharded: bool) -> None:
     """Before it trains, on its device. sharded: it will be, by FSDP, which takes no weights that are channels last."""
-    if not sharded and next(network.parameters()).device.type == "cuda":
+    if not sharded and any(parameter.device.type == "cuda" for parameter in network.parameters()):
         channels_last(network)
     if compile_:
         compile_network(network)

@@ -30,7 +30,7 @@ from ..system.process import keep_large_blocks
 from ..system.processes import team_of
 from . import collapse, evaluation
 from .auto_batch import describe, find_size
-from .batches import Batch, Parts, fetch, part_sizes, share_batch
+from .batches import Batch, Parts, crossed, fetch, part_sizes, share_batch
 from .checkpoint import Progress, file_names, list_checkpoints, load_checkpoint, newest_whole, remove_old, save_checkpoint
 from .compute import make_fast, set_precision
 from .ema import EMA, ema_decays, ramp_up
@@ -396,8 +396,3 @@ class Trainer:
         model = build_model(self.task.model_config).to(self.accelerator.device)
         model.network.load_state_dict(gathered(self.ema.state_dict(self.ema.first)))
         return model.eval().requires_grad_(False)
-
-
-def crossed(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]."""
-    return before // every != after // every
