@@ -15,6 +15,7 @@ from test_documents import LAUNCHERS, ROOT, fenced
 from tiny_vae import write_images
 from typer.testing import CliRunner
 
+import mmgen
 from mmgen.cli import app
 from mmgen.formats import edm
 from mmgen.models.config import ModelConfig
@@ -90,9 +91,13 @@ def test_the_commands_run(own_cache, tmp_path, monkeypatch, published):
         invoke(small(arguments))
         ran.append(arguments[0])
     assert {"train-imm", "train-teacher", "distill", "sample", "fid", "inspect", "convert", "compare"} <= set(ran) and len(ran) > 15
+    small_settings = {"train.batch_size": 8, "train.max_images": 16, "run.eval_num": 0, "run.batch_per_device": 8, "run.eval_steps": [1],
+                      "network.model_channels": 8, "network.channel_mult": [1], "network.attn_resolutions": []}  # fmt: skip
+    train = mmgen.train_imm
+    monkeypatch.setattr(mmgen, "train_imm", lambda data, settings: train(data, settings={**settings, **small_settings}, device="cpu"))
     for block in fenced(README, "python"):
         exec(compile(block, "README.md", "exec"), {})
-    assert Path("3.png").exists()
+    assert Path("photo.png").exists() and Path("3.png").exists()
 
 
 def invoke(arguments: list[str]) -> None:
