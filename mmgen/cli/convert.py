@@ -67,7 +67,7 @@ def convert(
     rows: dict[str, Any] = {
         "family": FAMILIES[done.family].title,
         "draws": f"{config.channels} x {config.resolution} x {config.resolution}"
-        + (f", {config.num_classes} classes" if config.num_classes else ", without classes"),
+        + (f", {config.num_classes} classes" if config.num_classes else ", without classes" if config.text is None else ", of a text"),
         "tensors": f"{done.used:,} used, {len(done.left_out):,} left out",
         "left out": [f"{name}: {reason}" for name, reason in done.left_out.items()],
         "assumed": list(done.assumed),

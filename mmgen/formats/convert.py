@@ -103,6 +103,8 @@ def _own(found: Found, to: str) -> Converted:
             f"{found.path} is a model of mmgen's already: give --to diffusers or --to pt, or sample from it as it is"
         )
     config = read_config(found.path)
+    if config.text is not None:
+        raise ConfigError(f"{found.path} takes text by layers of mmgen's own, which no other project's network has: sample from it as it is")
     return Converted(config, found.tensors, {}, _family(config, to, found.path))
 
 

@@ -51,10 +51,11 @@ def model_card(config: ModelConfig, provenance: dict[str, Any]) -> str:
 
 def _header(config: ModelConfig, family: str | None) -> str:
     tags = ["image-generation", "flow-map" if config.flow else "diffusion", *([family] if family else [])]
-    tags += ["class-conditional"] if config.num_classes else []
+    tags += ["class-conditional"] if config.num_classes else ["text-to-image"] if config.text is not None else []
     if family == "imm" or (family is None and config.flow):
         tags.append("inductive-moment-matching")
-    lines = ["---", "library_name: mmgen", "pipeline_tag: unconditional-image-generation", "tags:"]
+    task = "unconditional-image-generation" if config.text is None else "text-to-image"
+    lines = ["---", "library_name: mmgen", f"pipeline_tag: {task}", "tags:"]
     lines += [f"- {tag}" for tag in tags]
     if family in LICENCES:
         lines.append(f"license: {LICENCES[family][0]}")
@@ -68,6 +69,7 @@ def _summary(config: ModelConfig, family: str | None) -> str:
     channels = {1: "grey", 3: "colour"}.get(3 if config.latents else config.channels, f"{config.channels}-channel")
     kind = "A flow map: one to eight steps" if config.flow else "A denoiser: a diffusion or flow model, sampled in many steps"
     classes = f"{config.num_classes} classes" if config.num_classes else "no classes"
+    classes = classes if config.text is None else f"of a text (encoder: {config.text.encoder})"
     lines = [f"{kind}. Draws {side} x {side} {channels} images, {classes}."]
     if config.latents:
         shape = f"{config.channels} x {config.resolution} x {config.resolution}"
@@ -92,6 +94,8 @@ def _sampling(config: ModelConfig, name: str) -> str:
         options, python = "--sampler ddim --steps 50", 'sampler="ddim", steps=50'
     else:
         options, python = "--sampler heun --steps 18", 'sampler="heun", steps=18'
+    if config.text is not None:
+        options, python = f'{options} --prompt "TEXT"', f'{python}, prompts=("TEXT",)'
     return "\n".join(
         [
             "```bash",

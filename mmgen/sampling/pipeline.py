@@ -23,6 +23,7 @@ from ..report.model_card import model_card
 from ..report.push import CARD, CONVERTED, Pushed, push
 from .drawing import SampleSettings, draw
 from .loading import load
+from .prompts import checked
 
 OUTPUTS = ("pil", "np", "pt")
 
@@ -57,10 +58,12 @@ class Pipeline:
 
     def __call__(
         self,
-        batch_size: int | None = None,  # how many images; None: one, or one for each class label
+        batch_size: int | None = None,  # how many images; None: one, or one for each class label or prompt
         num_inference_steps: int | None = None,  # None: the model's own
         *,
         class_labels: int | str | Sequence[int | str] | None = None,  # numbers or names; None: as in the training data
+        prompt: str | Sequence[str] | None = None,  # of a model of text: what to draw, in turn; None: captions of its training data
+        negative_prompt: str | None = None,  # of a model of text with guidance
         guidance_scale: float | None = None,  # w; None: the model's own
         generator: torch.Generator | int | None = None,  # or a seed; None: other images at every call
         output_type: str = "pil",  # or "np", "pt"
@@ -75,11 +78,15 @@ class Pipeline:
         if class_labels is not None:
             labels = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
             classes, batch_size = labels, len(labels) if batch_size is None else batch_size
+        prompts = () if prompt is None else checked([prompt] if isinstance(prompt, str) else prompt, "prompt")
+        if prompts and batch_size is None:
+            batch_size = len(prompts)
         count = 1 if batch_size is None else batch_size
         if not isinstance(count, int) or count < 1:
             raise ConfigError(f"batch_size must be a whole number of at least 1, not {count!r}")
         chosen = SampleSettings(
-            steps=num_inference_steps, seed=_seed(generator), classes=classes, guidance=guidance_scale, **settings
+            steps=num_inference_steps, seed=_seed(generator), classes=classes, guidance=guidance_scale,
+            prompts=prompts, negative=(negative_prompt or "").strip(), **settings,
         )
         images = draw(self.model, chosen, range(count), callback)[0]
         shown = _as(images, output_type)
