@@ -12,7 +12,7 @@ from toy_task import Quiet
 from mmgen.config import sections as configs
 from mmgen import data
 from mmgen.models.denoiser import Denoiser
-from mmgen.errors import ConfigError
+from mmgen.errors import ConfigError, DataError
 from mmgen.losses.denoising import draw_sigma, weight
 from mmgen.sampling.loading import load
 from mmgen.models.build import build_model
@@ -262,4 +262,4 @@ def test_the_command_line(tmp_path):
     wrong = CliRunner().invoke(app, ["train-teacher", "--preset", "digits-imm", "--dry-run"])
     assert isinstance(wrong.exception, ConfigError) and "train-imm" in str(wrong.exception)
     unknown = CliRunner().invoke(app, ["train-teacher", "--data", "imagenet", "--dry-run"])
-    assert isinstance(unknown.exception, ConfigError) and "imagenet64-teacher" in str(unknown.exception)
+    assert isinstance(unknown.exception, DataError) and "'imagenet': Valid: digits, cifar10" in str(unknown.exception)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
