@@ -87,7 +87,7 @@ def level_edges(settings: DenoisingSettings, denoiser: DenoiserSettings, count: 
 
 
 def weight(settings: DenoisingSettings, denoiser: DenoiserSettings, sigma: Tensor) -> Tensor:
-    """w(sigma) on ||x - x_hat||^2, float64 of sigma's shape; sigma float64, positive and finite.
+    """w(sigma) on ||x - x_hat||^2, float64 of sigma's shape; sigma float64 of any shape, positive and finite.
 
     In `sigmoid` eps's weight 1/2 sigmoid(b - lambda) is turned into x's by the factor SNR, and the integral over lambda into a
     mean over the draws by dividing by their density in lambda. Where t is uniform 1 / density is -d lambda/dt, so that
@@ -119,7 +119,7 @@ Weighting = Literal[tuple(WEIGHTS)]
 
 
 def log_snr_density(settings: DenoisingSettings, denoiser: DenoiserSettings, sigma: Tensor) -> Tensor:
-    """The probability density of lambda = -2 log sigma that `settings.times` has at sigma, before the cut; float64."""
+    """The probability density of lambda = -2 log sigma that `settings.times` has at sigma, before the cut; float64 of any shape."""
     mean, std = settings.time_mean, settings.time_std
     if settings.times == "lognormal":  # lambda is normal with twice the standard deviation
         return _normal_density(sigma.log(), mean, std) / 2

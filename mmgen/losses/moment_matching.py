@@ -161,8 +161,9 @@ def mean_squares(gradients: Iterable[Tensors]) -> dict[str, Tensor]:
 def forward_derivative(g_theta: Function, parameters: Tensors, direction: Tensors) -> tuple[Tensor, Tensor]:
     """(g_theta(z_s), J nu): x_hat and its derivative along `direction` in the parameters, by forward-mode AD.
 
-    Exact, at the cost of about two evaluations, without storing activations. Attention is the plain one: no fused kernel has a
-    forward-mode rule. Raises NotImplementedError where another operation has none.
+    Both [N, C, H, W]; parameters and direction: name -> tensor, of the same shapes. Exact, at the cost of about two evaluations,
+    without storing activations. Attention is the plain one: no fused kernel has a forward-mode rule. Raises
+    NotImplementedError where another operation has none.
     """
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.jit.script")  # torch's own, of its own rules
@@ -176,7 +177,7 @@ def forward_derivative(g_theta: Function, parameters: Tensors, direction: Tensor
 def finite_derivative(
     g_theta: Function, parameters: Tensors, direction: Tensors, step: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(g_theta(z_s), J nu) by a central difference: two evaluations, at parameters theta +- h nu.
+    """(g_theta(z_s), J nu), both [N, C, H, W], by a central difference: two evaluations, at parameters theta +- h nu.
 
     h ||nu|| = step ||theta||, `step` unset: the cube root of the dtype's spacing, where rounding and curvature are equally small
     (relative errors near 1e-4 in float32, 1e-10 in float64). Evaluated without autocast or TF32, whose rounding would drown the
