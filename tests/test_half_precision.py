@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_cuda import move, on_device, record
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.gpu.cases import TINY, imm_case, tiny_cases  # noqa: E402
@@ -15,6 +16,7 @@ from mmgen.config.imm import ImmConfig, resolve  # noqa: E402
 from mmgen.config.sections import nest  # noqa: E402
 from mmgen.errors import ConfigError  # noqa: E402
 from mmgen.networks.dropout import Dropout  # noqa: E402
+from mmgen.networks.norm import GroupNorm  # noqa: E402
 from mmgen.training.compute import channels_last  # noqa: E402
 from mmgen.training.ema import EMA  # noqa: E402
 from mmgen.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
@@ -157,3 +159,13 @@ def test_a_step_uses_the_scaler_of_its_part(monkeypatch):
     assert trainer.scalers["auxiliary"].get_scale() == 2.0**10
     trainer._step()
     assert [scaler.get_scale() for scaler in (first, second)] == [2.0**11, 2.0**11]
+
+
+def test_a_group_norm_on_a_gpu_stays_in_half_precision():
+    norm = GroupNorm(4, 16)
+    move(norm)
+    x, outputs = on_device(torch.randn(2, 16, 8, 8)), []
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = record(lambda: outputs.append(norm(x.bfloat16())))
+    assert outputs[0].dtype == torch.bfloat16 and outputs[0].device.type == "cuda" and found.faults == []
+    assert torch.equal(GroupNorm(4, 16)(torch.ones(1, 16, 2, 2)), torch.nn.GroupNorm(4, 16)(torch.ones(1, 16, 2, 2)))
