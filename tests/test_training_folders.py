@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,6 +104,8 @@ def test_deepspeed(tmp_path):
 def test_deepspeed_in_shards(tmp_path):
     message = refusal(deepspeed(tmp_path / "run", "zero_pp_rank_0_mp_rank_00_model_states.pt"))
     assert "ZeRO-3" in message and f"python {tmp_path}/run/zero_to_fp32.py {tmp_path}/run OUT" in message
+    message = refusal(deepspeed(tmp_path / "a run", "zero_pp_rank_0_mp_rank_00_model_states.pt"))
+    assert shlex.split(message.split("`")[1])[1:] == [f"{tmp_path}/a run/zero_to_fp32.py", f"{tmp_path}/a run", "OUT"]
     folder = deepspeed(tmp_path / "other")
     (folder / "global_step1000" / "mp_rank_01_model_states.pt").touch()
     assert "2 parts of the model" in refusal(folder)
@@ -116,15 +121,15 @@ def test_a_tag_that_leads_elsewhere(tmp_path):
 def test_torch_distributed(tmp_path):
     """Named without opening its pickle, and the command works."""
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
     dcp.save({"model": DIT, "step": 3}, checkpoint_id=tmp_path / "dcp")
     message = refusal(tmp_path / "dcp")
     assert "torch.distributed (DCP)" in message and f"dcp_to_torch {tmp_path / 'dcp'} weights.pt" in message
-    (tmp_path / "state").mkdir()
-    (tmp_path / "dcp").rename(tmp_path / "state" / "pytorch_model_fsdp_0")
-    assert "pytorch_model_fsdp_0 weights.pt" in refusal(tmp_path / "state")
-    dcp_to_torch_save(tmp_path / "state" / "pytorch_model_fsdp_0", tmp_path / "weights.pt")
+    (tmp_path / "a state").mkdir()
+    (tmp_path / "dcp").rename(tmp_path / "a state" / "pytorch_model_fsdp_0")
+    program, *command = shlex.split(refusal(tmp_path / "a state").split("`")[1])
+    assert program == "python" and command[-2:] == [str(tmp_path / "a state" / "pytorch_model_fsdp_0"), "weights.pt"]
+    subprocess.run([sys.executable, *command], cwd=tmp_path, check=True, capture_output=True)
     assert read(tmp_path / "weights.pt").tensors.keys() == DIT.keys()
 
 

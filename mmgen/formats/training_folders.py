@@ -4,6 +4,7 @@ are, or what the folder is and which command makes weights of it."""
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from ..errors import ModelError
@@ -42,7 +43,7 @@ def weights_place(folder: Path, weights: str) -> tuple[Path, dict[str, str]]:
 def _sharded(folder: Path) -> ModelError:
     return ModelError(
         f"{folder} is a checkpoint of torch.distributed (DCP), in shards: make one file of it with `python -m "
-        f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pt`, and give that"
+        f"torch.distributed.checkpoint.format_utils dcp_to_torch {shlex.quote(str(folder))} weights.pt`, and give that"
     )
 
 
@@ -56,12 +57,12 @@ def _tagged(folder: Path) -> Path | None:
 
 
 def _deepspeed(folder: Path, root: Path) -> tuple[Path, dict[str, str]]:
-    names = sorted(path.name for path in folder.iterdir())
+    names, top = sorted(path.name for path in folder.iterdir()), shlex.quote(str(root))
     whole = [name for name in names if _DEEPSPEED.fullmatch(name)]
     if any(_ZERO3.fullmatch(name) for name in names):
         raise ModelError(
-            f"{folder} is a checkpoint of DeepSpeed's ZeRO-3, in shards: make one file of it with `python {root}/zero_to_fp32.py "
-            f"{root} OUT`, and give the file in OUT"
+            f"{folder} is a checkpoint of DeepSpeed's ZeRO-3, in shards: make one file of it with `python {top}/zero_to_fp32.py "
+            f"{top} OUT`, and give the file in OUT"
         )
     if len(whole) != 1:
         raise ModelError(f"{folder} is a checkpoint of DeepSpeed with {len(whole)} parts of the model: only whole ones are read")
