@@ -196,3 +196,13 @@ def test_imm_and_students_of_classes_take_no_captions(tmp_path):
 
     with pytest.raises(ConfigError, match="the teacher takes none"):
         find_teacher(student_for(toy_teacher(tmp_path), **{"data.leave_out": ["a one"]}))
+
+
+def test_text_on_the_command_line_takes_the_place_of_classes():
+    from mmgen.cli.training_options import shared_changes
+    from mmgen.methods.choosing import choose
+
+    chosen = choose(TEACHER, shared_changes({"data": "digits", "text": True}))
+    assert chosen.preset == "digits-teacher" and chosen.config.data.text and not chosen.config.data.conditional
+    with pytest.raises(ConfigError, match="captions .--unconditional. or on classes"):
+        choose(TEACHER, shared_changes({"data": "digits", "text": True, "conditional": True}))

@@ -107,6 +107,8 @@ _SETTINGS = {
 def shared_changes(given: dict[str, Any]) -> dict[str, Any]:
     """The shared options among a command's arguments, name -> value, as settings by dotted key; those not given are left out."""
     changes = {key: given[name] for name, key in _SETTINGS.items() if given.get(name) is not None}
+    if changes.get("data.text"):  # in place of the classes that a preset may have
+        changes.setdefault("data.conditional", False)
     if "train.init" in changes:
         changes["train.init"] = home(changes["train.init"])
     if (count := changes.get("run.batch_per_device", "")).isdecimal():
