@@ -340,7 +340,7 @@ def test_a_hub_id_that_is_nowhere_says_where_it_looked(tmp_path, monkeypatch):
     with pytest.raises(DataError) as caught:
         data.load("someone/nothing")
     message = str(caught.value)
-    for place in ("sets/someone/nothing", "sets/nothing", str(tmp_path / "hub"), "HF_HUB_OFFLINE is set", "--data DIR"):
+    for place in ("sets/someone/nothing", "sets/nothing", str(tmp_path / "hub"), "HF_HUB_OFFLINE is set", "give DIR"):
         assert place in message
     assert "\n" not in message
 

@@ -27,6 +27,9 @@ from mmgen.encoders.vae import IMM_MEAN, IMM_STD, load_vae
 
 ROOT = Path(__file__).parents[1]
 RUN = "from typer import run; from mmgen.cli.cache_latents import cache_latents as f; run(f)"
+COUNTED = """import atexit; from accelerate import PartialState
+atexit.register(lambda: print(f"one of {PartialState._shared_state['num_processes']}", flush=True))
+""" + RUN
 
 
 @pytest.fixture(scope="module")
@@ -390,8 +393,8 @@ def test_killed_at_any_moment_and_resumed_is_the_same_bit_for_bit(many, tmp_path
 
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(many, tmp_path):
-    (tmp_path / "run.py").write_text(RUN)
+    (tmp_path / "run.py").write_text(COUNTED)
     launcher = "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "run.py")
     stdout, _ = finish(start(many, tmp_path / "two", *launcher))
-    assert stdout.count("PSNR") == 1  # one process speaks
+    assert stdout.count("one of 2") == 2 and stdout.count("PSNR") == 1  # one process speaks
     assert digests(tmp_path / "two") == digests(many / "one")

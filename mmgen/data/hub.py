@@ -87,7 +87,7 @@ def files_needed(names: list[str], split: str, repo: str, subset: str | None = N
         return images + [n for n in names if n.rpartition("/")[2] in (EDM_LABELS, *METADATA)]
     raise DataError(
         f"{repo} on the hub holds neither parquet files nor folders of images: download it with `hf download {repo} "
-        "--repo-type dataset --local-dir DIR`, unpack it, and give --data DIR"
+        "--repo-type dataset --local-dir DIR`, unpack it, and give DIR"
     )
 
 
@@ -100,7 +100,7 @@ def _reason(repo: str, error: Exception) -> str:
     if isinstance(error, errors.RepositoryNotFoundError):
         return "the hub knows no data set of that name (one that is private needs `hf auth login`)"
     download = f"hf download {repo} --repo-type dataset --local-dir DIR"
-    elsewhere = f"run `{download}` where the hub can be reached and give --data DIR"
+    elsewhere = f"run `{download}` where the hub can be reached and give DIR"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"may not ask the hub (HF_HUB_OFFLINE is set): {elsewhere}"
     if getattr(error, "errno", None) is not None and not isinstance(error, ConnectionError):  # a full disk
