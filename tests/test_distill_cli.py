@@ -41,7 +41,7 @@ def invoke(*arguments):
 
 def test_every_preset_is_a_whole_recipe():
     names = preset_names("distill")
-    assert names == ["cifar10-distill", "digits-distill", "imagenet128-distill", "imagenet64-distill"]
+    assert names == ["cifar10-distill", "digits-distill", "digits-text-distill", "imagenet128-distill", "imagenet64-distill"]
     assert presets_by_size("distill") == {64: "imagenet64-distill", 128: "imagenet128-distill"}
     assert [preset_for("distill", word) for word in ("digits", "cifar10", "uoft-cs/cifar10", "imagenet")] == [
         "digits-distill", "cifar10-distill", "cifar10-distill", None]  # fmt: skip
@@ -51,7 +51,7 @@ def test_every_preset_is_a_whole_recipe():
         assert (optimizer.name, optimizer.beta1, optimizer.beta2, optimizer.eps) == ("adam", 0.0, 0.99, 1e-12)
         assert (optimizer.decay, optimizer.grad_clip, train.ema_betas, train.ema_half_lives) == ("linear", 1.0, (), ())
         assert config.run.eval_steps == (8,) and config.data.label_dropout == 0 and config.data.augment == 0
-        assert optimizer.warmup_images in (100 * train.batch_size, 1000 * train.batch_size)
+        assert optimizer.warmup_images in (50 * train.batch_size, 1000 * train.batch_size)
 
 
 def test_the_published_recipe():

@@ -1,13 +1,17 @@
 """Models of text in the rest of mmgen: the pipeline, the model card, conversion, and the data that a score compares them with."""
 
+from dataclasses import replace
+
 import pytest
 from test_text_sampling import PROMPTS, model  # noqa: F401
 
 from mmgen import data
 from mmgen.errors import ConfigError
 from mmgen.formats.convert import convert_file
+from mmgen.methods import DISTILLATION
+from mmgen.methods.choosing import choose
 from mmgen.metrics.subjects import TrainingSet, training_images
-from mmgen.models.files import read_config
+from mmgen.models.files import read_config, save_model
 from mmgen.report.model_card import model_card
 from mmgen.sampling.pipeline import pipeline
 from mmgen.sampling.record import training_data
@@ -45,3 +49,13 @@ def test_a_score_finds_the_captioned_data_of_the_training_again(model):  # noqa:
     known = training_data(config)
     own = TrainingSet(known["data"], known["data_options"], known["data_place"], known["data_fingerprint"])
     assert training_images(own)[0].length == 1797
+
+
+def test_the_preset_of_a_student_follows_from_the_teachers_kind(model, tmp_path):  # noqa: F811
+    config = read_config(model)
+    chosen = {}
+    for name, one in (("text", config), ("plain", replace(config, text=None, captions=None))):
+        save_model(tmp_path / f"{name}.safetensors", one, {})
+        chosen[name] = choose(DISTILLATION, {"teacher.name": str(tmp_path / f"{name}.safetensors")})
+    assert chosen["text"].preset == "digits-text-distill" and chosen["plain"].preset == "digits-distill"
+    assert chosen["text"].config.teacher.guidance == 1.5 and chosen["text"].config.train == chosen["plain"].config.train

@@ -288,7 +288,7 @@ def _data_of_teacher(table: dict[str, Any]) -> tuple[str, int | None]:
         model = read_config(find_model(str(table.get("teacher", {}).get("name", ""))))
     except MmgenError:
         return "", None
-    return model.data, model.resolution
+    return model.data + " with captions" * (model.text is not None), model.resolution
 
 
 TRAINING = Training(
