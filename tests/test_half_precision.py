@@ -17,8 +17,6 @@ from mmgen.config.sections import nest  # noqa: E402
 from mmgen.errors import ConfigError  # noqa: E402
 from mmgen.networks.dropout import Dropout  # noqa: E402
 from mmgen.networks.norm import GroupNorm  # noqa: E402
-from mmgen.training.compute import channels_last  # noqa: E402
-from mmgen.training.ema import EMA  # noqa: E402
 from mmgen.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 
 PLAIN = {"data.name": "noise", "data.resolution": 16, "data.channels": 3, "data.conditional": True, "data.num_classes": 10,
@@ -89,29 +87,6 @@ def test_x_tilde_is_the_same_in_both_turns_and_the_small_difference_is_full(froz
     assert dtypes["student"] == [(half, True), (half, False)]
     assert dtypes["auxiliary"] == [(torch.float32, False), (half, True)]  # in the student's turn g_phi - g_theta is small
     assert [dtype for dtype, _ in dtypes["teacher"]] == [torch.float32, half if frozen == "half" else torch.float32]
-
-
-@pytest.mark.parametrize("name", ["adamw", "radam"])
-def test_channels_last_changes_neither_training_nor_checkpoints(name, tmp_path):
-    """What a GPU does: weights, gradients, moments and averages are in one order, also after a resume, as fused optimisers want."""
-    found = []
-    for last in (False, True):
-        trainer = imm_case("cifar10-imm", **{f"network.{key}": value for key, value in TINY["unet"].items()}, **PLAIN,
-                           **{"optimizer.name": name}).make("cpu", "fp32", 8)  # fmt: skip
-        if last:
-            channels_last(trainer.network)
-            trainer.ema = EMA(trainer.network, trainer.ema.decays)
-        trainer._step()
-        parts = trainer.networks, trainer.optimizers, trainer.ema, trainer.scalers
-        path = save_checkpoint(tmp_path / str(last), *parts, trainer.progress)
-        load_checkpoint(path, *parts)
-        trainer._step()
-        found.append(torch.cat([p.detach().flatten() for p in trainer.network.parameters()]))
-    for parameter in trainer.network.parameters():
-        states = [value for value in trainer.optimizers["model"].state[parameter].values() if value.shape == parameter.shape]
-        assert len(states) == 2 and all(value.stride() == parameter.stride() for value in states)
-    assert any(p.ndim == 4 and not p.is_contiguous() for p in trainer.network.parameters())
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
 def test_each_network_has_a_loss_scaler_of_its_own(tmp_path):

@@ -20,21 +20,6 @@ def set_precision(precision: str) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def make_fast(network: nn.Module, compile_: bool, sharded: bool) -> None:
-    """Before it trains, on its device. sharded: it will be, by FSDP, which takes no weights that are channels last."""
-    if not sharded and any(parameter.device.type == "cuda" for parameter in network.parameters()):
-        channels_last(network)
-    if compile_:
-        compile_network(network)
-
-
-def channels_last(network: nn.Module) -> None:
-    """Weights of convolutions in the order that a GPU's kernels want. Values and state dict are the same."""
-    for weight in network.parameters():  # strides of sides that are 1 say nothing, and optimisers compare them
-        if weight.ndim == 4 and min(weight.shape) > 1:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-
-
 def compile_network(network: nn.Module, backend: Any = "inductor") -> None:
     """torch.compile in place: the state dict keeps its names.
 

@@ -32,7 +32,7 @@ from . import collapse, evaluation
 from .auto_batch import describe, find_size
 from .batches import Batch, Parts, crossed, fetch, part_sizes, share_batch
 from .checkpoint import Progress, file_names, list_checkpoints, load_checkpoint, newest_whole, remove_old, save_checkpoint
-from .compute import make_fast, set_precision
+from .compute import compile_network, set_precision
 from .ema import EMA, ema_decays, ramp_up
 from .figures import make_scorer
 from .gradients import measure_and_clip
@@ -85,14 +85,16 @@ class Trainer:
         self.sharded = is_sharded(accelerator)
         self.networks, self.optimizers, self.scalers, self._prepared = {}, {}, {}, {}
         for network in self.task.frozen:
-            make_fast(network, run.compile, self.sharded)
+            if run.compile:
+                compile_network(network)
             if self.sharded:
                 shard(network)
         for name, part in self.task.parts.items():
             self.networks[name] = part.network.to(accelerator.device)
             if run.gradient_checkpointing:
                 checkpoint_blocks(part.network)
-            make_fast(part.network, run.compile, self.sharded)
+            if run.compile:
+                compile_network(part.network)
             if self.sharded:
                 shard(part.network)
             self.optimizers[name] = build_optimizer(optimizer, part.network.parameters())
