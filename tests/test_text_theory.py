@@ -118,8 +118,8 @@ def test_the_moments_of_the_exact_student_are_the_guided_teachers(w):
     noised = used.noised(images)
     x = used.answer(noised)
     z_s = used.target(noised, x)
-    rest = x - used.taught(z_s, noised)
-    swapped = x - used.taught(z_s, replace(noised, condition=byte_text([PROMPTS[1 - i // 2 % 2] for i in range(len(x))], 4)[0]))
+    rest = x - used.teacher_x(z_s, noised)
+    swapped = x - used.teacher_x(z_s, replace(noised, condition=byte_text([PROMPTS[1 - i // 2 % 2] for i in range(len(x))], 4)[0]))
 
     rows = torch.tensor([i // 2 % 2 for i in range(len(x))])
 
