@@ -17,11 +17,11 @@ from mmgen.config.sections import RunSettings
 from mmgen.data import load
 from mmgen.errors import ConfigError, TrainingError
 from mmgen.system.schema import from_dict
-from mmgen.system.processes import Team
+from mmgen.system.processes import ProcessGroup
 from mmgen.training import auto_batch
 from mmgen.training.batches import fetch, part_sizes, split_batch
 from mmgen.training.cost import PassCost
-from mmgen.training.task import Part
+from mmgen.training.task import TrainedNetwork
 
 
 class TooMuch:
@@ -92,7 +92,7 @@ def hungry_task(largest, tried, rehearsed=None):
         task = toy_task(accelerator)
         for name, part in task.parts.items():
             rehearse = None if rehearsed is None else lambda batch: rehearsed.append(len(batch.images))
-            task.parts[name] = Part(part.network, Hungry(part.objective, largest, tried), part.prepare, rehearse)
+            task.parts[name] = TrainedNetwork(part.network, Hungry(part.objective, largest, tried), part.prepare, rehearse)
         return replace(task, group_size=2)
 
     return make
@@ -163,14 +163,14 @@ def test_nothing_fits(tmp_path, own_cache, monkeypatch):
         run_toy(tmp_path / "run", make=hungry_task(1, []), **{"run.batch_per_device": "auto"})
 
 
-def found(tmp_path, monkeypatch, free: int, team: Team = Team(), **changes):
+def found(tmp_path, monkeypatch, free: int, process_group: ProcessGroup = ProcessGroup(), **changes):
     monkeypatch.setattr(auto_batch, "free_memory", lambda device: free)
     monkeypatch.setattr(auto_batch, "pass_cost", lambda *_: PassCost(1000, flops=4e7, bytes=1e6))
     network = nn.Linear(10, 99, bias=False)
     options = {
-        "parts": {"model": Part(network, network)}, "optimizers": {"model": torch.optim.Adam(network.parameters())},
+        "parts": {"model": TrainedNetwork(network, network)}, "optimizers": {"model": torch.optim.Adam(network.parameters())},
         "batch_of": None, "model_config": model_config(), "precision": "fp32", "checkpointing": False, "sharded": False,
-        "device": torch.device("cpu"), "team": team, "folder": tmp_path, **changes,
+        "device": torch.device("cpu"), "process_group": process_group, "folder": tmp_path, **changes,
     }  # fmt: skip
     return auto_batch.find_size([4, 8, 16, 32, 64, 128, 256, 512], **options)
 
@@ -193,16 +193,16 @@ def test_on_a_cpu_the_estimate_decides(tmp_path, monkeypatch):
 
 
 def test_the_least_of_all_processes(tmp_path, monkeypatch):
-    team = Team(0, 2, gather=lambda own: [own, own if own is None else min(own, 8)])
-    assert found(tmp_path, monkeypatch, 10**12, team).size == 8
+    process_group = ProcessGroup(0, 2, gather=lambda own: [own, own if own is None else min(own, 8)])
+    assert found(tmp_path, monkeypatch, 10**12, process_group).size == 8
     assert auto_batch.read_kept(tmp_path) == 8
 
 
 def test_a_sharded_gpu_is_estimated(tmp_path, monkeypatch):
     """Memory alone limits it there; states are spread."""
-    team = Team(0, 2, gather=lambda own: [own, own])
+    process_group = ProcessGroup(0, 2, gather=lambda own: [own, own])
     device = torch.device("cuda")
-    assert found(tmp_path, monkeypatch, 10**12, team, device=device, sharded=True).size == 512
+    assert found(tmp_path, monkeypatch, 10**12, process_group, device=device, sharded=True).size == 512
 
 
 def test_the_memory_that_a_container_allows(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_training import Quiet, assert_same, tiny, weights
 
 from mmgen.errors import MmgenError, TrainingError
-from mmgen.system.processes import Team
+from mmgen.system.processes import ProcessGroup
 from mmgen.training import checkpoint_sums
 from mmgen.training.checkpoint import Progress, file_names, load_checkpoint, newest_whole, save_checkpoint
 from mmgen.training.checkpoint_sums import damage
@@ -46,8 +46,8 @@ class Run:
     def path(self, images: int) -> Path:
         return self.folder / f"{images:012d}"
 
-    def choose(self, team: Team = Team()) -> Path | None:
-        return newest_whole(self.folder, self.needed, team, self.notes.append)
+    def choose(self, process_group: ProcessGroup = ProcessGroup()) -> Path | None:
+        return newest_whole(self.folder, self.needed, process_group, self.notes.append)
 
 
 def flip(file: Path, bit: int) -> None:
@@ -160,7 +160,7 @@ def test_what_need_not_be_damaged_is_not_put_aside(tmp_path, monkeypatch):
 
 
 def together(size: int, work) -> list:
-    """What work(team) returns or raises in each of `size` threads that form a team."""
+    """What work(process_group) returns or raises in each of `size` threads that form a process_group."""
     barrier, board, results = threading.Barrier(size, timeout=30), [None] * size, [None] * size
 
     def member(index: int) -> None:
@@ -172,7 +172,7 @@ def together(size: int, work) -> list:
             return values
 
         try:
-            results[index] = work(Team(index, size, barrier.wait, gather))
+            results[index] = work(ProcessGroup(index, size, barrier.wait, gather))
         except MmgenError as error:
             results[index] = error
 

@@ -253,6 +253,6 @@ def test_a_students_own_noise_differs_between_images_and_repeats(place):
             if weight.ndim == 4 and weight.shape[1] == 2:
                 weight.add_(1.0)
     noised = objective.matching.noised(digits())
-    answer = objective.matching.answer(noised)
-    assert torch.equal(answer, objective.matching.answer(noised))
-    assert not torch.allclose(answer, objective.matching.answer(replace(noised, index=noised.index + 16)))
+    answer = objective.matching.student_x(noised)
+    assert torch.equal(answer, objective.matching.student_x(noised))
+    assert not torch.allclose(answer, objective.matching.student_x(replace(noised, index=noised.index + 16)))

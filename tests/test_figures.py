@@ -18,7 +18,7 @@ from mmgen.config.imm import ImmConfig, resolve
 from mmgen.metrics import inception, published_file
 from mmgen.metrics.frechet import fd_pixels
 from mmgen.models.files import read_config
-from mmgen.system.processes import Team
+from mmgen.system.processes import ProcessGroup
 from mmgen.training import loop
 from mmgen.training.figures import make_scorer
 from mmgen.methods import IMM
@@ -111,8 +111,8 @@ def test_inception_where_its_weights_are(tmp_path, monkeypatch):
     monkeypatch.setitem(inception.PUBLISHED, inception.SCRIPT, digest)
     monkeypatch.setenv("MMGEN_INCEPTION", str(tmp_path))
     run = configs.RunSettings(eval_num=10_000)
-    assert make_scorer(run, images(32), torch.device("cpu"), Team(), print).name == "fid10k"
-    assert make_scorer(run, images(16), torch.device("cpu"), Team(), print).name == "FD-pixels-10k"  # nothing for Inception
+    assert make_scorer(run, images(32), torch.device("cpu"), ProcessGroup(), print).name == "fid10k"
+    assert make_scorer(run, images(16), torch.device("cpu"), ProcessGroup(), print).name == "FD-pixels-10k"  # nothing for Inception
     changes = {"run.eval_features": "inception", "train.max_images": 32, "run.eval_num": 20}
     outcome, _ = train(tmp_path / "run", **changes)
     assert outcome.results["figure"] == "fid20" and outcome.results["between_halves"] is None
@@ -129,15 +129,15 @@ def test_without_inception_auto_says_so_and_a_named_network_is_an_error(tmp_path
     monkeypatch.setattr(published_file, "locate", nothing)
     monkeypatch.setattr(inception, "locate", nothing)
     notes = []
-    scorer = make_scorer(configs.RunSettings(eval_num=100), images(32), torch.device("cpu"), Team(), notes.append)
+    scorer = make_scorer(configs.RunSettings(eval_num=100), images(32), torch.device("cpu"), ProcessGroup(), notes.append)
     assert scorer.name == "FD-pixels-100"
     assert notes == ["no FID, FD-pixels is measured instead: no weights: fetch them and put them here"]
-    assert make_scorer(configs.RunSettings(eval_num=100), images(64), torch.device("cpu"), Team(), notes.append) is None
+    assert make_scorer(configs.RunSettings(eval_num=100), images(64), torch.device("cpu"), ProcessGroup(), notes.append) is None
     with monkeypatch.context() as patch:
         patch.setattr(inception, "locate", unwritable)
-        assert make_scorer(configs.RunSettings(eval_num=100), images(32), torch.device("cpu"), Team(), notes.append) is not None
+        assert make_scorer(configs.RunSettings(eval_num=100), images(32), torch.device("cpu"), ProcessGroup(), notes.append) is not None
         assert notes[-1].endswith("cannot write the cache")
     with pytest.raises(ModelError, match="no weights"):
         train(tmp_path / "run", **{"run.eval_features": "inception"})
     assert not (tmp_path / "run" / "log.jsonl").exists()  # before anything was trained
-    assert make_scorer(configs.RunSettings(eval_num=0), images(32), torch.device("cpu"), Team(), notes.append) is None
+    assert make_scorer(configs.RunSettings(eval_num=0), images(32), torch.device("cpu"), ProcessGroup(), notes.append) is None

@@ -77,8 +77,8 @@ def test_x_tilde_is_the_same_in_both_turns_and_the_small_difference_is_full(froz
     student, auxiliary, teacher = trainer.networks["student"], trainer.networks["auxiliary"], matching.teacher.network
     answers, dtypes = [], {name: watched(network) for name, network in
                            (("student", student), ("auxiliary", auxiliary), ("teacher", teacher))}  # fmt: skip
-    answer = matching.answer
-    matching.answer = lambda noised: answers.append(answer(noised)) or answers[-1]
+    answer = matching.student_x
+    matching.student_x = lambda noised: answers.append(answer(noised)) or answers[-1]
     batch = next(iter(trainer._batches(0)))
     for name in ("student", "auxiliary"):
         trainer._prepared[name][0](batch)

@@ -204,12 +204,12 @@ def test_grad_mode_of_the_caller_is_left_alone(folder):
 def test_kept_features_are_in_the_order_of_the_images(folder, size):
     from mmgen.metrics.collect import Wanted, collect
     from mmgen.metrics.features import build_extractor
-    from mmgen.system.processes import Team
+    from mmgen.system.processes import ProcessGroup
 
     images, parts = image_set(str(folder)), []
     for index in range(size):  # the last process gets what all have seen, pickled as on the way between processes
-        team = Team(index, size, gather=lambda part: parts.append(pickle.dumps(part)) or [pickle.loads(p) for p in parts])
-        found = collect(images, build_extractor("pixels"), Wanted(keep=True), batch_size=1, team=team)
+        process_group = ProcessGroup(index, size, gather=lambda part: parts.append(pickle.dumps(part)) or [pickle.loads(p) for p in parts])
+        found = collect(images, build_extractor("pixels"), Wanted(keep=True), batch_size=1, process_group=process_group)
     expected = PIXELS.transpose(0, 3, 1, 2).reshape(5, -1) / 127.5 - 1
     np.testing.assert_allclose(found.kept.numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(found.statistics.mean.numpy(), expected.mean(0), atol=1e-12)

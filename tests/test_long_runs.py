@@ -14,7 +14,7 @@ from test_training import Quiet, tiny
 from mmgen.training import collapse, evaluation
 from mmgen.training.collapse import Spread, spread_of, spread_of_data
 from mmgen.training.gradients import measure_and_clip
-from mmgen.training.numbers import Numbers
+from mmgen.training.numbers import MetricAccumulator
 from mmgen.methods import IMM
 from mmgen.methods.run import train
 
@@ -49,7 +49,7 @@ def test_the_norm_is_that_before_clipping(clip):
 def test_steps_that_a_scaler_leaves_out_are_counted():
     """torch's own scaler on the CPU: it leaves out a step whose gradients overflowed, and no other."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    numbers = Numbers(accelerator(scaler), single=True)
+    numbers = MetricAccumulator(accelerator(scaler), single=True)
     norms, moved = [], []
     for step in range(4):
         network = network_with_gradients(1024.0)
@@ -78,7 +78,7 @@ def test_steps_that_a_scaler_leaves_out_are_counted():
 
 
 def test_spikes_and_norms_of_each_part():
-    numbers = Numbers(accelerator(), single=False)
+    numbers = MetricAccumulator(accelerator(), single=False)
     for part, loss, norm in (("a", 1.0, 3.0), ("b", -2.0, 1.0), ("a", 8.0, 5.0), ("a", 3.0, 4.0)):
         numbers.add_step(part, torch.tensor(loss), torch.tensor(norm))
     assert numbers.flush() == {
@@ -88,7 +88,7 @@ def test_spikes_and_norms_of_each_part():
 
 
 def test_an_interval_of_which_nothing_is_left():
-    numbers = Numbers(accelerator(), single=False)
+    numbers = MetricAccumulator(accelerator(), single=False)
     numbers.skip_step("a")
     numbers.add_step("b", torch.tensor(2.0), torch.tensor(1.0))
     assert numbers.flush() == {
@@ -113,11 +113,11 @@ def test_the_variance_is_that_over_images():
     expected = images.astype(float).var(0).mean()
     assert spread_of(images) == pytest.approx(expected) == pytest.approx(spread_of_data(images))
 
-    def share(team):
+    def share(process_group):
         spread = Spread()
-        for start in range(20 * team.index, 20 * team.index + 20, 5):
+        for start in range(20 * process_group.index, 20 * process_group.index + 20, 5):
             spread.add(images[start : start + 5])
-        return spread.result(team)
+        return spread.result(process_group)
 
     assert together(3, share) == [pytest.approx(expected)] * 3
     same = np.repeat(np.random.default_rng(1).integers(0, 256, (1, 3, 4, 4), dtype=np.uint8), 30, axis=0)

@@ -264,12 +264,12 @@ def test_random_classes_are_as_frequent_as_in_the_data(tmp_path):
 
 
 def test_processes_share_the_work(model, tmp_path):
-    """Two members of a team, one after the other: the second must not redo what the first was to do."""
+    """Two members of a process_group, one after the other: the second must not redo what the first was to do."""
     loaded, chosen = mmgen.load(model), mmgen.sampling.drawing.plan(mmgen.load(model).config, mmgen.sampling.drawing.SampleSettings())
     shares = []
     for index in (0, 1):
-        team = sample_drawing.Team(index, 2)
-        shares += [i for indices, _ in sample_drawing.draw_missing(loaded, chosen, range(3, 20), 20, team) for i in indices]
+        process_group = sample_drawing.ProcessGroup(index, 2)
+        shares += [i for indices, _ in sample_drawing.draw_missing(loaded, chosen, range(3, 20), 20, process_group) for i in indices]
     assert sorted(shares) == list(range(3, 20))
 
 

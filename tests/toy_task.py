@@ -24,7 +24,7 @@ from mmgen.models.pixels import from_uint8
 from mmgen.networks import UNetSettings
 from mmgen.system.random import keys, normal, uniform
 from mmgen.training.start import load_shared, make_accelerator, run_training
-from mmgen.training.task import Part, Reporter, Task
+from mmgen.training.task import TrainedNetwork, Reporter, Task
 
 SETTINGS = {
     "train.batch_size": 16, "train.max_images": 160, "train.precision": "fp32", "train.ema_betas": [],
@@ -104,8 +104,8 @@ def toy_task(accelerator):
             seen.append(float(accelerator.reduce(total, reduction="sum")))
 
     parts = {
-        "student": Part(student, StudentObjective(student), prepare),
-        "auxiliary": Part(auxiliary, AuxiliaryObjective(auxiliary, student)),
+        "student": TrainedNetwork(student, StudentObjective(student), prepare),
+        "auxiliary": TrainedNetwork(auxiliary, AuxiliaryObjective(auxiliary, student)),
     }
     task = Task(parts, model_config(), turn=lambda step: ("auxiliary", "student")[step % 2], picture=lambda model, seed, scores: None)
     task.seen = seen

@@ -68,23 +68,23 @@ def cache_latents(
 
     from ..data.encoding import EncodingSettings, encode_source
     from ..data.resolve import resolve
-    from ..system.processes import find_team
+    from ..system.processes import find_process_group
     from ..encoders.vae import load_vae
 
     settings = EncodingSettings(resolution, dtype, xflip, normalisation, on_corrupt, batch_size)
     settings.check()
-    team = find_team(cpu=device == "cpu")
+    process_group = find_process_group(cpu=device == "cpu")
     reading = {"split": split, "image_column": image_column, "label_column": label_column, "subset": subset,
                "revision": revision, "follow_links": follow_links}  # fmt: skip
     source = resolve(data, **reading)
     loaded = load_vae(vae, find_device(device))
     speed = _Speed()
-    with progress_bar("encoding", source.length) if team.is_main else contextlib.nullcontext() as update:
+    with progress_bar("encoding", source.length) if process_group.is_main else contextlib.nullcontext() as update:
         record = encode_source(
             source, loaded, out, settings, word=data, reading={key: value for key, value in reading.items() if value},
-            team=team, progress=update and speed.around(update), note=_note,
+            process_group=process_group, progress=update and speed.around(update), note=_note,
         )  # fmt: skip
-    if team.is_main:
+    if process_group.is_main:
         _show(record, out, speed)
 
 

@@ -130,9 +130,9 @@ def fid(
     wanted = None if metrics == "all" else tuple(dict.fromkeys(word.strip() for word in metrics.split(",")))
 
     from ..metrics.evaluate import FidSettings, evaluate
-    from ..system.processes import find_team
+    from ..system.processes import find_process_group
 
-    team = find_team(cpu=device == "cpu")
+    process_group = find_process_group(cpu=device == "cpu")
     settings = FidSettings(
         ref=ref,
         ref_num=ref_num,
@@ -157,8 +157,8 @@ def fid(
         batch_size=batch_size,
         device=find_device(device),
     )
-    report = evaluate(samples, settings, team=team, bar=progress_bar)  # the process that downloads or decodes shows it
-    if team.is_main:
+    report = evaluate(samples, settings, process_group=process_group, bar=progress_bar)  # the process that downloads or decodes shows it
+    if process_group.is_main:
         _show(report, settings.save_stats)  # first: a full disk must not cost the figures
         _keep(report, settings.out)
 

@@ -131,7 +131,7 @@ def sample(
 
         from ..sampling import drawing as sampling, file as sample_file, folder as sample_folder
         from ..sampling.record import Origin
-        from ..system.processes import find_team
+        from ..system.processes import find_process_group
 
         texts, num = _texts(prompt, prompts, num, per_prompt)
         origin = Origin.of(model, ema)
@@ -142,9 +142,9 @@ def sample(
         common |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
         settings = [sampling.SampleSettings(steps=count, **common) for count in step_counts]
         plans = [sampling.plan(config, one) for one in settings]  # all are checked before the first is drawn
-        team = find_team(cpu=device == "cpu")
+        process_group = find_process_group(cpu=device == "cpu")
         for note in dict.fromkeys(note for chosen in plans for note in chosen.notes):
-            if team.is_main:
+            if process_group.is_main:
                 typer.echo(f"note: {note}", err=True)
         loaded = origin.load(find_device(device))
         write = {"png": sample_folder.write_png, "npz": sample_file.write_npz, "grid": sample_file.write_grid}[layout]
@@ -152,9 +152,9 @@ def sample(
         written = []
         for one, chosen, place in zip(settings, plans, places, strict=True):
             description = f"{chosen.steps} step{'s' * (chosen.steps > 1)}"
-            with progress_bar(description, num) if team.is_main else contextlib.nullcontext() as update:
-                written.append(write(loaded, place, num, one, origin, overwrite=overwrite, progress=update, team=team))
-        if team.is_main:
+            with progress_bar(description, num) if process_group.is_main else contextlib.nullcontext() as update:
+                written.append(write(loaded, place, num, one, origin, overwrite=overwrite, progress=update, process_group=process_group))
+        if process_group.is_main:
             _show(written)
 
 

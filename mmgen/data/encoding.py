@@ -24,7 +24,7 @@ from .. import __version__
 from ..errors import ConfigError, DataError, MmgenError, cannot_write, nearest
 from ..system.files import TEMPORARY, read_json, remove_leftovers, replacing, write_json
 from ..models.latents import LatentSettings
-from ..system.processes import Team
+from ..system.processes import ProcessGroup
 from ..system.tensor_files import save_array
 from ..encoders.vae import IMM_MEAN, IMM_STD, IMM_TARGET_STD, Vae
 from .cache import check_options
@@ -110,7 +110,7 @@ def encode_source(
     *,
     word: str,
     reading: dict[str, Any] | None = None,
-    team: Team = Team(),
+    process_group: ProcessGroup = ProcessGroup(),
     progress: Progress | None = None,
     note: Note = lambda text: None,
 ) -> dict[str, Any]:
@@ -132,26 +132,26 @@ def encode_source(
     if _is_whole(out, job):
         return read_record(out)
     missing = [number for number in range(len(shards)) if not task.file(number).is_file()]
-    missing = team.gather(missing)[0]  # nobody writes before all have looked
+    missing = process_group.gather(missing)[0]  # nobody writes before all have looked
     images_left = sum(len(shards[number]) for number in missing)
     tried = None
-    if team.is_main:
+    if process_group.is_main:
         _begin(task, job, images_left)
         tried = _try(task, note)
-    team.wait()
+    process_group.wait()
     done = source.length - images_left
-    report = progress if progress and team.is_main else lambda done, total: None
+    report = progress if progress and process_group.is_main else lambda done, total: None
     report(done, source.length)
-    for number in missing[team.index :: team.size]:
+    for number in missing[process_group.index :: process_group.size]:
         for count in _write_shard(task, number, shards[number]):
-            done += count * team.size
+            done += count * process_group.size
             report(min(done, source.length), source.length)
-    team.wait()
-    parts = team.gather([_summary(task, number) for number in range(team.index, len(shards), team.size)])
-    if team.is_main:
-        summaries = [parts[number % team.size][number // team.size] for number in range(len(shards))]
+    process_group.wait()
+    parts = process_group.gather([_summary(task, number) for number in range(process_group.index, len(shards), process_group.size)])
+    if process_group.is_main:
+        summaries = [parts[number % process_group.size][number // process_group.size] for number in range(len(shards))]
         _finish(task, job, summaries, tried, note)
-    team.wait()
+    process_group.wait()
     return read_record(out)
 
 

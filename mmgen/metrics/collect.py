@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..system.random import keys, uniform
-from ..system.processes import Team
+from ..system.processes import ProcessGroup
 from .features import Extractor
 from .frechet import GaussianStatistics, StatisticsError
 from .image_sets import ImageSet
@@ -59,28 +59,28 @@ def collect(
     *,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
-    team: Team = Team(),
+    process_group: ProcessGroup = ProcessGroup(),
     progress: Progress | None = None,
 ) -> Collected:
-    """Extracts the features of all images and sums them up; each process of the team takes its share of the batches.
+    """Extracts the features of all images and sums them up; each process takes its share of the batches.
 
     Every process returns the same. Raises StatisticsError where features are not finite, DataError and MmgenError as
     `stream.features_of`, and DataError for an empty set.
     """
     if images.length == 0:
         raise DataError(f"{images.name} holds no images")
-    starts = range(0, images.length, batch_size)[team.index :: team.size]
+    starts = range(0, images.length, batch_size)[process_group.index :: process_group.size]
     ranges = (range(start, min(start + batch_size, images.length)) for start in starts)
     part = _Part(images, extractor, wanted)
-    report = progress if progress and team.is_main else lambda done, total: None
+    report = progress if progress and process_group.is_main else lambda done, total: None
     report(0, images.length)
     done = 0
     for numbers, features, batch in features_of(images, ranges, extractor, device):
         part.add(numbers, features, batch)
         done += len(numbers)
-        report(min(images.length, done * team.size), images.length)
+        report(min(images.length, done * process_group.size), images.length)
     part.flush()
-    return _merged(team.gather(part.result()), images.length)
+    return _merged(process_group.gather(part.result()), images.length)
 
 
 class _Part:

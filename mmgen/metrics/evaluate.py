@@ -12,7 +12,7 @@ import numpy as np
 
 from ..errors import ConfigError, ModelError, nearest
 from ..system.files import at_home
-from ..system.processes import Team
+from ..system.processes import ProcessGroup
 from .captions import read_captions
 from .comparisons import COMPARISONS
 from .features import SMALLEST_FOR_INCEPTION, Extractor, auto_extractor, build_extractor, features_in
@@ -126,7 +126,7 @@ def evaluate(
     samples: Sequence[str],
     settings: FidSettings,
     *,
-    team: Team = Team(),
+    process_group: ProcessGroup = ProcessGroup(),
     bar: Bar = lambda what, images: nullcontext(lambda done, of=None: None),
 ) -> Report:
     """Scores every set of samples that the words mean; writes statistics where they are asked for.
@@ -158,13 +158,13 @@ def evaluate(
         extractor, why = _extractor(subjects, settings, bar)
     reference = None
     if compared and (settings.ref is not None or settings.save_stats is None):
-        reference = _reference(subjects, settings, extractor, any(metric in COMPARISONS for metric in metrics), team, bar)
+        reference = _reference(subjects, settings, extractor, any(metric in COMPARISONS for metric in metrics), process_group, bar)
     elif compared:
         metrics = tuple(metric for metric in metrics if not _compares(metric))  # only statistics are wanted
     metrics, notes = _possible(metrics, settings, extractor, reference)
     clip = build_clip(settings.clip, settings.device) if "clip" in metrics else None
-    rows = [_score(subject, settings, extractor, metrics, reference, clip, team, bar) for subject in subjects]
-    if settings.save_stats is not None and team.is_main:
+    rows = [_score(subject, settings, extractor, metrics, reference, clip, process_group, bar) for subject in subjects]
+    if settings.save_stats is not None and process_group.is_main:
         _save(settings.save_stats, rows[0], extractor)
     notes += [] if why is None else [why]
     return Report(rows, reference, extractor, notes, None if clip is None else {"network": clip.name, "sha256": clip.sha256})
@@ -224,7 +224,7 @@ def _extractor(subjects: Sequence[Subject], settings: FidSettings, bar: Bar) -> 
 
 
 def _reference(
-    subjects: Sequence[Subject], settings: FidSettings, extractor: Extractor, single: bool, team: Team, bar: Bar
+    subjects: Sequence[Subject], settings: FidSettings, extractor: Extractor, single: bool, process_group: ProcessGroup, bar: Bar
 ) -> ReferenceSet:
     with bar("decoding the reference", 0) as update:
         found, warning = reference_images(
@@ -242,7 +242,7 @@ def _reference(
             raise ConfigError(f"--ref-mode is for a statistics file, and {found.name} holds images: leave it out")
         with bar(f"reference {found.name}", found.length) as update:
             collected = collect_reference(
-                found, extractor, keep=single, batch_size=settings.batch_size, device=settings.device, team=team, progress=update
+                found, extractor, keep=single, batch_size=settings.batch_size, device=settings.device, process_group=process_group, progress=update
             )
             return collected if warning is None else replace(collected, warnings=(*collected.warnings, warning))
     with bar(f"reference {found.name}", 0) as update:
@@ -253,7 +253,7 @@ def _reference(
             ref_mode=settings.ref_mode,
             batch_size=settings.batch_size,
             device=settings.device,
-            team=team,
+            process_group=process_group,
             progress=update,
         )
 
@@ -283,7 +283,7 @@ def _score(
     metrics: tuple[str, ...],
     reference: ReferenceSet | None,
     clip: ClipScore | None,
-    team: Team,
+    process_group: ProcessGroup,
     bar: Bar,
 ) -> Row:
     drawn = "seed" in subject.record and len(subject.draws) > 1
@@ -303,7 +303,7 @@ def _score(
             progress = update
             if images.telling is not None:  # drawing takes the time
                 images, progress = images.telling(update), None
-            scores.append(score(images, reference, extractor, chosen, device=settings.device, team=team, progress=progress))
+            scores.append(score(images, reference, extractor, chosen, device=settings.device, process_group=process_group, progress=progress))
     return Row(subject, summary(scores), scores)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.cache import cache_root
 from ..errors import DataError, MmgenError
 from ..system.files import replacing, sha256_of
-from ..system.processes import Team
+from ..system.processes import ProcessGroup
 from ..system.tensor_files import save_tensors
 from .collect import Collected, Progress, Wanted, collect
 from .features import Extractor
@@ -50,7 +50,7 @@ def collect_reference(
     keep: bool = False,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
-    team: Team = Team(),
+    process_group: ProcessGroup = ProcessGroup(),
     progress: Progress | None = None,
 ) -> ReferenceSet:
     """The features of reference images: from the cache, where these very images have been seen by this protocol.
@@ -58,15 +58,15 @@ def collect_reference(
     `keep`: single features are needed as well. Raises as `collect.collect`.
     """
     file = _cache_file(images, extractor)
-    found = _read(file, keep) if file is not None and team.is_main else None
-    found = team.gather(found)[0]
+    found = _read(file, keep) if file is not None and process_group.is_main else None
+    found = process_group.gather(found)[0]
     if found is None:
         collected = collect(
-            images, extractor, Wanted(keep=keep), batch_size=batch_size, device=device, team=team, progress=progress
+            images, extractor, Wanted(keep=keep), batch_size=batch_size, device=device, process_group=process_group, progress=progress
         )
         gaussian = Gaussian(collected.statistics.mean.cpu(), collected.statistics.covariance.cpu())
         found = gaussian, collected.kept
-        if file is not None and team.is_main:
+        if file is not None and process_group.is_main:
             _write(file, gaussian, collected)
     gaussian, kept = found
     fingerprint = images.fingerprint() if images.fingerprint is not None else None
@@ -84,7 +84,7 @@ def file_reference(
     ref_mode: str | None = None,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
-    team: Team = Team(),
+    process_group: ProcessGroup = ProcessGroup(),
     progress: Progress | None = None,
 ) -> ReferenceSet:
     """The statistics in a file. `keep`: single features too, which ADM's files give through the images in them.
@@ -104,7 +104,7 @@ def file_reference(
     kept, image = found.features, None
     if found.has_images:
         image, own = _images_inside(
-            path, extractor, keep and kept is None, batch_size=batch_size, device=device, team=team, progress=progress
+            path, extractor, keep and kept is None, batch_size=batch_size, device=device, process_group=process_group, progress=progress
         )
         kept = own if kept is None else kept
     return ReferenceSet(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..errors import ConfigError
-from ..system.processes import Team
+from ..system.processes import ProcessGroup
 from .collect import Captioned, Collected, Progress, Wanted, collect
 from .comparisons import COMPARISONS, Pair, named
 from .features import Extractor
@@ -77,7 +77,7 @@ def score(
     settings: ScoreSettings = ScoreSettings(),
     *,
     device: torch.device | str = "cpu",
-    team: Team = Team(),
+    process_group: ProcessGroup = ProcessGroup(),
     progress: Progress | None = None,
 ) -> Score:
     """One pass over the samples, then all figures asked for. Without a reference: only those that need none.
@@ -97,7 +97,7 @@ def score(
         clip=settings.clip,
         captions=None if settings.captions is None else list(settings.captions),
     )
-    collected = collect(samples, extractor, wanted, batch_size=settings.batch_size, device=device, team=team, progress=progress)
+    collected = collect(samples, extractor, wanted, batch_size=settings.batch_size, device=device, process_group=process_group, progress=progress)
     result = Score(samples.length, image, {}, warnings=warnings, statistics=collected.statistics)
     if distance:
         _add_distance(result, collected, reference, extractor)

@@ -23,7 +23,7 @@ from .folder import Written, all_labels, all_texts, check_num, check_pictures, d
 from .record import Origin, make_record, may_continue, read_record
 from .classes import with_images
 from .drawing import Plan, SampleSettings, plan
-from ..system.processes import Team, find_team
+from ..system.processes import ProcessGroup, find_process_group
 from ..system.tensor_files import save_array
 
 _PART = re.compile(r"(\d+)-(\d+)\.npy")
@@ -39,7 +39,7 @@ def write_npz(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-    team: Team | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Written:
     """Writes images 0 to num - 1 as `arr_0`, uint8 [num, H, W, C], and if there are classes `arr_1`, int64 [num].
 
@@ -50,7 +50,7 @@ def write_npz(
     Raises ConfigError where the file holds samples of other settings or has no record, MmgenError where it cannot be
     written.
     """
-    file, team = Path(file), team or find_team(model.device.type == "cpu")
+    file, process_group = Path(file), process_group or find_process_group(model.device.type == "cpu")
     check_num(num)
     chosen = plan(model.config, settings)
     record = make_record(model, origin, chosen, num)
@@ -69,7 +69,7 @@ def write_npz(
                 with archive.open("arr_1.npy", "w", force_zip64=True) as stream:
                     np.lib.format.write_array(stream, np.array(labels, dtype=np.int64))
 
-    return _write(model, file, record, chosen, overwrite, progress, team, assemble)
+    return _write(model, file, record, chosen, overwrite, progress, process_group, assemble)
 
 
 def write_grid(
@@ -82,13 +82,13 @@ def write_grid(
     columns: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
-    team: Team | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Written:
     """Writes images 0 to num - 1 as one PNG picture. Resumes, keeps a record, refuses and raises as `write_npz` does.
 
     columns: tiles a row; None makes it about square, with one class per column where classes come in turn.
     """
-    file, team = Path(file), team or find_team(model.device.type == "cpu")
+    file, process_group = Path(file), process_group or find_process_group(model.device.type == "cpu")
     check_pictures(model.config)
     check_num(num)
     chosen = plan(model.config, settings)
@@ -101,25 +101,25 @@ def write_grid(
         picture = grid(pixels.transpose(0, 3, 1, 2), columns or _columns(num, chosen, len(with_images(model.config))))
         picture.save(target, format="PNG")
 
-    return _write(model, file, record, chosen, overwrite, progress, team, assemble)
+    return _write(model, file, record, chosen, overwrite, progress, process_group, assemble)
 
 
-def _write(model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, progress, team: Team, assemble) -> Written:
+def _write(model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, progress, process_group: ProcessGroup, assemble) -> Written:
     """Draws the missing images into parts, then makes `file` of them with assemble(path)."""
     num, parts = record["num"], parts_folder(file)
-    if team.is_main:
+    if process_group.is_main:
         with disk_errors(file):
             _prepare(file, record, overwrite)
-    team.wait()  # nobody may look before the main process has cleared up ...
+    process_group.wait()  # nobody may look before the main process has cleared up ...
     missing = _missing(file, num)
-    team.wait()  # ... nor write before all have looked
-    for indices, images in draw_missing(model, chosen, missing, num, team, progress):
+    process_group.wait()  # ... nor write before all have looked
+    for indices, images in draw_missing(model, chosen, missing, num, process_group, progress):
         pixels = images.permute(0, 2, 3, 1).numpy()
         for start, stop in contiguous(indices):
             with replacing(parts / f"{indices[start]:09d}-{indices[stop - 1] + 1:09d}.npy") as temporary:
                 save_array(temporary, pixels[start:stop])
-    team.wait()
-    if team.is_main:
+    process_group.wait()
+    if process_group.is_main:
         old = read_record(record_file(file)) or {}
         if missing or not old.get("complete"):
             # Inside the folder of parts, which a later run clears of what a killed one left
@@ -136,7 +136,7 @@ def _write(model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, p
         finish(record_file(file), record, bool(missing))
         with disk_errors(file):
             _remove_parts(file)
-    team.wait()
+    process_group.wait()
     return Written(file, num, len(missing), record)
 
 

@@ -25,7 +25,7 @@ from .missing import Progress, draw_missing
 from .record import Origin, make_record, may_continue, read_record
 from .drawing import Plan, SampleSettings, draw_condition, plan
 from .prompts import texts_of
-from ..system.processes import Team, find_team
+from ..system.processes import ProcessGroup, find_process_group
 
 RECORD = "samples.json"
 LABELS = "dataset.json"
@@ -54,7 +54,7 @@ def write_png(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
-    team: Team | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Written:
     """Writes images 0 to num - 1 as `000000.png` ... (more digits if num needs them), those that are not there yet.
 
@@ -68,27 +68,27 @@ def write_png(
     Raises ConfigError for a folder with samples of other settings, or with pictures that no record explains, which
     `overwrite` does not touch either; MmgenError where a file cannot be written.
     """
-    folder, team = Path(folder), team or find_team(model.device.type == "cpu")
+    folder, process_group = Path(folder), process_group or find_process_group(model.device.type == "cpu")
     check_pictures(model.config)
     check_num(num)
     chosen = plan(model.config, settings)
     digits = max(6, len(str(num - 1)))
     record = make_record(model, origin, chosen, num, digits=digits)
-    if team.is_main:
+    if process_group.is_main:
         with disk_errors(folder):
             _prepare(folder, record, overwrite)
-    team.wait()  # nobody may look before the main process has cleared up ...
+    process_group.wait()  # nobody may look before the main process has cleared up ...
     missing = _missing(folder, num, digits)
-    team.wait()  # ... nor write before all have looked
+    process_group.wait()  # ... nor write before all have looked
     if missing:
         with staging(folder) as temporary, _in_background(temporary) as write:
-            for indices, images in draw_missing(model, chosen, missing, num, team, progress):
+            for indices, images in draw_missing(model, chosen, missing, num, process_group, progress):
                 write((folder / _name(i, digits), image) for i, image in zip(indices, images, strict=True))
-        team.wait()
+        process_group.wait()
         with disk_errors(folder):
-            _flush(folder, [_name(i, digits) for i in range(num)[team.index :: team.size]])
-    team.wait()
-    if team.is_main:
+            _flush(folder, [_name(i, digits) for i in range(num)[process_group.index :: process_group.size]])
+    process_group.wait()
+    if process_group.is_main:
         labels = all_labels(model.config, chosen, num)
         if labels is not None:
             listed = [[_name(i, digits), label] for i, label in enumerate(labels)]

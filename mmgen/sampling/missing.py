@@ -11,29 +11,29 @@ from torch import Tensor
 from ..errors import MmgenError
 from ..models.build import AnyModel
 from .drawing import Plan, draw
-from ..system.processes import Team
+from ..system.processes import ProcessGroup
 
 Progress = Callable[[float, int], None]  # called with (images that are there, images in all), by the main process only
 
 
 def draw_missing(
-    model: AnyModel, chosen: Plan, missing: Sequence[int], num: int, team: Team, progress: Progress | None = None
+    model: AnyModel, chosen: Plan, missing: Sequence[int], num: int, process_group: ProcessGroup, progress: Progress | None = None
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yields (image numbers, uint8 [N, C, H, W]) for this process's share of `missing`, a batch at a time.
 
     `missing` must be the same list in all processes. Progress assumes that the others are as fast as this one.
     Raises MmgenError where a batch does not fit into the GPU's memory.
     """
-    report = progress if progress and team.is_main else lambda done, total: None
+    report = progress if progress and process_group.is_main else lambda done, total: None
     there, drawn = num - len(missing), 0
     report(there, num)
-    size = max(1, min(chosen.batch_size, math.ceil(len(missing) / team.size)))
+    size = max(1, min(chosen.batch_size, math.ceil(len(missing) / process_group.size)))
     batches = [list(missing[i : i + size]) for i in range(0, len(missing), size)]
 
     def tell(part: float) -> None:
-        report(min(num, there + (drawn + part) * team.size), num)
+        report(min(num, there + (drawn + part) * process_group.size), num)
 
-    for indices in batches[team.index :: team.size]:
+    for indices in batches[process_group.index :: process_group.size]:
         try:
             images, _ = draw(model, chosen, indices, tell)
         except torch.OutOfMemoryError as error:

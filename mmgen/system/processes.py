@@ -23,7 +23,7 @@ def _alone(value: Any) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Team:
+class ProcessGroup:
     """This process's number, how many there are, and two ways to meet the others."""
 
     index: int = 0
@@ -36,20 +36,20 @@ class Team:
         return self.index == 0
 
 
-def find_team(cpu: bool = False) -> Team:
+def find_process_group(cpu: bool = False) -> ProcessGroup:
     """The processes that were launched. `cpu`: keep off the GPUs."""
     from accelerate import PartialState
     from accelerate.utils import get_int_from_env
 
     if get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"], 1) == 1:
-        return Team()
-    return team_of(PartialState(cpu=cpu, timeout=COLLECTIVE_TIMEOUT))
+        return ProcessGroup()
+    return process_group_of(PartialState(cpu=cpu, timeout=COLLECTIVE_TIMEOUT))
 
 
-def team_of(state: Any) -> Team:
-    """The team of accelerate's state or Accelerator. The first call is a collective: all processes make it at the same time."""
+def process_group_of(state: Any) -> ProcessGroup:
+    """The process group of accelerate's state or Accelerator. The first call is a collective: all processes make it at the same time."""
     if state.num_processes == 1:
-        return Team()
+        return ProcessGroup()
     import torch.distributed as dist
 
     group = _meeting_group(dist.group.WORLD)
@@ -59,7 +59,7 @@ def team_of(state: Any) -> Team:
         dist.all_gather_object(values, value, group=group)
         return values
 
-    return Team(state.process_index, state.num_processes, lambda: dist.barrier(group), gather)
+    return ProcessGroup(state.process_index, state.num_processes, lambda: dist.barrier(group), gather)
 
 
 @functools.lru_cache(maxsize=1)

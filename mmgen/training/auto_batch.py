@@ -19,10 +19,10 @@ import torch
 from ..errors import TrainingError
 from ..system.files import write_json
 from ..models.config import ModelConfig
-from ..system.processes import Team
+from ..system.processes import ProcessGroup
 from .batches import Batch
 from .cost import PassCost, pass_cost
-from .task import Part
+from .task import TrainedNetwork
 
 FILE = "batch_per_device.json"  # in the run's folder
 # A forward pass of so much arithmetic on each core is about as fast per image as a larger one: the digits' network, 9.4 MFLOP an
@@ -39,9 +39,9 @@ class Found:
 
 
 def find_size(
-    sizes: Sequence[int], *, parts: Mapping[str, Part], optimizers: Mapping[str, torch.optim.Optimizer],
+    sizes: Sequence[int], *, parts: Mapping[str, TrainedNetwork], optimizers: Mapping[str, torch.optim.Optimizer],
     batch_of: Callable[[int], Batch], model_config: ModelConfig, precision: str, checkpointing: bool, sharded: bool,
-    device: torch.device, team: Team, folder: Path,
+    device: torch.device, process_group: ProcessGroup, folder: Path,
 ) -> Found:  # fmt: skip
     """The largest of `sizes` (ascending, not empty) with which all processes can train; to be called in all of them.
 
@@ -49,7 +49,7 @@ def find_size(
 
     Raises TrainingError where not even the least fits.
     """
-    kept = team.gather(read_kept(folder))[0]
+    kept = process_group.gather(read_kept(folder))[0]
     kept = kept if kept in sizes else None
     if device.type == "cuda" and not sharded:
         attempt = one_pass(parts, optimizers, batch_of, device)
@@ -58,18 +58,18 @@ def find_size(
         search = lambda: largest_that_fits(sizes, attempt)  # noqa: E731
     else:
         cost = pass_cost(model_config, precision, checkpointing)
-        states = states_to_come(parts, optimizers) // (team.size if sharded else 1)
+        states = states_to_come(parts, optimizers) // (process_group.size if sharded else 1)
         room = int(OF_MEMORY * free_memory(device)) - states
         own = kept if kept is not None and kept * cost.bytes <= room else 0
         search = lambda: estimated_size(sizes, cost, room, on_cpu=device.type == "cpu")  # noqa: E731
         how = f"estimated: {cost.bytes / 2**20:.3g} MiB an image, and {max(room, 0) / 2**30:.3g} GiB to fill"
         if device.type == "cpu":
             how += "; no larger than gains speed on a CPU"
-    size = min(team.gather(own))
+    size = min(process_group.gather(own))
     if size:
         how = "as found when the run began"
     else:
-        size = min(team.gather(search()))
+        size = min(process_group.gather(search()))
         how += f"; {kept}, found when the run began, no longer fits" if kept is not None else ""
     if not size:
         raise TrainingError(
@@ -77,7 +77,7 @@ def find_size(
             "run.gradient_checkpointing=true, take more devices or shard (accelerate launch --use_fsdp --fsdp_version 2); "
             "--batch-per-device with a number tries nevertheless"
         )
-    if team.is_main and size != kept:
+    if process_group.is_main and size != kept:
         write_json(folder / FILE, {"size": size})
     return Found(size, how)
 
@@ -121,7 +121,7 @@ def fits(attempt: Callable[[int], None], size: int) -> bool:
 
 
 def one_pass(
-    parts: Mapping[str, Part], optimizers: Mapping[str, torch.optim.Optimizer], batch_of: Callable[[int], Batch],
+    parts: Mapping[str, TrainedNetwork], optimizers: Mapping[str, torch.optim.Optimizer], batch_of: Callable[[int], Batch],
     device: torch.device,
 ) -> Callable[[int], None]:  # fmt: skip
     """attempt(size): the passes of a step of every part over `size` images, with all that a step holds in memory beside them.
@@ -152,7 +152,7 @@ def one_pass(
     return attempt
 
 
-def _optimizer_states(parts: Mapping[str, Part], optimizers: Mapping[str, torch.optim.Optimizer]) -> list[torch.Tensor]:
+def _optimizer_states(parts: Mapping[str, TrainedNetwork], optimizers: Mapping[str, torch.optim.Optimizer]) -> list[torch.Tensor]:
     """Room for two moments of each parameter of the optimisers that have made no step yet."""
     new = [part.network for name, part in parts.items() if not optimizers[name].state]
     return [torch.empty_like(parameter) for network in new for parameter in network.parameters() for _ in range(2)]
@@ -173,7 +173,7 @@ def estimated_size(sizes: Sequence[int], cost: PassCost, room: int, on_cpu: bool
     return fitting[-1] if fitting else 0
 
 
-def states_to_come(parts: Mapping[str, Part], optimizers: Mapping[str, torch.optim.Optimizer]) -> int:
+def states_to_come(parts: Mapping[str, TrainedNetwork], optimizers: Mapping[str, torch.optim.Optimizer]) -> int:
     """Bytes of the gradients, and of the moments of optimisers that have made no step yet."""
     counts = {name: sum(parameter.numel() for parameter in part.network.parameters()) for name, part in parts.items()}
     return sum(4 * count * (1 if optimizers[name].state else 3) for name, count in counts.items())

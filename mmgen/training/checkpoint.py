@@ -28,7 +28,7 @@ from torch import nn
 from ..errors import MmgenError, ModelError, TrainingError, cannot_write, shortened
 from ..system.files import replacing_folder
 from ..models.files import check_state
-from ..system.processes import Team
+from ..system.processes import ProcessGroup
 from ..system.tensor_files import save_tensors
 from .checkpoint_sums import damage, read_state, write_state
 from .ema import EMA
@@ -60,7 +60,7 @@ def save_checkpoint(
     ema: EMA,
     scalers: dict[str, Any],
     progress: Progress,
-    team: Team = Team(),
+    process_group: ProcessGroup = ProcessGroup(),
 ) -> Path:
     """Writes one checkpoint under `folder` and returns its path. Raises MmgenError where the disk is full.
 
@@ -71,14 +71,14 @@ def save_checkpoint(
     content: dict[str, Any] = {"images": progress.images, "seconds": progress.seconds}
     for key, scaler in _of_parts(scalers):
         content[key] = scaler.state_dict() if scaler is not None else None
-    with replacing_folder(path) if team.is_main else contextlib.nullcontext() as temporary:
+    with replacing_folder(path) if process_group.is_main else contextlib.nullcontext() as temporary:
         for file, state in _states(networks, optimizers, ema, content):
-            tensors = gathered(state, keep=team.is_main)
-            if team.is_main:
+            tensors = gathered(state, keep=process_group.is_main)
+            if process_group.is_main:
                 save_tensors(tensors, temporary / f"{file}.safetensors")
             del tensors, state  # before the next file is put together
-            team.wait()  # the next may be a collective of the devices, in which nobody waits for a disk
-        if team.is_main:
+            process_group.wait()  # the next may be a collective of the devices, in which nobody waits for a disk
+        if process_group.is_main:
             write_state(temporary, content)
     return path
 
@@ -110,7 +110,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[0-9]*") if p.name.isdecimal() and p.is_dir())
 
 
-def newest_whole(folder: Path, needed: Iterable[str], team: Team, note: Callable[[str], None]) -> Path | None:
+def newest_whole(folder: Path, needed: Iterable[str], process_group: ProcessGroup, note: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that is not damaged, the same in all processes, which all call this; None where there is none yet.
 
     Newer ones, which are damaged, are named by `note`, and renamed to `damaged-...`, so that others of the same number can be
@@ -118,12 +118,12 @@ def newest_whole(folder: Path, needed: Iterable[str], team: Team, note: Callable
     renamed, so that the next attempt does not begin from nothing.
     """
     chosen, refusal = None, None
-    if team.is_main:
+    if process_group.is_main:
         try:
             chosen = _choose(folder, set(needed), note)
         except MmgenError as error:
             refusal = error
-    chosen, refusal = team.gather((chosen, refusal))[0]
+    chosen, refusal = process_group.gather((chosen, refusal))[0]
     if refusal is not None:
         raise refusal
     return chosen

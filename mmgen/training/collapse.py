@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics.image_sets import ImageSet
-from ..system.processes import Team
+from ..system.processes import ProcessGroup
 
 LEAST = 0.1  # of the data's variance
 _OF_DATA = 2000  # images that tell it
@@ -32,9 +32,9 @@ class Spread:
         self.sums = self.sums + values.sum(0)
         self.squares = self.squares + (values**2).sum(0)
 
-    def result(self, team: Team = Team()) -> float:
+    def result(self, process_group: ProcessGroup = ProcessGroup()) -> float:
         """In grey levels squared, of the images of all processes, which all call this. 0 for no images."""
-        parts = team.gather((self.count, self.sums, self.squares))
+        parts = process_group.gather((self.count, self.sums, self.squares))
         count, sums, squares = (sum(values) for values in zip(*parts, strict=True))
         return float(np.mean(squares / count - (sums / count) ** 2)) if count else 0.0
 

@@ -25,7 +25,7 @@ from ..metrics.score import ScoreSettings, figure_name, score
 from ..models.build import AnyModel
 from ..sampling.drawing import SampleSettings, plan
 from ..system.files import read_json, write_json
-from ..system.processes import Team
+from ..system.processes import ProcessGroup
 from .collapse import Spread, spread_of_data, watched
 from .task import Reporter, Work
 
@@ -39,10 +39,10 @@ class Scorer:
     """
 
     def __init__(
-        self, extractor: Extractor, dataset: Dataset, run: RunSettings, device: torch.device, team: Team, work: Work
+        self, extractor: Extractor, dataset: Dataset, run: RunSettings, device: torch.device, process_group: ProcessGroup, work: Work
     ) -> None:
         self.work = work
-        self.extractor, self.images, self.run, self.device, self.team = extractor, dataset_images(dataset), run, device, team
+        self.extractor, self.images, self.run, self.device, self.process_group = extractor, dataset_images(dataset), run, device, process_group
         self.name = figure_name(extractor.title, run.eval_num)
         self._reference: ReferenceSet | None = None
         self._of_data = spread_of_data(dataset.images)
@@ -60,7 +60,7 @@ class Scorer:
         if self._reference is None:
             with self.work("reference", self.images.length) as update:
                 self._reference = collect_reference(
-                    self.images, self.extractor, batch_size=batch, device=self.device, team=self.team, progress=update
+                    self.images, self.extractor, batch_size=batch, device=self.device, process_group=self.process_group, progress=update
                 )
         values, self.variance = {}, {}
         for count in steps:
@@ -70,11 +70,11 @@ class Scorer:
             with self.work(what or f"scoring, {count} step{'s' * (count > 1)}", self.run.eval_num) as update:
                 found = score(
                     watched(images.telling(update), spread), self._reference, self.extractor,
-                    ScoreSettings(batch_size=batch, bias=False), device=self.device, team=self.team,
+                    ScoreSettings(batch_size=batch, bias=False), device=self.device, process_group=self.process_group,
                 )  # fmt: skip
             values[count] = found.figures[self.name]
             if self._of_data:
-                self.variance[str(count)] = spread.result(self.team) / self._of_data
+                self.variance[str(count)] = spread.result(self.process_group) / self._of_data
         return values
 
 
@@ -85,20 +85,20 @@ class Scorer:
         how = [__version__, config, steps, seed, self.run.eval_num, self.extractor.protocol, self.images.fingerprint()]
         key = hashlib.sha256(json.dumps([sha256, self.device.type, *how], sort_keys=True).encode()).hexdigest()
         file, found = cache_root() / "scores" / f"{key}.json", None
-        if self.team.is_main:
+        if self.process_group.is_main:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # not known yet, or damaged
                 found = float(read_json(file)["value"])
-        found = self.team.gather(found)[0]
+        found = self.process_group.gather(found)[0]
         if found is None:
             found = self.measure(model, [steps], seed, what)[steps]
-            if self.team.is_main:
+            if self.process_group.is_main:
                 with contextlib.suppress(MmgenError):  # a cache that cannot be written costs time only
                     write_json(file, {"value": found, "score": self.name, "model": sha256, "steps": steps})
         return found
 
 
 def make_scorer(
-    run: RunSettings, dataset: Dataset | LatentDataset, device: torch.device, team: Team, note: Callable[[str], None],
+    run: RunSettings, dataset: Dataset | LatentDataset, device: torch.device, process_group: ProcessGroup, note: Callable[[str], None],
     work: Work = Reporter().work,
 ) -> Scorer | None:  # fmt: skip
     """What `run.eval_features` asks for, checked before training begins; None where nothing can or need be measured.
@@ -116,7 +116,7 @@ def make_scorer(
         if extractor.metric == "fd-pixels" and math.prod(shape) > LARGEST_PIXELS:
             note(f"nothing is measured while training: images of {math.prod(shape):,} numbers are too large for their pixels' covariance")
             return None
-        return Scorer(extractor, dataset, run, device, team, work)
+        return Scorer(extractor, dataset, run, device, process_group, work)
     try:
         extractor, why = auto_extractor(shape, device=device)
     except MmgenError as error:
@@ -124,4 +124,4 @@ def make_scorer(
         return None
     if why is not None:
         note(why)
-    return Scorer(extractor, dataset, run, device, team, work)
+    return Scorer(extractor, dataset, run, device, process_group, work)

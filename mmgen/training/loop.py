@@ -27,7 +27,7 @@ from ..models.config import ModelConfig
 from ..models.files import MODEL_FILE, save_model
 from ..networks import checkpoint_blocks
 from ..system.process import keep_large_blocks
-from ..system.processes import team_of
+from ..system.processes import process_group_of
 from . import collapse, evaluation
 from .auto_batch import describe, find_size
 from .batches import Batch, Parts, crossed, fetch, part_sizes, share_batch
@@ -36,17 +36,17 @@ from .compute import compile_network, set_precision
 from .ema import EMA, ema_decays, ramp_up
 from .figures import make_scorer
 from .gradients import measure_and_clip
-from .numbers import Numbers
+from .numbers import MetricAccumulator
 from .optim import build_optimizer, learning_rate
 from .run_folder import RunFolder
 from .run_log import RunLog
 from .sharding import gathered, is_sharded, shard, synchronise_gradients
 from .stopping import StopRequest
-from .task import Outcome, Part, Reporter, Task
+from .task import Outcome, TrainedNetwork, Reporter, Task
 from .threads import choice
 from .updates import Updates, with_its_gradient
 
-__all__ = ["BEST_FILE", "Outcome", "Part", "Reporter", "Task", "Trainer"]
+__all__ = ["BEST_FILE", "Outcome", "TrainedNetwork", "Reporter", "Task", "Trainer"]
 
 BEST_FILE = "model-best.safetensors"  # the averaged weights with the best score so far, at the first of run.eval_steps
 
@@ -105,14 +105,14 @@ class Trainer:
         self.ema = EMA(self.network, ema_decays(train))
         self.progress = Progress()
         self.history = RunLog(folder, reporter, accelerator)
-        self.numbers = Numbers(accelerator, single=len(self.task.parts) == 1)
+        self.numbers = MetricAccumulator(accelerator, single=len(self.task.parts) == 1)
         self.updates = Updates(accelerator, reporter.note, self._remedy)
-        self.team = team_of(accelerator)
+        self.process_group = process_group_of(accelerator)
         if run.batch_per_device == "auto":
             self.parts = self._parts_that_fit()
             run = replace(run, batch_per_device=self.parts.size)
-        self.scorer = make_scorer(run, dataset, accelerator.device, self.team, reporter.note, reporter.work)
-        self.shows = self.team.is_main and evaluation.can_show(self.task.model_config, accelerator.device, reporter.note)
+        self.scorer = make_scorer(run, dataset, accelerator.device, self.process_group, reporter.note, reporter.work)
+        self.shows = self.process_group.is_main and evaluation.can_show(self.task.model_config, accelerator.device, reporter.note)
 
     def _parts_that_fit(self) -> Parts:
         train, processes, group_size = self.train, self.accelerator.num_processes, self.task.group_size
@@ -121,7 +121,7 @@ class Trainer:
             batch_of=lambda size: fetch(self.dataset, 0, size, train.seed, self.accelerator.device),
             model_config=self.task.model_config, precision=train.precision,
             checkpointing=self.run_settings.gradient_checkpointing, sharded=self.sharded,
-            device=self.accelerator.device, team=self.team, folder=self.folder.path,
+            device=self.accelerator.device, process_group=self.process_group, folder=self.folder.path,
         )  # fmt: skip
         self.reporter.note(describe(found))
         return share_batch(train.batch_size, group_size, processes, found.size)
@@ -162,7 +162,7 @@ class Trainer:
                 ends = done or self._should_end(stop, time.monotonic() - started, step)
                 if ends or crossed(before, images, run.checkpoint_every):
                     self._save()
-                    self.team.wait()
+                    self.process_group.wait()
                 if ends:
                     break
                 if self._look(before):
@@ -171,7 +171,7 @@ class Trainer:
             if stop.signal is not None:
                 return Outcome(self.progress.images, signal=stop.signal)
         results = self._finish(anew=self.progress.images > first)
-        self.team.wait()
+        self.process_group.wait()
         return Outcome(self.progress.images, finished=finished, results=results)
 
     def _look(self, before: int, again: bool = True) -> bool:
@@ -185,13 +185,13 @@ class Trainer:
             return False
         there = False, False
         if not again:  # the main process has the log
-            there = self.team.gather((bool(self.history.figures_at(self.progress.images)), self._preview_file().is_file()))[0]
+            there = self.process_group.gather((bool(self.history.figures_at(self.progress.images)), self._preview_file().is_file()))[0]
         if due[0] and not there[0]:
             self._measure()
-            self.team.wait()
+            self.process_group.wait()
         if due[1] and not there[1]:
             self._preview()
-            self.team.wait()
+            self.process_group.wait()
         return True
 
     def _step(self) -> None:
@@ -228,7 +228,7 @@ class Trainer:
             self.numbers.add(numbers)
         self.numbers.add_step(name, total, norm)
 
-    def _gradients_travel(self, part: Part, objective: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
+    def _gradients_travel(self, part: TrainedNetwork, objective: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
         if self.sharded:
             synchronise_gradients(part.network, wanted)
         return contextlib.nullcontext() if wanted or self.sharded else self.accelerator.no_sync(objective)
@@ -279,7 +279,7 @@ class Trainer:
         values = {str(count): value for count, value in self.scorer.measure(model, steps, self.train.seed).items()}
         deciding, name = str(steps[0]), self.scorer.name
         best = values[deciding] < min(self.history.values_of(name, deciding), default=math.inf)
-        if self.team.gather(best)[0]:  # only the main process has the log
+        if self.process_group.gather(best)[0]:  # only the main process has the log
             self._save_model(self.folder.path / BEST_FILE, self.ema.first, figures={name: values})
         # After the model: were it logged before and the run killed between, no later figure would count as better
         self._log({"figure": name, "values": values, "num": self.run_settings.eval_num, **self._watched(self.scorer.variance)})
@@ -295,7 +295,7 @@ class Trainer:
 
     def _resume(self) -> None:
         folder, note = self.folder.checkpoints, self.reporter.note
-        newest = newest_whole(folder, file_names(self.networks, self.ema), self.team, note)
+        newest = newest_whole(folder, file_names(self.networks, self.ema), self.process_group, note)
         if newest is not None:
             self.progress = load_checkpoint(newest, self.networks, self.optimizers, self.ema, self.scalers)
             note(f"resuming from {newest}: {self.progress.images:,} images seen")
@@ -303,18 +303,18 @@ class Trainer:
         if changed := self.folder.changed:
             note("changed since the run began: " + ", ".join(f"{key} = {now}, was {was}" for key, (was, now) in changed.items()))
             self._log({"changed": changed})
-        self.team.wait()
+        self.process_group.wait()
 
     def _save(self) -> None:
         """The model files and a checkpoint."""
-        numbers, main, folder = self._flush(), self.team.is_main, self.folder.checkpoints
+        numbers, main, folder = self._flush(), self.process_group.is_main, self.folder.checkpoints
         if numbers and main:
             self._log(numbers)
         # Before the checkpoint: were they after it and the run killed between, they would stay those of the one before
         for name in self.ema.decays or [None]:
             file = MODEL_FILE if name == self.ema.first else f"model-ema-{name}.safetensors"
             self._save_model(self.folder.path / file, name)
-        save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.scalers, self.progress, self.team)
+        save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.scalers, self.progress, self.process_group)
         if main:
             remove_old(folder, self.run_settings.keep_checkpoints)
             curves = evaluation.curves(self.history.lines, levels=self.task.levels)
@@ -322,10 +322,10 @@ class Trainer:
 
     def _save_model(self, file: Path, name: str | None, **more: Any) -> None:
         """One model file, by the main process; all give it their pieces, and wait for it."""
-        state = gathered(self.ema.state_dict(name), keep=self.team.is_main)
-        if self.team.is_main:
+        state = gathered(self.ema.state_dict(name), keep=self.process_group.is_main)
+        if self.process_group.is_main:
             save_model(file, self._model_config(name, **more), state)
-        self.team.wait()
+        self.process_group.wait()
 
     def _preview(self) -> None:
         if not (self.shows or self.sharded):
@@ -359,7 +359,7 @@ class Trainer:
         results = self.folder.read_results(images) if main and not anew else None
         done = results is not None
         measured = bool(self.history.figures_at(self.progress.images))
-        done, measured = self.team.gather((done, measured))[0]  # the main process decides: only it has the log
+        done, measured = self.process_group.gather((done, measured))[0]  # the main process decides: only it has the log
         if done:
             return results
         if not measured:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Numbers:
+class MetricAccumulator:
     """`add` at every step costs no synchronisation; `flush` asks the device, once, and reduces over the processes."""
 
     def __init__(self, accelerator: Any, single: bool) -> None:

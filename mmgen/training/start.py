@@ -21,7 +21,7 @@ from ..data.texts import encode_captions, without
 from ..errors import ConfigError, DataError
 from ..networks.text import TextSettings
 from ..system.lock import only_run_in
-from ..system.processes import COLLECTIVE_TIMEOUT, team_of
+from ..system.processes import COLLECTIVE_TIMEOUT, process_group_of
 from .initial import begin_with, read_initial
 from .loop import Trainer
 from .run_folder import RunFolder
@@ -109,7 +109,7 @@ def make_accelerator(train: TrainSettings, run: RunSettings, out: Path, device: 
         step_scheduler_with_optimizer=False,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
     )
-    team_of(accelerator)  # while all processes are at the same place
+    process_group_of(accelerator)  # while all processes are at the same place
     return accelerator
 
 
@@ -184,7 +184,7 @@ def _train(
     folder = RunFolder(out)
     if accelerator.is_main_process:
         folder.open(command, config.to_dict(), dataset)
-    team_of(accelerator).wait()
+    process_group_of(accelerator).wait()
     accelerator.init_trackers("mmgen")
     trainer = Trainer(
         make_task, dataset, folder, reporter, accelerator, train=config.train, optimizer=config.optimizer, run=config.run,

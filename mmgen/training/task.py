@@ -17,7 +17,7 @@ from .batches import Batch
 
 
 @dataclass
-class Part:
+class TrainedNetwork:
     """A network that is trained, with its objective. The loop gives it an optimiser of its own.
 
     Attributes:
@@ -60,7 +60,7 @@ class Task:
         advice: what to try where training collapses, besides what helps every method; ends with a comma and a blank.
     """
 
-    parts: dict[str, Part]
+    parts: dict[str, TrainedNetwork]
     model_config: ModelConfig
     turn: Callable[[int], str] = always_first
     frozen: Sequence[nn.Module] = ()

@@ -17,7 +17,7 @@ from mmgen.models.flow_model import FlowModel
 from mmgen.sampling.folder import write_png
 from mmgen.sampling.record import Origin
 from mmgen.sampling.drawing import SampleSettings, draw
-from mmgen.system.processes import Team
+from mmgen.system.processes import ProcessGroup
 from mmgen.methods.imm.objective import imm_model_config
 
 from .measuring import Case, Row, Run, Size, compared, seconds, temporary_folder
@@ -77,7 +77,7 @@ def ours(preset: str, changes: dict, num: int, device: str) -> Run:
     origin, settings = Origin.of(folder), SampleSettings(steps=2, batch_size=BATCH)
 
     def once() -> None:
-        write_png(model, new_folder(folder), num, settings, origin, team=Team())
+        write_png(model, new_folder(folder), num, settings, origin, process_group=ProcessGroup())
 
     return once
 

@@ -16,14 +16,14 @@ from ...models.denoiser import Denoiser
 from ...losses.moment_matching import auxiliary_loss, distance, moment_gap, student_loss
 from ...training.batches import Batch
 from .matching import Matching, full_precision, mean_of
-from ...training.task import Part
+from ...training.task import TrainedNetwork
 
 
-def alternating_parts(matching: Matching, auxiliary: Denoiser) -> dict[str, Part]:
+def alternating_parts(matching: Matching, auxiliary: Denoiser) -> dict[str, TrainedNetwork]:
     """The student's part, which is the model, and the auxiliary's, which begins as a copy of the teacher."""
     return {
-        "student": Part(matching.student.network, StudentObjective(matching, auxiliary)),
-        "auxiliary": Part(auxiliary.network, AuxiliaryObjective(matching, auxiliary)),
+        "student": TrainedNetwork(matching.student.network, StudentObjective(matching, auxiliary)),
+        "auxiliary": TrainedNetwork(auxiliary.network, AuxiliaryObjective(matching, auxiliary)),
     }
 
 
@@ -44,7 +44,7 @@ class AuxiliaryObjective(nn.Module):
         with full_precision(batch):
             noised = matching.noised(batch)
         with torch.no_grad():
-            x_tilde = matching.answer(noised)  # under autocast, as in the student's turn
+            x_tilde = matching.student_x(noised)  # under autocast, as in the student's turn
             with full_precision(batch):
                 z_s = matching.target(noised, x_tilde)
             with contextlib.nullcontext() if matching.half_teacher else full_precision(batch):
@@ -66,7 +66,7 @@ class StudentObjective(nn.Module):
         matching, (auxiliary,) = self.matching, self._others
         with full_precision(batch):
             noised = matching.noised(batch)
-        x_tilde = matching.answer(noised)
+        x_tilde = matching.student_x(noised)
         with full_precision(batch), torch.no_grad():
             z_s = matching.target(noised, x_tilde)
             g_theta = matching.teacher_x(z_s, noised)

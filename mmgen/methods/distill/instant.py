@@ -30,7 +30,7 @@ from ...losses.moment_matching import (
 from ...models.conditions import example
 from ...training.batches import Batch, fetch
 from .matching import Matching, Noised, full_precision
-from ...training.task import Part
+from ...training.task import TrainedNetwork
 
 GROUP = 2  # images that stay together: one of A and one of B
 MOMENT_PASS = 16  # images in a pass for them where run.batch_per_device is auto
@@ -41,10 +41,10 @@ Derivative = Callable[[Function, dict[str, Tensor], dict[str, Tensor]], tuple[Te
 
 def instant_parts(
     matching: Matching, derivative: Derivative, second_moments: dict[str, Tensor] | None, accelerator: Any
-) -> dict[str, Part]:
+) -> dict[str, TrainedNetwork]:
     """The student's part. derivative: `forward_derivative` or `finite_derivative`; second_moments: of Adam, or None."""
     objective = InstantObjective(matching, derivative, second_moments, accelerator)
-    return {"model": Part(matching.student.network, objective, objective.prepare, objective.rehearse)}
+    return {"model": TrainedNetwork(matching.student.network, objective, objective.prepare, objective.rehearse)}
 
 
 class InstantObjective(nn.Module):
@@ -78,7 +78,7 @@ class InstantObjective(nn.Module):
         with torch.no_grad():
             noised = matching.noised(half)
             with self.accelerator.autocast():  # as in the pass of B
-                x_tilde = matching.answer(noised)
+                x_tilde = matching.student_x(noised)
             z_s = matching.target(noised, x_tilde)
         weight, function = matching.weight(noised.s), self.teacher.at(z_s, noised)
         return teacher_gradient(function, self.teacher.parameters, x_tilde, weight, matching.loss.reduction)
@@ -87,7 +87,7 @@ class InstantObjective(nn.Module):
         matching, half = self.matching, minibatch(batch, 1)
         with full_precision(batch):
             noised = matching.noised(half)
-        x_tilde = matching.answer(noised)
+        x_tilde = matching.student_x(noised)
         with full_precision(batch):
             z_s = matching.target(noised, x_tilde)
             g_theta, along = self.derivative(self.teacher.at(z_s, noised), self.teacher.parameters, self.direction)

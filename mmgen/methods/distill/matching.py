@@ -77,7 +77,7 @@ class Matching:
         condition = self.inputs.condition(batch)
         return Noised(diffuse(self.schedule, x.double(), noise, s), s, s, condition, batch.index), x.double()
 
-    def answer(self, noised: Noised) -> Tensor:
+    def student_x(self, noised: Noised) -> Tensor:
         """x~ = g_eta(z_t), the student's."""
         own = keys(self.seed, noised.index, _OWN) if self.student.is_random else None
         return self.student.x_hat(noised.z_t, noised.t, self.schedule, noised.condition, noise=own)

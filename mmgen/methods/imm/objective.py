@@ -26,7 +26,7 @@ from ...sampling.drawing import check_defaults
 from ...training.batches import Batch
 from ...training.inputs import Inputs
 from ...training.cost import IMM as WORK
-from ...training.task import Part, Task
+from ...training.task import TrainedNetwork, Task
 from ..method import Training
 
 _NOISE, _TIME = 103, 104  # purposes of random numbers, drawn with the seed and the number of the image: see `inputs`
@@ -65,7 +65,7 @@ def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
     network = FlowModel(model_config).network
     objective = ImmObjective(network, config, model_config.latents)
     advice = "loss.group_size of 4 or more, "
-    return Task({"model": Part(network, objective)}, model_config, group_size=config.loss.group_size, advice=advice)
+    return Task({"model": TrainedNetwork(network, objective)}, model_config, group_size=config.loss.group_size, advice=advice)
 
 
 class ImmObjective(nn.Module):

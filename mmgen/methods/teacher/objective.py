@@ -27,7 +27,7 @@ from ...config.teacher import TeacherConfig, resolve
 from ...training.batches import Batch
 from ...training.inputs import Inputs
 from ...training.cost import DENOISING
-from ...training.task import Part, Task
+from ...training.task import TrainedNetwork, Task
 from ..method import Start, Training
 
 _NOISE, _TIME = 120, 121  # purposes of random numbers, drawn with the seed and the number of the image
@@ -67,7 +67,7 @@ def teacher_task(config: TeacherConfig, model_config: ModelConfig, null: Text | 
     network = Denoiser(model_config).network
     if null is not None and model_config.text.encoder != BYTES:
         network.text.set_null(null)
-    parts = {"model": Part(network, DenoisingObjective(network, config, model_config.latents))}
+    parts = {"model": TrainedNetwork(network, DenoisingObjective(network, config, model_config.latents))}
     return Task(parts, model_config, levels=level_edges(config.loss, config.denoiser))
 
 
