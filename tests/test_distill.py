@@ -51,7 +51,7 @@ def gradient_norm(place, student, count=256):
     for first in (0, count):
         noised = used.noised(digits(first, count))
         with torch.no_grad():
-            x_tilde = used.answer(noised)
+            x_tilde = used.student_x(noised)
             z_s = used.target(noised, x_tilde)
         error = ((used.teacher_x(z_s, noised) - x_tilde) ** 2).sum((1, 2, 3))
         found.append(grads((used.weight(noised.s) * error).mean(), teacher.network))

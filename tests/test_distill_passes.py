@@ -228,7 +228,7 @@ def test_dropout_of_the_teacher_is_off_and_clipping_too(tmp_path):
     used = task.parts["student"].objective.matching
     assert not teacher.model.training and not used.teacher.training
     noised = used.noised(digits())
-    assert used.teacher_x(3 * noised.z_t, noised).abs().max() > 1 and used.answer(noised).abs().max() > 1
+    assert used.teacher_x(3 * noised.z_t, noised).abs().max() > 1 and used.student_x(noised).abs().max() > 1
     assert teacher.model.settings.clip and read_config(path).denoiser.clip  # its own samples are clipped as ever
 
 
@@ -241,7 +241,7 @@ def test_guidance_is_the_teachers_alone(place):
     none = teacher.model.x_hat(z, noised.s, used.schedule, noised.condition.null())
     torch.testing.assert_close(used.teacher_x(z, noised), none + 2.5 * (plain - none), rtol=1e-4, atol=1e-4)
     at_t = teacher.model.x_hat(z, noised.t, used.schedule, noised.condition)
-    torch.testing.assert_close(used.answer(noised), at_t)
+    torch.testing.assert_close(used.student_x(noised), at_t)
     assert task.model_config.sampling.guidance == 1 and task.model_config.training["distilled"]["guidance"] == 2.5
 
 

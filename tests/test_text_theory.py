@@ -116,7 +116,7 @@ def test_the_moments_of_the_exact_student_are_the_guided_teachers(w):
     exact = guided_means(w)
     used, images = matching("alternating", w, exact), batch(0, 40_000, exact)
     noised = used.noised(images)
-    x = used.answer(noised)
+    x = used.student_x(noised)
     z_s = used.target(noised, x)
     rest = x - used.teacher_x(z_s, noised)
     swapped = x - used.teacher_x(z_s, replace(noised, condition=byte_text([PROMPTS[1 - i // 2 % 2] for i in range(len(x))], 4)[0]))
