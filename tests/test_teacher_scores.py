@@ -43,10 +43,10 @@ def drawn(monkeypatch) -> list[tuple[str, int, int]]:
     return seen
 
 
-def distilled(teacher: Path, out: str, **train) -> list[dict]:
+def distilled(teacher: Path, out: str, **changes) -> list[dict]:
     run = {"eval_num": 16, "teacher_steps": 4, "eval_steps": [2], "eval_every": 10**6}
     settings = {"teacher": {"name": str(teacher)}, "run": run, "student": {"steps": 2}}
-    settings["train"] = {"batch_size": 4, "max_images": 8, **train}
+    settings["train"] = {"batch_size": 4, "max_images": 8, **changes}
     train(DISTILLATION, resolve_distill(read_preset("digits-distill", "distill"), settings), Path(out), Quiet(), device="cpu")
     return read_json(Path(out) / "results.json")["comparison"]["rows"]
 
