@@ -24,7 +24,7 @@ from torch import Tensor
 import mmgen
 from mmgen import data
 from mmgen.report.charts import Panel, line_chart
-from mmgen.errors import ConfigError, MmgenError
+from mmgen.errors import ConfigError, MmgenError, ModelError
 from mmgen.report.images import labelled_rows, save_png
 from mmgen.metrics.frechet import fd_pixels, halves_distance, pixel_features
 from mmgen.metrics.neighbours import precision_recall
@@ -147,6 +147,8 @@ def student(place: str, variant: Variant, steps: int, seed: int, iterations: int
 def compare(options: argparse.Namespace) -> None:
     place = options.teacher or str(teacher(options.out / "teacher", options.teacher_iterations))
     model = mmgen.load(place)
+    if model.config.denoiser is None:
+        raise ModelError(f"{place} is a flow map, which no student is distilled from: give a diffusion or flow-matching teacher")
     if model.image_shape != (1, 8, 8):
         raise ConfigError(f"the teacher {place} knows images of {model.image_shape}, and the digits are of (1, 8, 8)")
     table = Table(options.samples, options.seeds)

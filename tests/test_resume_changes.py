@@ -53,6 +53,8 @@ def test_the_number_of_images_may_change_while_the_learning_rate_falls_towards_i
     train(tmp_path / "run", **{"train.max_images": 64, "optimizer.decay": "linear"})
     reporter = train(tmp_path / "run", **{"train.max_images": 96, "optimizer.decay": "linear"})
     assert {"train.max_images": [64, 96]} in [line.get("changed") for line in reporter.lines]
+    with pytest.raises(TrainingError, match="has seen 96 images, more than train.max_images=32: choose another --out"):
+        train(tmp_path / "run", **{"train.max_images": 32, "optimizer.decay": "linear"})  # not 96 called 32
 
 
 @pytest.mark.parametrize("key, value, was", [

@@ -21,6 +21,7 @@ from torch import nn
 from ..config.sections import OptimizerSettings, RunSettings, TrainSettings
 from ..data import Dataset
 from ..data.latents import LatentDataset
+from ..errors import TrainingError
 from ..metrics.frechet import halves_distance
 from ..models.build import AnyModel, build_model
 from ..models.config import ModelConfig
@@ -134,11 +135,7 @@ class Trainer:
         self._resume()
         first, total = self.progress.images, self.train.max_images
         self.reporter.start(self.progress.images, total)
-        started, seconds_before, logged_at = (
-            time.monotonic(),
-            self.progress.seconds,
-            (time.monotonic(), self.progress.images),
-        )
+        started, seconds_before, logged_at = time.monotonic(), self.progress.seconds, (time.monotonic(), first)
         threads = choice(run.threads, self.accelerator.num_processes) if self.accelerator.device.type == "cpu" else None
         with StopRequest() as stop:
             if 0 < self.progress.images < total:
@@ -298,6 +295,9 @@ class Trainer:
         newest = newest_whole(folder, file_names(self.networks, self.ema), self.process_group, note)
         if newest is not None:
             self.progress = load_checkpoint(newest, self.networks, self.optimizers, self.ema, self.scalers)
+            if self.progress.images >= self.train.max_images + self.train.batch_size:
+                seen, wanted = f"{self.progress.images:,}", f"train.max_images={self.train.max_images:,}"
+                raise TrainingError(f"{self.folder.path} has seen {seen} images, more than {wanted}: choose another --out")
             note(f"resuming from {newest}: {self.progress.images:,} images seen")
         self.history.rewind(self.progress.images)
         if changed := self.folder.changed:
