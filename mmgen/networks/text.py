@@ -26,21 +26,26 @@ EPSILON = 1e-6  # of every layer norm
 class TextSettings:
     """How a text becomes what a network is conditioned on."""
 
-    encoder: str = BYTES  # bytes: a small transformer on UTF-8, trained with the network; else a folder of transformers, frozen
+    # bytes: a small transformer on UTF-8, trained with the network; else a folder of transformers or of `pipeline`, frozen
+    encoder: str = BYTES
     length: int = 64  # tokens; what is longer is cut. Of bytes: the start and the bytes of the text
     width: int = 128  # of a token. Of a folder: its own, filled in
     pooled: int = 128  # of the vector for the whole text. Of a folder: its own, filled in
     depth: int = 2  # bytes only: transformer blocks
     heads: int = 4  # of the attention, the encoder's own (bytes only) and that of the network's blocks
     sha256: str = ""  # of a folder: of its weights and tokenizer, filled in
+    pipeline: str = ""  # class name of the diffusers pipeline whose text encoders these are, in the folder or hub id `encoder`
 
 
 def check_text(settings: TextSettings) -> None:
     """Raises ConfigError for sizes that no encoder has."""
-    limits = {"length": (2, 4096), "width": (1, 2**17), "pooled": (1, 2**17), "depth": (0, 64), "heads": (1, 2**10)}
+    no_pooled = 0 if settings.pipeline else 1  # some pipelines have no vector for the whole text
+    limits = {"length": (2, 4096), "width": (1, 2**17), "pooled": (no_pooled, 2**17), "depth": (0, 64), "heads": (1, 2**10)}
     for name, (least, most) in limits.items():
         if not least <= getattr(settings, name) <= most:
             raise ConfigError(f"text.{name} = {getattr(settings, name)} is impossible: from {least} to {most:,}")
+    if settings.pipeline and settings.encoder == BYTES:
+        raise ConfigError(f"text.pipeline {settings.pipeline} needs text.encoder: the folder or hub id of the pipeline")
     if settings.encoder == BYTES and settings.width % settings.heads:
         raise ConfigError(f"text.width {settings.width} must be a multiple of text.heads {settings.heads}")
 
