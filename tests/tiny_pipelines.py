@@ -1,6 +1,6 @@
 """diffusers' text-to-image pipelines with small random weights, saved by diffusers itself: `tiny_pipeline(kind, folder)`.
 
-Latents are 4 x 8 x 8 and images 3 x 16 x 16. Tokenizers know single letters; texts are 12 tokens, of T5 and Gemma as many as asked.
+Latents are 4 x 8 x 8 and images 3 x 16 x 16 (`latent_side`). Tokenizers know single letters; texts are 12 tokens, of T5 and Gemma as many as asked.
 `call_options(kind)` is what the pipeline's call needs besides for images of this size.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 LENGTH = 12  # tokens of CLIP
-SIDE = 8  # of the latents
+SIDE, SANA_SIDE = 8, 16  # of the latents; SanaPipeline wants images of multiples of 32
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 _LETTERS = string.ascii_lowercase + string.digits + string.punctuation
 
@@ -32,8 +32,12 @@ def tiny_pipeline(kind: str, folder: Path | str, seed: int = 0, **changes: Any) 
     return str(folder)
 
 
+def latent_side(kind: str) -> int:
+    return {"pixart_alpha_1024": 128, "sana": SANA_SIDE}.get(kind, SIDE)
+
+
 def call_options(kind: str) -> dict[str, Any]:
-    side = 2 * (128 if kind == "pixart_alpha_1024" else SIDE)
+    side = 2 * latent_side(kind)
     binning = {"use_resolution_binning": False} if kind.startswith(("pixart", "sana")) else {}
     return {"height": side, "width": side, **binning}
 
@@ -162,7 +166,7 @@ def _sana(**changes: Any) -> Any:
     vae = AutoencoderDC(latent_channels=4, attention_head_dim=2, **sides, **kinds, scaling_factor=0.41407)
     sizes = dict(in_channels=4, out_channels=4, num_layers=2, num_attention_heads=2, attention_head_dim=4, patch_size=1)
     texts = dict(num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8)
-    transformer = SanaTransformer2DModel(**{**sizes, **texts, "sample_size": SIDE, **changes})
+    transformer = SanaTransformer2DModel(**{**sizes, **texts, "sample_size": SANA_SIDE, **changes})
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return SanaPipeline(tokenizer, encoder, vae, transformer, scheduler)
 
