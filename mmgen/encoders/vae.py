@@ -31,8 +31,9 @@ IMM_STD = (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 IMM_TARGET_STD = 0.5
 IMM_VAES = ("sd-vae-ft-ema", "sd-vae-ft-mse")  # the encoder of both is the same; their decoders differ
 
-KINDS = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny"}
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+KINDS = {"AutoencoderKL": "kl", "AutoencoderTiny": "tiny", "AutoencoderDC": "dc"}  # those but kl have no standard deviation
+WIDTHS = {"kl": "block_out_channels", "tiny": "encoder_block_out_channels", "dc": "encoder_block_out_channels"}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 _HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 _PIXELS_AT_ONCE = 2**20  # decoded at a time: 16 images of 256 x 256
 
@@ -47,7 +48,7 @@ class Vae:
     """
 
     word: str  # what the user wrote
-    kind: Literal["kl", "tiny"]
+    kind: Literal["kl", "tiny", "dc"]
     sha256: str  # of its weights
     channels: int  # C
     factor: int  # H / h
@@ -66,7 +67,7 @@ class Vae:
 
 
 def load_vae(word: str, device: torch.device | str = "cpu") -> Vae:
-    """AutoencoderKL or AutoencoderTiny from a folder as diffusers writes it (its `vae` folder, of a pipeline) or a hub id.
+    """AutoencoderKL, AutoencoderTiny or AutoencoderDC from a folder as diffusers writes it (its `vae` folder, of a pipeline) or a hub id.
 
     Weights are read from safetensors only, and every one must be there. The last two that were loaded are kept. Raises
     ConfigError where diffusers is missing, ModelError where there is no such autoencoder, or it is damaged or of another kind.
@@ -135,9 +136,11 @@ def _load(word: str, device: str) -> Vae:
     folder = _folder(word)
     config = _read_config(folder, word)
     name = config["_class_name"]
+    if classes[name] is None:
+        raise ConfigError(f"{word} is an {name}, which this version of diffusers does not have: pip install -U diffusers")
     module = _read_module(classes[name], folder, word).to(device)
     kind = KINDS[name]
-    widths = config.get("block_out_channels" if kind == "kl" else "encoder_block_out_channels") or [0]
+    widths = config.get(WIDTHS[kind]) or [0]
 
     @torch.no_grad()
     def encode(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +148,8 @@ def _load(word: str, device: str) -> Vae:
         if kind == "kl":
             found = module.encode(x).latent_dist
             return found.mean, found.std
-        mean = module.encode(x).latents
+        found = module.encode(x)
+        mean = found.latents if kind == "tiny" else found.latent
         return mean, torch.zeros_like(mean)
 
     @torch.no_grad()
@@ -160,15 +164,15 @@ def _load(word: str, device: str) -> Vae:
 
     factor = 2 ** (len(widths) - 1)  # each level but the last halves the side
     channels = int(module.config.latent_channels)
-    return Vae(word, kind, sha256_of(folder / _WEIGHTS), channels, factor, encode, decode)
+    return Vae(word, kind, sha256_of(folder / WEIGHTS), channels, factor, encode, decode)
 
 
 def _diffusers_classes() -> dict[str, Any]:
     try:
-        from diffusers import AutoencoderKL, AutoencoderTiny
+        import diffusers
     except ImportError as error:
         raise ConfigError("a VAE needs diffusers: pip install 'mmgen[latents]'") from error
-    return {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    return {name: getattr(diffusers, name, None) for name in KINDS}  # AutoencoderDC since 0.32
 
 
 def _read_config(folder: Path, word: str) -> dict[str, Any]:
@@ -179,7 +183,7 @@ def _read_config(folder: Path, word: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder / 'config.json'} is not the config of a model of diffusers: {error!r}") from error
     if name not in KINDS:
-        raise ModelError(f"{word} is a {name}, not an AutoencoderKL or AutoencoderTiny")
+        raise ModelError(f"{word} is a {name}, not an AutoencoderKL, AutoencoderTiny or AutoencoderDC")
     if channels != (3, 3):
         raise ModelError(f"{word} is a VAE of images with {channels[0]} channels: it must take and give 3")
     return config
@@ -202,8 +206,8 @@ def _read_module(model_class: Any, folder: Path, word: str) -> torch.nn.Module:
             low_cpu_mem_usage=False,  # else diffusers 0.31 does not report weights that it does not know
         )
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-        what = content(folder / _WEIGHTS)
-        damage = f"its {_WEIGHTS} is {what}" if "pointer" in what or "web page" in what or what == "empty" else _line(error)
+        what = content(folder / WEIGHTS)
+        damage = f"its {WEIGHTS} is {what}" if "pointer" in what or "web page" in what or what == "empty" else _line(error)
         raise ModelError(f"cannot load the VAE {word}: {damage}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -211,7 +215,7 @@ def _read_module(model_class: Any, folder: Path, word: str) -> torch.nn.Module:
     if odd or report["unexpected_keys"]:
         what = "missing or of another shape" if odd else "unknown"
         names = ", ".join(sorted(odd or report["unexpected_keys"])[:3])
-        raise ModelError(f"{folder / _WEIGHTS} does not fit its config.json: {names} {what}")
+        raise ModelError(f"{folder / WEIGHTS} does not fit its config.json: {names} {what}")
     return module.eval().requires_grad_(False)
 
 
@@ -221,12 +225,12 @@ def _folder(word: str) -> Path:
     if place.is_dir():
         return _inside(place, word)
     if place.is_file():
-        raise ModelError(f"{word} is a file: give the folder that holds the VAE's config.json and {_WEIGHTS}")
+        raise ModelError(f"{word} is a file: give the folder that holds the VAE's config.json and {WEIGHTS}")
     if not _HUB_ID.match(word):
         raise ModelError(f"there is no folder {word}: give a folder of diffusers or a hub id such as stabilityai/sd-vae-ft-ema")
     from huggingface_hub import HfApi, snapshot_download
 
-    files = [f"{sub}{name}" for sub in ("", "vae/") for name in ("config.json", _WEIGHTS)]
+    files = [f"{sub}{name}" for sub in ("", "vae/") for name in ("config.json", WEIGHTS)]
     try:
         return _inside(Path(snapshot_download(word, local_files_only=True, allow_patterns=files)), word)
     except Exception:  # not in the cache, or a part of it, which is said in more than one way
@@ -248,10 +252,10 @@ def _inside(folder: Path, word: str) -> Path:
     chosen = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
     if not (chosen / "config.json").is_file():
         raise ModelError(f"{word} holds no config.json: give the folder of a VAE as diffusers writes it")
-    if not (chosen / _WEIGHTS).is_file():
+    if not (chosen / WEIGHTS).is_file():
         others = sorted(p.name for p in chosen.glob("*.bin"))
         found = f", only {others[0]}, a pickle, which is not read: save it with save_pretrained as safetensors" if others else ""
-        raise ModelError(f"{word} holds no {_WEIGHTS}{found}")
+        raise ModelError(f"{word} holds no {WEIGHTS}{found}")
     return chosen
 
 

@@ -12,7 +12,7 @@ class LatentSettings:
 
     vae: str  # folder or hub id, as given at encoding
     vae_sha256: str  # of its weights; "" where nothing says: the models of others name their autoencoder by convention only
-    kind: Literal["kl", "tiny"] = "kl"  # AutoencoderKL or AutoencoderTiny
+    kind: Literal["kl", "tiny", "dc"] = "kl"  # AutoencoderKL, AutoencoderTiny or AutoencoderDC
     mean: tuple[float, ...]  # of the training set's latents, per channel
     std: tuple[float, ...]
     target_std: float = 0.5  # IMM's sigma_data
