@@ -60,54 +60,38 @@ def train_imm(
     from .methods import IMM
     from .methods.python import train
 
-    return train(IMM, {"data.name": data}, preset, settings, out, callback, progress, device, max_time)
+    options = {"preset": preset, "settings": settings, "out": out, "callback": callback}
+    return train(IMM, {"data.name": data}, progress=progress, device=device, max_time=max_time, **options)
 
 
-def train_teacher(
-    data: Place | None = None,
-    *,
-    preset: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    out: Place | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
-    progress: bool = True,
-    device: str = "auto",
-    max_time: str | None = None,
-) -> Run:
-    """Trains, or resumes, a diffusion or flow-matching model, as `mmgen train-teacher` does. Arguments: those of `train_imm`."""
+def train_teacher(data: Place | None = None, **options: Any) -> Run:
+    """Trains, or resumes, a diffusion or flow-matching model, as `mmgen train-teacher` does.
+
+    options: preset, settings, out, callback, progress, device and max_time, as of `train_imm`.
+
+    >>> run = mmgen.train_teacher("photos/", settings={"train.max_images": 1_000_000})
+    """
     from .methods import TEACHER
     from .methods.python import train
 
-    return train(TEACHER, {"data.name": data}, preset, settings, out, callback, progress, device, max_time)
+    return train(TEACHER, {"data.name": data}, **options)
 
 
-def distill(
-    teacher: Place,
-    *,
-    steps: int | None = None,
-    data: Place | None = None,
-    preset: str | None = None,
-    settings: Mapping[str, Any] | None = None,
-    out: Place | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
-    progress: bool = True,
-    device: str = "auto",
-    max_time: str | None = None,
-) -> Run:
-    """Distils a teacher into a student of few steps, as `mmgen distill` does. Other arguments: those of `train_imm`.
+def distill(teacher: Place, *, steps: int | None = None, data: Place | None = None, **options: Any) -> Run:
+    """Distils a teacher into a student of few steps, as `mmgen distill` does.
 
     Args:
         teacher: a run folder, a model file, what `mmgen convert` reads, or a hub repository.
         steps: of the student; None: the preset's.
         data: None: what the teacher was trained on.
+        options: preset, settings, out, callback, progress, device and max_time, as of `train_imm`.
 
     >>> run = mmgen.distill("runs/digits-teacher", steps=4, settings={"loss.method": "instant"})
     """
     from .methods import DISTILLATION
     from .methods.python import train
 
-    changes = {"teacher.name": teacher, "student.steps": steps, "data.name": data}
-    return train(DISTILLATION, changes, preset, settings, out, callback, progress, device, max_time)
+    return train(DISTILLATION, {"teacher.name": teacher, "student.steps": steps, "data.name": data}, **options)
 
 
 def load(place: Place, **options: Any) -> FlowModel | Denoiser:
@@ -139,9 +123,10 @@ def convert(place: Place, out: Place, *, to: str = "mmgen", weights: str = "ema"
     >>> mmgen.convert("edm-cifar10-32x32-cond-vp.pkl", "edm-cifar10.safetensors").left_out
     """
     from .formats.convert import convert_file
-    from .formats.family import options_of
+    from .formats.family import ConvertOptions
+    from .system.schema import from_keywords
 
-    return convert_file(place, out, options_of(options), to=to, weights=weights, overwrite=overwrite)
+    return convert_file(place, out, from_keywords(ConvertOptions, options, "option"), to=to, weights=weights, overwrite=overwrite)
 
 
 def pipeline(model: FlowModel | Denoiser | Place, **options: Any) -> Pipeline:

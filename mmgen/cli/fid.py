@@ -134,29 +134,11 @@ def fid(
 
     process_group = find_process_group(cpu=device == "cpu")
     settings = FidSettings(
-        ref=ref,
-        ref_num=ref_num,
-        ref_split=ref_split,
-        ref_mode=ref_mode,
-        resolution=resolution,
-        channels=channels,
-        mode=mode,
-        features=features,
-        inception=home(inception),
-        metrics=wanted,
-        num=num,
-        repeat=repeat,
-        split=split,
-        image_column=image_column,
-        follow_links=follow_links,
-        drawing=drawing,
-        clip=clip,
-        captions=home(captions),
-        save_stats=home(save_stats),
-        out=home(out),
-        batch_size=batch_size,
-        device=find_device(device),
-    )
+        ref=ref, ref_num=ref_num, ref_split=ref_split, ref_mode=ref_mode, resolution=resolution, channels=channels, mode=mode,
+        features=features, inception=home(inception), metrics=wanted, num=num, repeat=repeat, split=split,
+        image_column=image_column, follow_links=follow_links, drawing=drawing, clip=clip, captions=home(captions),
+        save_stats=home(save_stats), out=home(out), batch_size=batch_size, device=find_device(device),
+    )  # fmt: skip
     report = evaluate(samples, settings, process_group=process_group, bar=progress_bar)  # the process that downloads or decodes shows it
     if process_group.is_main:
         _show(report, settings.save_stats)  # first: a full disk must not cost the figures

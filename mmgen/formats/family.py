@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-
-from ..errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from ..models.config import ModelConfig
@@ -24,15 +21,6 @@ class ConvertOptions:
     heads: int | None = None  # attention heads of a transformer, whose tensors do not tell
     classes: int | None = None  # of a transformer: whether the last class embedding is that of no class
     guide_all: bool = False  # DiT and SiT: guidance on all channels, not on the first three as their code has it
-
-
-def options_of(given: Mapping[str, Any]) -> ConvertOptions:
-    """Options from a dictionary. Raises ConfigError for an unknown name."""
-    names = [option.name for option in fields(ConvertOptions)]
-    for name in given:
-        if name not in names:
-            raise ConfigError(f"unknown option {name!r}: {nearest(name, names)}")
-    return ConvertOptions(**given)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ..errors import ConfigError, shortened
 from ..report.bars import bar
 from ..sampling.loading import Denoiser, FlowModel, load
 from ..system.devices import check_device
-from ..system.schema import flatten
+from ..system.schema import flatten, from_keywords
 from ..training.task import Reporter
 from . import run
 from .choosing import choose
@@ -39,33 +39,38 @@ class Run:
         return load(self.folder, **options)
 
 
-def train(
-    method: Method,
-    changes: Mapping[str, Any],
-    preset: str | None,
-    settings: Mapping[str, Any] | None,
-    out: str | os.PathLike | None,
-    callback: Callable[[dict[str, Any]], None] | None,
-    progress: bool,
-    device: str,
-    max_time: str | None,
-) -> Run:
-    """Trains a method. `changes`: settings by dotted key, None or a path among their values; the rest as in `mmgen.train_imm`."""
-    if not isinstance(settings, Mapping | None):
-        raise ConfigError(f'settings must be a dictionary, such as {{"loss.k": 12}}, not {shortened(settings)}')
-    check_device(device, numbered=False)
-    seconds = math.inf if max_time is None else seconds_of(max_time)
+@dataclass(frozen=True)
+class Options:
+    """What every training function takes: see `mmgen.train_imm`."""
+
+    preset: str | None = None
+    settings: Mapping[str, Any] | None = None
+    out: str | os.PathLike | None = None
+    callback: Callable[[dict[str, Any]], None] | None = None
+    progress: bool = True
+    device: str = "auto"
+    max_time: str | None = None
+
+
+def train(method: Method, changes: Mapping[str, Any], **options: Any) -> Run:
+    """Trains a method. `changes`: settings by dotted key, None or a path among their values. options: the fields of `Options`."""
+    asked = from_keywords(Options, options, "option")
+    if not isinstance(asked.settings, Mapping | None):
+        raise ConfigError(f'settings must be a dictionary, such as {{"loss.k": 12}}, not {shortened(asked.settings)}')
+    check_device(asked.device, numbered=False)
+    seconds = math.inf if asked.max_time is None else seconds_of(asked.max_time)
     given = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in changes.items() if value is not None}
-    chosen = choose(method, dict(flatten(dict(settings or {}))), given, preset=preset, out=None if out is None else Path(out))
+    out = None if asked.out is None else Path(asked.out)
+    chosen = choose(method, dict(flatten(dict(asked.settings or {}))), given, preset=asked.preset, out=out)
     training = method.training()
-    watcher = Watcher(callback, progress, training.watch(chosen.config))
+    watcher = Watcher(asked.callback, asked.progress, training.watch(chosen.config))
     for note in (chosen.note, *training.notes(chosen.config)):
         if note:
             watcher.note(note)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else accelerate keeps the precision of the training before
         AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        outcome = run.train(method, chosen.config, chosen.folder, watcher, device=device, max_seconds=seconds)
+        outcome = run.train(method, chosen.config, chosen.folder, watcher, device=asked.device, max_seconds=seconds)
     finally:
         watcher.close()
     return Run(chosen.folder, outcome.images, outcome.finished, outcome.signal, outcome.results or {})

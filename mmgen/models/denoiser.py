@@ -7,6 +7,7 @@ randomness of its own: noise that its network is given beside the image, or drop
 from __future__ import annotations
 
 import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -15,43 +16,23 @@ from ..diffusion.process import each_time, per_image
 from ..errors import ConfigError
 from .config import ModelConfig
 from .guidance import guided, is_single
+from .model import Model
 from ..networks.keyed_dropout import dropouts, keyed_dropout
-from ..networks import build_network
 from ..networks.conditions import Condition, check_condition
 from ..system.random import normal
 from ..diffusion.schedules import Schedule
 
 
-
-class Denoiser(nn.Module):
+class Denoiser(Model):
     """A network with its preconditioning: `model.denoise(y, sigma)` is x_hat."""
 
     def __init__(self, config: ModelConfig, network: nn.Module | None = None) -> None:
-        super().__init__()
-        self.config = config
+        check_settings(config.denoiser)
+        super().__init__(config, network, second_time=False, extra_channels=config.denoiser.noise_channels)
         self.settings: DenoiserSettings = config.denoiser
-        check_settings(self.settings)
         self.preconditioning = preconditioning(self.settings)
-        self.network = network or build_network(
-            config.network,
-            resolution=config.resolution,
-            channels=config.channels,
-            num_classes=config.num_classes,
-            augment_dim=config.augment_dim,
-            second_time=False,
-            extra_channels=self.settings.noise_channels,
-            text=config.text,
-        )
         if self.settings.noise_dropout and dropouts(self.network) == 0:
             raise ConfigError("denoiser.noise_dropout needs a network with dropout, and this one has none or one of 0")
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.config.channels, self.config.resolution, self.config.resolution
 
     @property
     def range(self) -> tuple[float, float]:

@@ -7,34 +7,13 @@ from torch import Tensor, nn
 
 from ..diffusion.flow_map import FlowMapSettings, coefficients, input_scale, network_times
 from ..diffusion.process import each_time, per_image
-from ..networks import build_network
 from ..networks.conditions import Condition, check_condition
-from .config import ModelConfig
 from .guidance import guided
+from .model import Model
 
 
-class FlowModel(nn.Module):
+class FlowModel(Model):
     """A flow map with its network: `model.f(x, s, t)` jumps from t to s."""
-
-    def __init__(self, config: ModelConfig, network: nn.Module | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.network = network or build_network(
-            config.network,
-            resolution=config.resolution,
-            channels=config.channels,
-            num_classes=config.num_classes,
-            augment_dim=config.augment_dim,
-            text=config.text,
-        )
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.config.channels, self.config.resolution, self.config.resolution
 
     def f(
         self, x: Tensor, s: Tensor | float, t: Tensor | float, condition: Condition | None = None, guidance: float = 1.0

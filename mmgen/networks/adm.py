@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .conditions import Condition, class_numbers, has_null
-from .keyed_dropout import checkpointed
+from .keyed_dropout import run_block
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 from .norm import GroupNorm
@@ -184,20 +184,15 @@ class ADM(nn.Module):
         self, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Tensor:
         emb = self._embed(t, s, condition, augment)
-        skips = []
+        skips, again = [], self.settings.gradient_checkpointing
         for name, module in self.encoder.items():
-            x = module(x) if name.endswith("_conv") else self._run(module, x, emb)
+            x = module(x) if name.endswith("_conv") else run_block(module, again, x, emb)
             skips.append(x)
         for name, module in self.decoder.items():
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self._run(module, x, emb)
+            x = run_block(module, again, x, emb)
         return self.out_conv(F.silu(self.out_norm(x)))
-
-    def _run(self, block: Block, x: Tensor, emb: Tensor) -> Tensor:
-        if self.settings.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpointed(block, x, emb)
-        return block(x, emb)
 
     def _embed(self, t: Tensor, s: Tensor | None, condition: Condition | None, augment: Tensor | None) -> Tensor:
         """[N, 4 model_channels] from the times, the class and the augmentation."""

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .conditions import Condition, class_numbers, has_null
-from .keyed_dropout import checkpointed
+from .keyed_dropout import run_block
 from .text import CrossAttention, TextEncoder, TextSettings, start_attention_at_zero
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 from .limits import DEPTH, FACTOR, HEADS, PATCH, WIDTH
@@ -172,10 +172,7 @@ class DiT(nn.Module):
         emb = F.silu(emb)
         x = self.patch_embed(x).flatten(2).transpose(1, 2) + self.position
         for block in self.blocks:
-            if self.settings.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpointed(block, x, emb, *text)
-            else:
-                x = block(x, emb, *text)
+            x = run_block(block, self.settings.gradient_checkpointing, x, emb, *text)
         shift, scale = self.out_modulation(emb).chunk(2, dim=1)
         x = self.out(modulate(_layer_norm(x), shift, scale))
         x = x.reshape(n, self.side, self.side, patch, patch, channels)

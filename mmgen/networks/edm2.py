@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .conditions import Condition, class_numbers
-from .keyed_dropout import checkpointed
+from .keyed_dropout import run_block
 from .dropout import Dropout
 from .limits import BLOCKS, FACTOR, PROBABILITY, SHARE, SIDE, WIDTH, WIDTH_OR_0, check_levels
 
@@ -219,17 +219,12 @@ class EDM2(nn.Module):
         emb = mp_silu(emb)
         image, extra = x[:, : self.channels], x[:, self.channels :]
         x = torch.cat([image, torch.ones_like(x[:, :1]), extra], dim=1)  # the constant stands in for biases
-        skips = []
+        skips, again = [], self.settings.gradient_checkpointing
         for name, module in self.enc.items():
-            x = module(x) if name.endswith("_conv") else self._run(module, x, emb)
+            x = module(x) if name.endswith("_conv") else run_block(module, again, x, emb)
             skips.append(x)
         for name, module in self.dec.items():
             if "_block" in name:
                 x = mp_cat(x, skips.pop(), self.settings.concat_balance)
-            x = self._run(module, x, emb)
+            x = run_block(module, again, x, emb)
         return self.out_conv(x, self.out_gain)
-
-    def _run(self, block: Block, x: Tensor, emb: Tensor) -> Tensor:
-        if self.settings.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpointed(block, x, emb)
-        return block(x, emb)

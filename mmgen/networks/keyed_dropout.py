@@ -41,11 +41,13 @@ def dropouts(network: nn.Module) -> int:
     return sum(isinstance(module, nn.Dropout) and module.p > 0 for module in network.modules())
 
 
-def checkpointed(block: nn.Module, *inputs: Tensor) -> Tensor:
-    """block(*inputs), computed again in the backward pass instead of kept (gradient checkpointing), with the same masks.
+def run_block(block: nn.Module, again: bool, *inputs: Tensor) -> Tensor:
+    """block(*inputs); `again`: computed once more in the backward pass instead of kept (gradient checkpointing).
 
-    And with the same parameters, also where `functional_call` has put others in the place of the block's own.
+    With the same masks and the same parameters, also where `functional_call` has put others in the place of the block's own.
     """
+    if not (again and torch.is_grad_enabled()):
+        return block(*inputs)
     foreign = {name: value for name, value in block.named_parameters() if not isinstance(value, nn.Parameter)}
     run = (lambda *inputs: functional_call(block, foreign, inputs)) if foreign else block
     random: Keys = {m: m.image_keys for m in block.modules() if isinstance(m, KeyedDropout)}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .conditions import Condition, class_numbers
-from .keyed_dropout import checkpointed
+from .keyed_dropout import run_block
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 from .norm import GroupNorm
@@ -230,7 +230,7 @@ class UNet(nn.Module):
         self, x: Tensor, t: Tensor, s: Tensor | None = None, condition: Condition | None = None, augment: Tensor | None = None
     ) -> Tensor:
         emb, *text = self._embed(t, s, condition, augment)
-        image, skips = x, []
+        image, skips, again = x, [], self.settings.gradient_checkpointing
         for name, module in self.encoder.items():
             if name.endswith("_conv"):
                 x = module(x)
@@ -238,18 +238,13 @@ class UNet(nn.Module):
                 x = skips.pop()
                 x = image = (x + module(image)) * SKIP_SCALE
             else:
-                x = self._run(module, x, emb, *text)
+                x = run_block(module, again, x, emb, *text)
             skips.append(x)
         for name, module in self.decoder.items():
             if "_block" in name:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = self._run(module, x, emb, *text)
+            x = run_block(module, again, x, emb, *text)
         return self.out_conv(F.silu(self.out_norm(x)))
-
-    def _run(self, block: Block, *inputs: Tensor) -> Tensor:
-        if self.settings.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpointed(block, *inputs)
-        return block(*inputs)
 
     def _embed(
         self, t: Tensor, s: Tensor | None, condition: Condition | None, augment: Tensor | None

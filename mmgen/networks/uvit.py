@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .conditions import Condition, class_numbers
-from .keyed_dropout import checkpointed
+from .keyed_dropout import run_block
 from .dropout import Dropout
 from .norm import GroupNorm
 from .text import CrossAttention, TextEncoder, TextSettings, start_attention_at_zero
@@ -227,26 +227,21 @@ class UViT(nn.Module):
             raise ValueError("UViT takes no augmentation label")
         (emb, *text), patch = self._embed(t, s, condition), self.settings.patch_size
         x = self.in_conv(F.pixel_unshuffle(x, patch))
-        skips = []
+        skips, again = [], self.settings.gradient_checkpointing
         for name, module in self.encoder.items():
             if name.endswith("_down"):
                 x = module(x)
             else:
-                x = self._run(module, x, emb)
+                x = run_block(module, again, x, emb)
                 skips.append(x)
         shape = x.shape
         x = x.flatten(2).transpose(1, 2) + self.position
         for block in self.transformer:
-            x = self._run(block, x, emb, *text)
+            x = run_block(block, again, x, emb, *text)
         x = x.transpose(1, 2).reshape(shape)
         for name, module in self.decoder.items():
-            x = module(x) if name.endswith("_up") else self._run(module, x, emb, skips.pop())
+            x = module(x) if name.endswith("_up") else run_block(module, again, x, emb, skips.pop())
         return F.pixel_shuffle(self.out_conv(F.silu(self.out_norm(x))), patch)
-
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        if self.settings.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpointed(block, *inputs)
-        return block(*inputs)
 
     def _embed(self, t: Tensor, s: Tensor | None, condition: Condition | None) -> tuple[Tensor, ...]:
         """[N, emb_channels] from the times and the class or text; of a text its tokens and their mask."""

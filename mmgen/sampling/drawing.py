@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,15 +57,6 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-
-
-def settings_of(given: Mapping[str, Any]) -> SampleSettings:
-    """Settings from a dictionary. Raises ConfigError for an unknown name."""
-    names = [field.name for field in fields(SampleSettings)]
-    for name in given:
-        if name not in names:
-            raise ConfigError(f"unknown setting {name!r} of sampling: {nearest(name, names)}")
-    return SampleSettings(**given)
 
 
 @dataclass(frozen=True)

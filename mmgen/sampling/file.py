@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,82 +31,69 @@ _BLOCK = 1 << 24  # bytes copied at a time
 
 
 def write_npz(
-    model: AnyModel,
-    file: str | os.PathLike,
-    num: int,
-    settings: SampleSettings,
-    origin: Origin,
-    *,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    process_group: ProcessGroup | None = None,
+    model: AnyModel, file: str | os.PathLike, num: int, settings: SampleSettings, origin: Origin, **options: Any
 ) -> Written:
     """Writes images 0 to num - 1 as `arr_0`, uint8 [num, H, W, C], and if there are classes `arr_1`, int64 [num].
 
     Batches are kept in FILE.parts/ until all are there, so an interrupted run continues; so does a finished one of
     fewer images. FILE.json says how they were made; it is written first, with "complete": false. Images are never all
-    in memory. `overwrite` replaces samples of other settings, and a file without a record.
+    in memory. options: progress and process_group as of `write_png`; `overwrite` replaces samples of other settings, and a
+    file without a record.
 
     Raises ConfigError where the file holds samples of other settings or has no record, MmgenError where it cannot be
     written.
     """
-    file, process_group = Path(file), process_group or find_process_group(model.device.type == "cpu")
-    check_num(num)
-    chosen = plan(model.config, settings)
-    record = make_record(model, origin, chosen, num)
-    channels, *size = drawn_shape(model.config)
-    shape = (*size, channels)
 
-    def assemble(target: Path) -> None:
+    def assemble(target: Path, chosen: Plan, rows: Iterator[bytes], shape: tuple[int, ...]) -> None:
         labels = all_labels(model.config, chosen, num)
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
             with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
                 header = {"descr": "|u1", "fortran_order": False, "shape": (num, *shape)}
                 np.lib.format.write_array_header_1_0(stream, header)
-                for block in _rows(file, num, shape):
+                for block in rows:
                     stream.write(block)
             if labels is not None:
                 with archive.open("arr_1.npy", "w", force_zip64=True) as stream:
                     np.lib.format.write_array(stream, np.array(labels, dtype=np.int64))
 
-    return _write(model, file, record, chosen, overwrite, progress, process_group, assemble)
+    return _write(model, Path(file), num, settings, origin, assemble, **options)
 
 
 def write_grid(
+    model: AnyModel, file: str | os.PathLike, num: int, settings: SampleSettings, origin: Origin, **options: Any
+) -> Written:
+    """Writes images 0 to num - 1 as one PNG picture. Resumes, keeps a record, refuses and raises as `write_npz` does.
+
+    It is about square, with one class per column where classes come in turn.
+    """
+    check_pictures(model.config)
+
+    def assemble(target: Path, chosen: Plan, rows: Iterator[bytes], shape: tuple[int, ...]) -> None:
+        pixels = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(num, *shape)
+        picture = grid(pixels.transpose(0, 3, 1, 2), _columns(num, chosen, len(with_images(model.config))))
+        picture.save(target, format="PNG")
+
+    return _write(model, Path(file), num, settings, origin, assemble, **options)
+
+
+def _write(
     model: AnyModel,
-    file: str | os.PathLike,
+    file: Path,
     num: int,
     settings: SampleSettings,
     origin: Origin,
+    assemble: Callable[[Path, Plan, Iterator[bytes], tuple[int, ...]], None],
     *,
-    columns: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Written:
-    """Writes images 0 to num - 1 as one PNG picture. Resumes, keeps a record, refuses and raises as `write_npz` does.
-
-    columns: tiles a row; None makes it about square, with one class per column where classes come in turn.
-    """
-    file, process_group = Path(file), process_group or find_process_group(model.device.type == "cpu")
-    check_pictures(model.config)
+    """Draws the missing images into parts, then makes the file of them with assemble(path, plan, bytes of all images, [H, W, C])."""
     check_num(num)
-    chosen = plan(model.config, settings)
-    record = make_record(model, origin, chosen, num)
+    chosen, process_group = plan(model.config, settings), process_group or find_process_group(model.device.type == "cpu")
+    record, parts = make_record(model, origin, chosen, num), parts_folder(file)
     channels, *size = drawn_shape(model.config)
     shape = (*size, channels)
-
-    def assemble(target: Path) -> None:
-        pixels = np.frombuffer(b"".join(_rows(file, num, shape)), dtype=np.uint8).reshape(num, *shape)
-        picture = grid(pixels.transpose(0, 3, 1, 2), columns or _columns(num, chosen, len(with_images(model.config))))
-        picture.save(target, format="PNG")
-
-    return _write(model, file, record, chosen, overwrite, progress, process_group, assemble)
-
-
-def _write(model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, progress, process_group: ProcessGroup, assemble) -> Written:
-    """Draws the missing images into parts, then makes `file` of them with assemble(path)."""
-    num, parts = record["num"], parts_folder(file)
     if process_group.is_main:
         with disk_errors(file):
             _prepare(file, record, overwrite)
@@ -124,7 +111,7 @@ def _write(model, file: Path, record: dict[str, Any], chosen: Plan, overwrite, p
         if missing or not old.get("complete"):
             # Inside the folder of parts, which a later run clears of what a killed one left
             with replacing(parts / f"whole{file.suffix}") as temporary:
-                assemble(temporary)
+                assemble(temporary, chosen, _rows(file, num, shape), shape)
             try:
                 os.replace(parts / f"whole{file.suffix}", file)
             except OSError as error:

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from ..errors import ConfigError, shortened
-from ..formats.family import options_of
+from ..formats.family import ConvertOptions
 from ..formats.opening import open_model
 from ..models import denoiser, flow_model
 from ..report.bars import bar
 from ..system.devices import find_device
-from .drawing import draw, plan, settings_of
+from ..system.schema import from_keywords
+from .drawing import SampleSettings, draw, plan
 from .samples import Samples, as_output, check_output
 
 
@@ -47,7 +48,7 @@ class Draws:
         check_output(output)
         if isinstance(num, bool) or not isinstance(num, int) or num < 0:
             raise ConfigError(f"the number of images must be a whole number of at least 0, not {shortened(num)}")
-        chosen = plan(self.config, settings_of(settings))
+        chosen = plan(self.config, from_keywords(SampleSettings, settings, "setting of sampling"))
         with (bar("sampling", num) if progress else contextlib.nullcontext(lambda done: None)) as update:
 
             def tell(done: float) -> None:
@@ -81,5 +82,5 @@ def load(
     >>> teacher = mmgen.load("edm-cifar10-32x32-cond-vp.pkl")
     >>> x = teacher.denoise(y, sigma, Labels(torch.tensor([3, 4]), num_classes=10))  # x_hat of y = x + sigma e
     """
-    opened = open_model(place, ema, weights=weights, options=options_of(options))
+    opened = open_model(place, ema, weights=weights, options=from_keywords(ConvertOptions, options, "option"))
     return opened.build(find_device(str(device)), FlowModel, Denoiser)

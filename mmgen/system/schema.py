@@ -7,7 +7,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -57,6 +57,15 @@ def from_dict(cls: type[T], content: dict[str, Any], prefix: str = "") -> T:
     if missing:
         raise ConfigError(f"missing settings: {', '.join(_join(prefix, name) for name in missing)}")
     return cls(**values)
+
+
+def from_keywords(cls: type[T], given: Mapping[str, Any], what: str) -> T:
+    """A data class from the keyword arguments of a call. `what`: ends "unknown {what}" for a name that it does not have."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name in given:
+        if name not in names:
+            raise ConfigError(f"unknown {what} {name!r}: {nearest(name, names)}")
+    return cls(**given)
 
 
 @cache

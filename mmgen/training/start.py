@@ -167,36 +167,22 @@ def run_training(
         def make_task(accelerator: Any) -> Task:
             return begin_with(make_plain(accelerator), initial)
 
-    with only_run_in(out, reporter.note) if accelerator.is_main_process else contextlib.nullcontext():
-        return _train(command, config, dataset, make_task, accelerator, out, reporter, max_seconds)
-
-
-def _train(
-    command: str,
-    config: Any,
-    dataset: Dataset | LatentDataset,
-    make_task: Callable[[Any], Task],
-    accelerator: Any,
-    out: Path,
-    reporter: Reporter,
-    max_seconds: float,
-) -> Outcome:
     folder = RunFolder(out)
-    if accelerator.is_main_process:
-        folder.open(command, config.to_dict(), dataset)
-    process_group_of(accelerator).wait()
-    accelerator.init_trackers("mmgen")
-    trainer = Trainer(
-        make_task, dataset, folder, reporter, accelerator, train=config.train, optimizer=config.optimizer, run=config.run,
-        config=config.to_dict(), max_seconds=max_seconds,
-    )  # fmt: skip
-    parts, train = trainer.parts, config.train
-    counts = {name: sum(p.numel() for p in network.parameters()) / 1e6 for name, network in trainer.networks.items()}
-    reporter.note(
-        f"{', '.join(f'{name}: {count:.2f}M parameters' for name, count in counts.items())}; batch {train.batch_size} = "
-        f"{parts} on {accelerator.device}, {train.precision}"
-    )
-    try:
-        return trainer.run()
-    finally:
-        accelerator.end_training()
+    with only_run_in(out, reporter.note) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            folder.open(command, config.to_dict(), dataset)
+        process_group_of(accelerator).wait()
+        accelerator.init_trackers("mmgen")
+        trainer = Trainer(
+            make_task, dataset, folder, reporter, accelerator, train=config.train, optimizer=config.optimizer, run=config.run,
+            config=config.to_dict(), max_seconds=max_seconds,
+        )  # fmt: skip
+        counts = {name: sum(p.numel() for p in network.parameters()) / 1e6 for name, network in trainer.networks.items()}
+        reporter.note(
+            f"{', '.join(f'{name}: {count:.2f}M parameters' for name, count in counts.items())}; batch {config.train.batch_size} = "
+            f"{trainer.parts} on {accelerator.device}, {config.train.precision}"
+        )
+        try:
+            return trainer.run()
+        finally:
+            accelerator.end_training()

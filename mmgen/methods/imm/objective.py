@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ...training.augment import AUGMENT_DIM
-from ...networks.limits import check_sizes
 from ...data import DataShape
 from ...diffusion.process import diffuse, per_image
 from ...errors import ConfigError
@@ -22,11 +19,11 @@ from ...models.config import ModelConfig
 from ...models.flow_model import FlowModel
 from ...networks.conditions import Condition
 from ...system.random import keys, normal, torch_seed
-from ...sampling.drawing import check_defaults
 from ...training.batches import Batch
 from ...training.inputs import Inputs
 from ...training.cost import IMM as WORK
 from ...training.task import TrainedNetwork, Task
+from ..fresh import fresh_model_config
 from ..method import Training
 
 _NOISE, _TIME = 103, 104  # purposes of random numbers, drawn with the seed and the number of the image: see `inputs`
@@ -34,29 +31,10 @@ _NOISE, _TIME = 103, 104  # purposes of random numbers, drawn with the seed and 
 
 def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
     """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
-    check_sizes(config.network, resolution=shape.resolution, channels=shape.channels)
-    conditional, latents = config.data.conditional, shape.latents
-    if latents is not None:  # the noise has the standard deviation sigma_data, and so have the latents
-        latents = replace(latents, target_std=config.flow.sigma_data)
     if config.data.text:
         raise ConfigError("data.text: IMM learns classes here, not texts; train a teacher of text and distil it")
-    if conditional and shape.num_classes == 0:
-        raise ConfigError("data.conditional needs class labels, and the data have none: train --unconditional")
-    model_config = ModelConfig(
-        network=config.network,
-        flow=config.flow,
-        resolution=shape.resolution,
-        channels=shape.channels,
-        num_classes=shape.num_classes if conditional else 0,
-        augment_dim=AUGMENT_DIM if config.data.augment > 0 else 0,
-        class_names=shape.class_names if conditional else None,
-        class_counts=shape.class_counts if conditional else None,
-        data=config.data.name,
-        latents=latents,
-        sampling=config.sampling if conditional else replace(config.sampling, guidance=1.0),
-    )
-    check_defaults(model_config)
-    return model_config
+    # The noise has the standard deviation sigma_data, and so have latents
+    return fresh_model_config(config, shape, config.flow.sigma_data, flow=config.flow)
 
 
 def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
@@ -123,7 +101,6 @@ class ImmObjective(nn.Module):
         scaled = per_image(input_scale(flow, t), x) * diffuse(flow.get_schedule(), x, noise, t)
         time, second = network_times(flow, s, t)
         return self.network(scaled, time, second, condition, augment_label).float()
-
 
 
 def _notes(config: ImmConfig) -> list[str]:

@@ -7,14 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...training.augment import AUGMENT_DIM
-from ...networks.limits import check_sizes
 from ...data import DataShape
 from ...models.denoiser import Denoiser
 from ...diffusion.preconditioning import preconditioning
 from ...diffusion.process import per_image
 from ...encoders.text import described
-from ...errors import ConfigError
 from ...networks.conditions import Text
 from ...networks.text import BYTES
 from ...models.latents import LatentSettings
@@ -22,12 +19,12 @@ from ...losses.denoising import LEVELS, draw_sigma, level_edges, weight
 from ...models.build import check_weights
 from ...models.config import ModelConfig
 from ...system.random import keys, normal, torch_seed, uniform
-from ...sampling.drawing import check_defaults
 from ...config.teacher import TeacherConfig, resolve
 from ...training.batches import Batch
 from ...training.inputs import Inputs
 from ...training.cost import DENOISING
 from ...training.task import TrainedNetwork, Task
+from ..fresh import fresh_model_config
 from ..method import Start, Training
 
 _NOISE, _TIME = 120, 121  # purposes of random numbers, drawn with the seed and the number of the image
@@ -35,30 +32,9 @@ _NOISE, _TIME = 120, 121  # purposes of random numbers, drawn with the seed and 
 
 def teacher_model_config(config: TeacherConfig, shape: DataShape) -> ModelConfig:
     """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
-    check_sizes(config.network, resolution=shape.resolution, channels=shape.channels)
-    conditional, latents = config.data.conditional, shape.latents
-    if latents is not None:  # EDM's coefficients are for data of this standard deviation, those of a process for 1
-        latents = replace(latents, target_std=preconditioning(config.denoiser).data_std)
-    if conditional and shape.num_classes == 0:
-        raise ConfigError("data.conditional needs class labels, and the data have none: train --unconditional")
-    model_config = ModelConfig(
-        network=config.network,
-        flow=None,
-        resolution=shape.resolution,
-        channels=shape.channels,
-        num_classes=shape.num_classes if conditional else 0,
-        augment_dim=AUGMENT_DIM if config.data.augment > 0 else 0,
-        class_names=shape.class_names if conditional else None,
-        class_counts=shape.class_counts if conditional else None,
-        text=described(config.text) if config.data.text else None,
-        captions=shape.captions,
-        data=config.data.name,
-        denoiser=config.denoiser,
-        latents=latents,
-        sampling=config.sampling if conditional or config.data.text else replace(config.sampling, guidance=1.0),
-    )
-    check_defaults(model_config)
-    return model_config
+    text = described(config.text) if config.data.text else None
+    latents_std = preconditioning(config.denoiser).data_std  # EDM's coefficients are for data of this one, those of a process for 1
+    return fresh_model_config(config, shape, latents_std, flow=None, denoiser=config.denoiser, text=text, captions=shape.captions)
 
 
 def teacher_task(config: TeacherConfig, model_config: ModelConfig, null: Text | None = None) -> Task:
