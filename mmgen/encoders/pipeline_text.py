@@ -6,10 +6,9 @@ encoded (Sana's without its instruction), or zeros where SDXL says `force_zeros_
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from ..errors import ConfigError, ModelError, nearest, shortened
 from ..system.files import at_home, read_json, sha256_of
 from .hub_folder import hub_folder
+from .quiet import quiet_libraries
 
 # Pipelines whose encoders are CLIP's alone: a caption costs 2 % of the denoiser's work, and 0.1 to 0.3 MB to keep
 CLIP_ONLY = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
@@ -39,34 +39,37 @@ Encoded = tuple[Tensor, Tensor, Tensor | None]  # tokens float32 [N, L, D], mask
 
 @dataclass(frozen=True)
 class PipelineEncoder:
-    """The text parts of a pipeline on one device. `length`: of its tokens; None: the pipeline's own."""
+    """The text parts of a pipeline. `length`: of its tokens; None: the pipeline's own."""
 
     pipeline: Any
     name: str  # its class
     sha256: str
-    device: str
     length: int | None = None
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> Encoded:
+    def __call__(self, texts: Sequence[str], device: str = "cpu") -> Encoded:
         """What the network is given for these prompts."""
-        with _quiet():
-            found = self.pipeline.encode_prompt(prompt=list(texts), do_classifier_free_guidance=False, **self._arguments())
+        self._move(device)
+        with quiet_libraries():
+            found = self.pipeline.encode_prompt(prompt=list(texts), do_classifier_free_guidance=False, **self._arguments(device))
         return self._sorted(found, negative=False)
 
     @torch.no_grad()
-    def null(self, negative: str = "") -> Encoded:
+    def null(self, negative: str = "", device: str = "cpu") -> Encoded:
         """What guidance leads away from, one row: a negative prompt, or the pipeline's own where it is ""."""
+        self._move(device)
         prompt = negative or (None if self.name in (*CLIP_ONLY, "StableDiffusion3Pipeline") else "")
         given = {"prompt": ["a"], "negative_prompt": [prompt] if prompt is not None else None}
-        with _quiet():
-            found = self.pipeline.encode_prompt(do_classifier_free_guidance=True, **given, **self._arguments())
+        with quiet_libraries():
+            found = self.pipeline.encode_prompt(do_classifier_free_guidance=True, **given, **self._arguments(device))
         return self._sorted(found, negative=True)
 
     def count_cut(self, texts: Sequence[str]) -> int:
         """How many of the texts none of the encoders reads to the end."""
+        if not texts:
+            return 0
         prepared, limits = self._prepared(texts), self._limits()
-        with _quiet():
+        with quiet_libraries():
             lengths = [[len(ids) for ids in one(prepared, truncation=False)["input_ids"]] for one, _ in limits]
         return sum(all(n > most for n, (_, most) in zip(row, limits)) for row in zip(*lengths, strict=True))
 
@@ -91,8 +94,13 @@ class PipelineEncoder:
             most += len(parts.tokenizer.encode("\n".join(arguments["complex_human_instruction"]))) - 2
         return [(parts.tokenizer, most)]
 
-    def _arguments(self) -> dict[str, Any]:
-        given: dict[str, Any] = {"device": torch.device(self.device), "num_images_per_prompt": 1}
+    def _move(self, device: str) -> None:
+        for part in vars(self.pipeline).values():
+            if isinstance(part, torch.nn.Module):
+                part.to(device)
+
+    def _arguments(self, device: str = "cpu") -> dict[str, Any]:
+        given: dict[str, Any] = {"device": torch.device(device), "num_images_per_prompt": 1}
         if self.name == "StableDiffusion3Pipeline":
             given |= {"prompt_2": None, "prompt_3": None}
         if self.name in LENGTHS:
@@ -113,7 +121,7 @@ class PipelineEncoder:
 
 
 @lru_cache(maxsize=1)
-def pipeline_encoder(place: str, name: str, length: int | None = None, device: str = "cpu") -> PipelineEncoder:
+def pipeline_encoder(place: str, name: str, length: int | None = None) -> PipelineEncoder:
     """The text parts of the pipeline in a folder or repository, which must be of the class `name`.
 
     Raises ConfigError where diffusers or transformers is missing, and ModelError with one sentence for what is not whole, of
@@ -127,14 +135,11 @@ def pipeline_encoder(place: str, name: str, length: int | None = None, device: s
     others = [key for key in inspect.signature(pipeline_class.__init__).parameters if key not in ("self", *parts)]
     options = {"requires_safety_checker": False, "add_watermarker": False,
                "force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True)}  # fmt: skip
-    with _quiet():
+    with quiet_libraries():
         pipeline = pipeline_class(**parts, **{key: options.get(key) for key in others})
     if name == "StableDiffusion3Pipeline" and parts.get("text_encoder_3") is None:  # zeros stand for T5, as wide as this says
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=_joint_width(folder, place)))
-    for part in parts.values():
-        if isinstance(part, torch.nn.Module):
-            part.to(device)
-    encoder = PipelineEncoder(pipeline, name, text_sha256(folder), device, length)
+    encoder = PipelineEncoder(pipeline, name, text_sha256(folder), length)
     if name in CLIP_ONLY and length not in (None, pipeline.tokenizer_2.model_max_length if name in WITH_SIZES else pipeline.tokenizer.model_max_length):
         raise ConfigError(f"text.length is {length}, and the encoders of {place} give {encoder(['a'])[0].shape[1]} tokens: leave it out")
     return encoder
@@ -204,7 +209,7 @@ def _load(folder: Path, kind: str, part: str, place: str) -> Any:
         if not is_encoder:
             return found.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         _check_weights(folder, part, place)
-        with _quiet():
+        with quiet_libraries():
             model, report = found.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
                 dtype=torch.float32,
@@ -253,20 +258,3 @@ def _class_of(library: str, name: str) -> Any:
         raise ConfigError("the text encoders of a pipeline need diffusers and transformers: pip install 'mmgen[latents,clip]'") from error
     except AttributeError as error:
         raise ModelError(f"this version of {library} has no {shortened(name)}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of diffusers and transformers on every text that is cut: `count_cut` counts them."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    kept: list[tuple[Callable[[int], None], int]] = []
-    for logging in (diffusers_logging, transformers_logging):
-        kept.append((logging.set_verbosity, logging.get_verbosity()))
-        logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for put_back, verbosity in kept:
-            put_back(verbosity)

@@ -17,7 +17,7 @@ from ..models.guidance import knows_null
 from .classes import class_numbers, random_labels, with_images
 from .types import check_types
 from .denoiser_samplers import Churn
-from .prompts import count_cut, text_condition, texts_of
+from .prompts import cut_prompts, text_condition, texts_of
 from .sigma_grids import RESPACED, sigma_grid
 from ..diffusion.preconditioning import preconditioning
 from ..errors import ConfigError, nearest
@@ -164,7 +164,7 @@ def _check_kind(config: ModelConfig, settings: SampleSettings) -> None:
 
 
 def _cut_note(config: ModelConfig, prompts: tuple[str, ...]) -> tuple[str, ...]:
-    cut = count_cut(config, prompts)
+    cut = cut_prompts(config.text, prompts) if prompts else 0
     what = "bytes" if config.text is not None and config.text.encoder == BYTES else "tokens"
     few = f"{cut:,} of {len(set(prompts)):,} prompts are longer than the {config.text.length} {what}" if cut else ""
     return (f"{few} that this model reads: their ends are cut off",) if cut else ()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..encoders.text import encode
+from ..encoders.text import count_cut, encode
 from ..errors import ConfigError
 from ..models.config import ModelConfig
 from ..networks.conditions import Text
@@ -64,17 +64,18 @@ def text_condition(config: ModelConfig, texts: Sequence[str], negative: str, dev
     """What a model is conditioned on. Every different text is encoded once."""
     different = tuple(dict.fromkeys(texts))
     place = {text: row for row, text in enumerate(different)}
-    return _encoded(config.text, different, negative).to(device)[[place[text] for text in texts]]
+    return _encoded(config.text, different, negative, str(device)).to(device)[[place[text] for text in texts]]
 
 
 @lru_cache(maxsize=4)
-def _encoded(settings: TextSettings, texts: tuple[str, ...], negative: str) -> Text:
-    return encode(settings, texts, empty=negative)[0]
+def _encoded(settings: TextSettings, texts: tuple[str, ...], negative: str, device: str) -> Text:
+    return encode(settings, texts, device, empty=negative)
 
 
-def count_cut(config: ModelConfig, prompts: Sequence[str]) -> int:
+@lru_cache(maxsize=4)
+def cut_prompts(settings: TextSettings, prompts: tuple[str, ...]) -> int:
     """How many of the different prompts are longer than the encoder takes."""
-    return encode(config.text, tuple(dict.fromkeys(prompts)))[1] if prompts else 0
+    return count_cut(settings, tuple(dict.fromkeys(prompts)))
 
 
 def prompts_sha256(prompts: Sequence[str]) -> str | None:

@@ -133,7 +133,7 @@ def with_texts(dataset: Dataset, text: TextSettings | None, device: Any, reporte
     with reporter.work("encoding captions", 1, "captions") as update:
         texts = encode_captions(dataset.captions, text, device, update)
     if texts.cut:
-        reporter.note(f"{texts.cut:,} of {len(texts.tokens) - 1:,} captions are longer than text.length {text.length}: their ends are cut off")
+        reporter.note(f"{texts.cut:,} captions are longer than text.length {text.length}: their ends are cut off")
     return replace(dataset, texts=texts)
 
 
