@@ -63,10 +63,13 @@ def _t5(hidden: int = 8) -> tuple[Any, Any]:
 
 
 def _gemma(hidden: int = 8) -> tuple[Any, Any]:
+    from tokenizers.processors import TemplateProcessing
     from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
     words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.printable.strip()]
     tokenizer = GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    begin = TemplateProcessing(single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", words.index("<bos>"))])
+    tokenizer.backend_tokenizer.post_processor = begin
     sizes = dict(hidden_size=hidden, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
     return tokenizer, Gemma2Model(Gemma2Config(**sizes, head_dim=4, vocab_size=len(tokenizer), sliding_window=64))
 
