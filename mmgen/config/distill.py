@@ -41,6 +41,8 @@ class StudentSettings:
     shift: float = 1.0  # of that schedule: more than 1 has more of its steps at high noise (2606.30414 shifts for 2 steps)
     noise_channels: int = 0  # normal noise beside the image, as the student's own randomness (2603.20155; for 1 and 2 steps)
     dropout: float = 0.0  # of the student, also when sampling: likewise (2606.30414 has 0.1)
+    rollouts: float = 0.0  # share of the images that begin at states of its own sampler, not at noised data (2605.18190 has such)
+    rollouts_after: int = 0  # images of the training before the first of them
     stochasticity: float | None = None  # when sampling, 1 DDPM's, 0 DDIM's; unset: that of its training, loss.stochasticity
 
 
@@ -95,11 +97,15 @@ def check(config: DistillConfig) -> None:
     )
     require(student.noise_channels >= 0, f"student.noise_channels cannot be negative, and is {student.noise_channels}")
     require(0 <= student.dropout < 1, f"student.dropout must be at least 0 and less than 1, not {student.dropout}")
+    require(0 <= student.rollouts <= 1, f"student.rollouts must be from 0 to 1, not {student.rollouts}")
+    require(student.rollouts_after >= 0, f"student.rollouts_after cannot be negative, and is {student.rollouts_after}")
+    require(loss.auxiliary_updates >= 1, f"loss.auxiliary_updates must be at least 1, not {loss.auxiliary_updates}")
     own = 1.0 if student.stochasticity is None else student.stochasticity
     require(0 <= own <= 1, f"student.stochasticity must be from 0 to 1, not {own}")
     instant = loss.method == "instant"
     for name, value, default in (("preconditioner", loss.preconditioner, "identity"), ("jvp", loss.jvp, "auto")):
         require(instant or value == default, f"loss.{name} is of the instant method: set loss.method=instant, or leave it out")
+    require(not instant or loss.auxiliary_updates == 1, "loss.auxiliary_updates is of the alternating method: leave it out")
     require(
         not instant or train.batch_size % 2 == 0,
         f"train.batch_size {train.batch_size} must be even: the instant method takes two minibatches of half as many images",

@@ -43,6 +43,7 @@ class MomentSettings:
     posterior: Literal["conditional", "unconditional"] = "conditional"  # z_s from q(z_s | z_t, x~), or q(z_s | x~): ablation
     stochasticity: float = 1.0  # of q(z_s | z_t, x~): 1 is DDPM's, towards 0 DDIM's, which moment matching cannot use
     preconditioner: Literal["identity", "adam"] = "identity"  # Lambda of algorithm 3; adam: 1 / (sqrt(second moment) + 1e-8)
+    auxiliary_updates: int = 1  # of algorithm 2: steps of the auxiliary to each of the student
     jvp: Literal["auto", "forward", "finite"] = "auto"  # of algorithm 3: forward-mode AD, differences, or what the network can
 
 

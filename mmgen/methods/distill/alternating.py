@@ -27,9 +27,9 @@ def alternating_parts(matching: Matching, auxiliary: Denoiser) -> dict[str, Trai
     }
 
 
-def turn(step: int) -> str:
-    """The auxiliary learns at even steps, the student at odd ones."""
-    return "student" if step % 2 else "auxiliary"
+def turn(step: int, auxiliary_updates: int = 1) -> str:
+    """Whose step it is: the auxiliary's so many times, then the student's once."""
+    return "student" if step % (auxiliary_updates + 1) == auxiliary_updates else "auxiliary"
 
 
 class AuxiliaryObjective(nn.Module):

@@ -17,6 +17,7 @@ from ...system.random import keys, normal, uniform
 from ...diffusion.schedules import ScheduleSettings, make_schedule
 from ...training.batches import Batch
 from ...training.inputs import Inputs
+from .rollouts import Rollouts
 
 # Purposes of random numbers, drawn with the seed and the number of the image.
 _NOISE, _TIME, _TARGET, _OWN, _MOMENT_NOISE, _MOMENT_TIME = range(140, 146)
@@ -44,16 +45,18 @@ class Matching:
 
     def __init__(
         self, student: Denoiser, teacher: Denoiser, schedule: ScheduleSettings, loss: MomentSettings, inputs: Inputs, *,
-        steps: int, guidance: float, seed: int, half_teacher: bool = False,
+        steps: int, guidance: float, seed: int, half_teacher: bool = False, rollouts: Rollouts | None = None,
     ) -> None:  # fmt: skip
         """steps: k. guidance: w of the teacher's classifier-free guidance, which the student learns to do without.
 
         half_teacher: it may be evaluated under autocast where no small difference is taken.
+        rollouts: some images begin at states of the student's own.
         """
         self.student, self.teacher, self.schedule, self.loss, self.inputs = (
             student, teacher, make_schedule(schedule), loss, inputs
         )  # fmt: skip
         self.steps, self.guidance, self.seed, self.half_teacher = steps, guidance, seed, half_teacher
+        self.rollouts = rollouts
         self.edges = level_edges(teacher)
         self.inner_edges = self.edges[1:-1].to(teacher.device)
         self.weighting = DenoisingSettings(loss.weighting, loss.sigma_data, loss.sigmoid_bias, loss.min_snr_gamma)
@@ -67,7 +70,8 @@ class Matching:
         condition = self.inputs.condition(batch)
         s, t = draw_times(self.steps, keys(self.seed, batch.index, _TIME))
         noise = normal(keys(self.seed, batch.index, _NOISE), x.shape[1:], torch.float64)
-        return Noised(diffuse(self.schedule, x.double(), noise, t), t, s, condition, batch.index)
+        noised = Noised(diffuse(self.schedule, x.double(), noise, t), t, s, condition, batch.index)
+        return noised if self.rollouts is None else self.rollouts.put(noised, self.student, self.schedule, batch.first)
 
     def noised_at_s(self, batch: Batch) -> tuple[Noised, Tensor]:
         """Images noised to s as a denoiser is trained on them (z_t is at t = s), and the images x, float64 [N, C, H, W]."""

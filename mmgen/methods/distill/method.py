@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from functools import partial
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from ...sampling.drawing import check_defaults
 from .teachers import Teacher, adam_second_moments, load_teacher, range_note
 from . import comparison as report
 from .alternating import alternating_parts, turn
+from .rollouts import Rollouts
 from ...training.inputs import Inputs
 from .instant import GROUP, MOMENT_BATCHES, MOMENT_PASS, choose_derivative, data_second_moments, instant_parts
 from .matching import Matching
@@ -168,7 +170,7 @@ def distill_task(
     matching = Matching(
         student, frozen, schedule, config.loss, Inputs(config.data, config.train.seed, own.latents),
         steps=config.student.steps, guidance=config.teacher.guidance, seed=config.train.seed,
-        half_teacher=config.train.frozen_precision == "half",
+        half_teacher=config.train.frozen_precision == "half", rollouts=_rollouts(config, model_config),
     )  # fmt: skip
     comparison = Comparison(teacher, config, schedule, dataset, reporter, accelerator.device)
     shown = {
@@ -184,12 +186,20 @@ def distill_task(
         reporter.note(
             f"moment_gap should fall (by_noise: sigma {edges}); student_loss has no lower bound and is no measure of it"
         )
-        return Task(alternating_parts(matching, auxiliary), turn=turn, frozen=(network,), **shown)
+        return Task(alternating_parts(matching, auxiliary), turn=partial(turn, auxiliary_updates=config.loss.auxiliary_updates), frozen=(network,), **shown)
     derivative, note = choose_derivative(matching)
     if note is not None:
         reporter.note(note)
     moments = second_moments(config, teacher, matching, dataset, reporter, accelerator)
     return Task(instant_parts(matching, derivative, moments, accelerator), group_size=GROUP, **shown)
+
+
+def _rollouts(config: DistillConfig, model_config: ModelConfig) -> Rollouts | None:
+    student = config.student
+    if student.rollouts == 0:
+        return None
+    stochasticity = model_config.sampling.stochasticity
+    return Rollouts(student.rollouts, student.rollouts_after, student.steps, stochasticity, config.train.seed)
 
 
 def second_moments(
