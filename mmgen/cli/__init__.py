@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..methods import METHODS
-from . import cache_latents, compare, convert, fid, push, sample
+from . import cache_latents, compare, convert, fid, neon, push, sample
 from .help import Command, Group
 from .training import training_command
 
@@ -43,6 +43,7 @@ COMMANDS = {
     **{name: training_command(method) for name, method in METHODS.items()},
     "sample": sample.sample, "fid": fid.fid, "convert": convert.convert, "inspect": convert.inspect,
     "cache-latents": cache_latents.cache_latents, "push": push.push, "compare": compare.compare,
+    "neon": neon.neon,
 }  # fmt: skip
 for name, function in COMMANDS.items():
     app.command(name, cls=Command)(function)

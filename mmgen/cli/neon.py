@@ -1,0 +1,53 @@
+"""`mmgen neon`: a trained generator, led away from what training on its own samples does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+from ..system.devices import check_device
+from .options import COUNT, DEVICE, NUMBER
+
+
+def neon(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="A run folder of `mmgen train-imm`, or its model file.")],
+    weight: Annotated[float, typer.Option(**NUMBER, help="w of the extrapolation; 0 is the model as it is.")] = 1.0,
+    num: Annotated[int, typer.Option(**COUNT, help="Samples to draw and train on.")] = 10_000,
+    steps: Annotated[int, typer.Option(**COUNT, help="Steps in which they are drawn.")] = 8,
+    images: Annotated[int, typer.Option(**COUNT, help="Images to train on.")] = 20_000,
+    lr: Annotated[float, typer.Option(**NUMBER, help="Learning rate of that training, constant.")] = 1e-5,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: neon in the run's folder.")] = None,
+    device: Annotated[str, typer.Option(**DEVICE)] = "auto",
+) -> None:
+    """Improve a trained IMM model by Neon (arXiv:2510.03597), without new data.
+
+    The model is trained for a moment on its own samples; its weights are then led away from what that did. Another --weight
+    uses the same samples and training, so compare a few by their scores.
+
+    Example: mmgen neon runs/digits-imm --weight 0.5
+    """
+    for option, value in (("--num", num), ("--steps", steps), ("--images", images), ("--lr", lr)):
+        if not value > 0:
+            raise ConfigError(f"{option} must be positive, not {value}")
+
+    from ..methods.neon import neon as improve
+    from ..models.files import find_model
+    from .training import is_main
+    from .training_report import TrainingReport
+
+    check_device(device, numbered=False)
+    folder = out or find_model(model).parent / "neon"
+    report = TrainingReport(visible=is_main())
+    try:
+        written, outcome = improve(model, folder, num=num, steps=steps, images=images, lr=lr, weight=weight, reporter=report, device=device)
+    finally:
+        report.stop()
+    if not outcome.finished:
+        typer.echo("interrupted: the same command goes on", err=True)
+        raise typer.Exit(128 + (outcome.signal or 0))
+    if is_main():
+        typer.echo(f"model:  {written}")
+        typer.echo(f"next:   mmgen fid {written}")

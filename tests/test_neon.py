@@ -1,0 +1,72 @@
+"""Neon: a model led away from what training on its own samples does."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_model import make_denoiser
+from typer.testing import CliRunner
+
+from mmgen.cli import app
+from mmgen.errors import ConfigError
+from mmgen.methods.neon import extrapolated
+from mmgen.models.files import read_config
+
+
+def run(*arguments) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.output + str(result.exception or "")
+
+
+def test_extrapolation_is_linear_and_keeps_types():
+    base = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0], dtype=torch.bfloat16), "count": torch.tensor([7])}
+    tuned = {"a": torch.tensor([2.0, 0.0]), "b": torch.tensor([4.0], dtype=torch.bfloat16), "count": torch.tensor([9])}
+    found = extrapolated(base, tuned, 0.5)
+    assert found["a"].tolist() == [0.5, 3.0] and found["b"].dtype == torch.bfloat16 and found["b"].item() == 2.5
+    assert found["count"].item() == 7
+    assert all(torch.equal(extrapolated(base, tuned, 0.0)[k], base[k]) for k in base)
+    with pytest.raises(ConfigError, match="not the same tensors"):
+        extrapolated(base, {"a": base["a"]}, 1.0)
+
+
+def test_extrapolation_undoes_a_lean_that_grows_by_itself():
+    """A model theta* + e whose training on its own samples goes to theta* + 1.5 e: w = 2 leads back to theta*."""
+    truth, error = torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
+    found = extrapolated({"w": truth + error}, {"w": truth + 1.5 * error}, 2.0)["w"]
+    assert torch.allclose(found, truth, rtol=0, atol=1e-12)
+
+
+def test_a_run_is_sampled_tuned_and_extrapolated_and_another_weight_trains_nothing(tmp_path):
+    status, shown = run("train-imm", "--out", tmp_path / "run", "--max-images", 128, "--set", "run.eval_num=0")
+    assert status == 0, shown
+    common = ("neon", tmp_path / "run", "--num", 48, "--steps", 1, "--images", 256, "--lr", 1e-3)
+    status, shown = run(*common, "--weight", 0)
+    assert status == 0, shown
+    folder = tmp_path / "run/neon"
+    base, tuned = load_file(tmp_path / "run/model.safetensors"), load_file(folder / "tuned/model.safetensors")
+    assert all(torch.equal(value, base[key]) for key, value in load_file(folder / "model-0.safetensors").items())
+    assert any(not torch.equal(value, base[key]) for key, value in tuned.items())
+    assert len(list((folder / "samples").glob("*.png"))) == 48
+    then = (folder / "tuned/model.safetensors").stat().st_mtime_ns
+    status, shown = run(*common, "--weight", 1.5)
+    assert status == 0 and str(folder / "model-1.5.safetensors") in shown, shown
+    assert (folder / "tuned/model.safetensors").stat().st_mtime_ns == then
+    for key, value in load_file(folder / "model-1.5.safetensors").items():
+        assert torch.equal(value, (2.5 * base[key].double() - 1.5 * tuned[key].double()).float())
+    made = read_config(folder / "model-1.5.safetensors").training["neon"]
+    assert made["weight"] == 1.5 and made["images"] == 256 and made["num"] == 48
+
+
+@pytest.mark.parametrize("options, sentence", [
+    (["--num", 0], "--num must be positive"),
+    (["--lr", -1], "--lr must be positive"),
+])  # fmt: skip
+def test_bad_options_are_one_sentence(options, sentence, digits_model):
+    status, shown = run("neon", digits_model, *options)
+    assert status != 0 and sentence in shown
+
+
+def test_other_models_are_refused(tmp_path):
+    status, shown = run("neon", tmp_path / "none")
+    assert status != 0 and "there is no" in shown
+    status, shown = run("neon", make_denoiser(tmp_path / "teacher.safetensors", channels=1))
+    assert status != 0 and "no IMM model trained by mmgen" in shown
