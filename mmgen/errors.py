@@ -78,15 +78,15 @@ _short.maxstring = _short.maxother = _short.maxlong = 200
 _short.maxlist = _short.maxtuple = _short.maxdict = 10
 
 
-def nearest(word: str, valid: Iterable[str], prefix: str = "") -> str:
+def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
     """Ends a refusal: the most similar words, then all valid ones, each shown with `prefix` before it.
 
     >>> nearest("laplac", ["laplace", "rbf"])
     "did you mean 'laplace'? Valid: laplace, rbf"
     """
     valid = list(valid)
-    close = difflib.get_close_matches(word, valid, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     if not close:  # a dotted key whose last part matches, such as k for loss.k
-        close = [v for v in valid if v.rsplit(".", 1)[-1] == word.rsplit(".", 1)[-1]]
+        close = [v for v in valid if v.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
     listing = "Valid: " + ", ".join(prefix + v for v in valid)
     return f"did you mean {' or '.join(repr(prefix + c) for c in close)}? {listing}" if close else listing

@@ -1,4 +1,4 @@
-"""From a word to a data set: decoding once, the cache, corrupt images, and where words lead."""
+"""From a name to a data set: decoding once, the cache, corrupt images, and where words lead."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_pixels_and_labels_are_those_on_disk(folder):
     assert dataset.images.dtype == np.uint8 and not dataset.images.flags.writeable
     assert dataset.labels.tolist() == [0, 0, 0, 0, 1, 1, 1] and dataset.labels.dtype == np.int64
     assert (len(dataset), dataset.resolution, dataset.channels, dataset.num_classes) == (7, 6, 3, 2)
-    assert dataset.class_counts == [4, 3] and dataset.class_names == ["a", "b"] and dataset.word == str(folder)
+    assert dataset.class_counts == [4, 3] and dataset.class_names == ["a", "b"] and dataset.name == str(folder)
     assert dataset.description == "class folders: 7 images, 2 classes, 3x6x6"
 
 
@@ -300,8 +300,8 @@ def test_words_lead_to_the_data_folder(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("MMGEN_DATA_DIR", str(tmp_path / "sets"))
     shutil.copytree(folder, tmp_path / "sets" / "cifar10")
     shutil.copytree(folder, tmp_path / "sets" / "someone" / "flowers")
-    for word in ("cifar10", "uoft-cs/cifar10", "someone/flowers"):
-        assert len(data.load(word)) == 7
+    for name in ("cifar10", "uoft-cs/cifar10", "someone/flowers"):
+        assert len(data.load(name)) == 7
     with pytest.raises(DataError, match="did you mean 'cifar10'.*digits.*someone"):
         data.load("cifar")
     with pytest.raises(DataError, match="no file or folder ./cifar10"):

@@ -130,9 +130,9 @@ def test_latents_on_a_full_disk(tmp_path, own_cache):
     source = resolve(str(write_images(tmp_path / "images", per_class=30)))
     vae, out = load_vae(write_vae(tmp_path / "vae"), "cpu"), tmp_path / "latents"
     with files_of_at_most(30_000), pytest.raises(MmgenError, match=r"cannot write .*000000\.npy"):
-        encode_source(source, vae, out, EncodingSettings(), word="images")
+        encode_source(source, vae, out, EncodingSettings(), name="images")
     assert set(everything(out)) == {"latents-unfinished.json", "shards/000000.sha256"}
-    assert encode_source(source, vae, out, EncodingSettings(), word="images")["number"] == 90
+    assert encode_source(source, vae, out, EncodingSettings(), name="images")["number"] == 90
 
 
 def test_a_full_disk_while_training_leaves_the_last_checkpoint(tmp_path, monkeypatch):

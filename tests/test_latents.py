@@ -42,11 +42,11 @@ def place(tmp_path_factory):
     return folder
 
 
-def encode(place, out, vae="vae", images="images", word=None, notes=None, **settings):
+def encode(place, out, vae="vae", images="images", name=None, notes=None, **settings):
     source = resolve(str(place / images)) if isinstance(images, str) else images
     note = [].append if notes is None else notes.append
     return encode_source(
-        source, load_vae(str(place / vae)), out, EncodingSettings(**settings), word=word or str(place / "images"), note=note
+        source, load_vae(str(place / vae)), out, EncodingSettings(**settings), name=name or str(place / "images"), note=note
     )
 
 
@@ -83,7 +83,7 @@ def test_moments_are_those_of_diffusers(place, tmp_path):
     torch.testing.assert_close(torch.from_numpy(moments), torch.cat([own.mean, own.std], dim=1), rtol=1e-4, atol=1e-5)
     assert found.labels.tolist() == [0] * 40 + [1] * 40 + [2] * 40
     assert (found.class_names, found.class_counts, found.resolution, found.channels) == (["a", "b", "c"], [40] * 3, 8, 4)
-    assert found.word == "word" and found.latents.vae == str(place / "vae") and found.latents.resolution == 16
+    assert found.name == "word" and found.latents.vae == str(place / "vae") and found.latents.resolution == 16
     # measured: mean and deviation of drawn latents, in closed form from all moments
     mean, std = own.mean.double(), own.std.double()
     expected = (mean.square() + std.square()).mean((0, 2, 3)) - mean.mean((0, 2, 3)).square()
@@ -187,7 +187,7 @@ def test_nothing_readable_is_an_error(place, tmp_path):
 def test_the_same_command_again_does_nothing_and_another_is_refused(place, tmp_path):
     record = encode(place, tmp_path / "out")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.*")}
-    assert encode(place, tmp_path / "out", word="elsewhere") == record
+    assert encode(place, tmp_path / "out", name="elsewhere") == record
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.*")} == before
     for changes, message in (
         ({"dtype": "float32"}, "dtype = float16, not float32"),
@@ -237,7 +237,7 @@ def test_values_that_are_not_finite_or_too_large_stop(place, tmp_path, monkeypat
     for factor, dtype in ((float("nan"), "float32"), (1e30, "float16")):
         broken = type(vae)(**{**vae.__dict__, "encode": lambda x, f=factor: tuple(f * part for part in vae.encode(x))})
         with pytest.raises(DataError, match=r"not finite, or beyond .*000.png"):
-            encode_source(resolve(str(place / "images")), broken, tmp_path / f"{dtype}", EncodingSettings(dtype=dtype), word="x")
+            encode_source(resolve(str(place / "images")), broken, tmp_path / f"{dtype}", EncodingSettings(dtype=dtype), name="x")
 
 
 def test_shards_are_a_function_of_the_number_alone_and_never_too_many_open_files():
@@ -270,12 +270,12 @@ def test_few_images_are_in_memory_at_once(place, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(encoding, "_try", lambda *arguments: {})
         watched = type(vae)(**{**vae.__dict__, "encode": watching})
-        encode_source(source, watched, tmp_path / "out", EncodingSettings(batch_size=16), word="x")
+        encode_source(source, watched, tmp_path / "out", EncodingSettings(batch_size=16), name="x")
     assert encoded[0] == 3000 and ahead[0] <= 3 * 16 + 16
 
 
 def test_latents_are_found_and_images_refused(place, tmp_path, monkeypatch):
-    encode(place, tmp_path / "set", word="imagenet/")
+    encode(place, tmp_path / "set", name="imagenet/")
     monkeypatch.setenv("MMGEN_DATA_DIR", str(tmp_path))
     assert find_latents("set") == find_latents(str(tmp_path / "set")) == tmp_path / "set"
     assert find_latents("digits") is None and find_latents("cifar10") is None and find_latents(str(place / "images")) is None
@@ -308,7 +308,7 @@ def test_an_unfinished_or_damaged_folder_is_refused(place, tmp_path):
 
 def test_the_fingerprint_is_that_of_the_content(place, tmp_path):
     first = encode(place, tmp_path / "a")["fingerprint"]
-    assert encode(place, tmp_path / "b", word="elsewhere")["fingerprint"] == first
+    assert encode(place, tmp_path / "b", name="elsewhere")["fingerprint"] == first
     assert encode(place, tmp_path / "c", normalisation="imm")["fingerprint"] != first
     assert encode(place, tmp_path / "d", dtype="float32")["fingerprint"] != first
 
@@ -364,7 +364,7 @@ def in_a_child(out):
 
     def work():
         torch.set_num_threads(1)
-        encode_source(resolve("images"), load_vae("vae"), out, EncodingSettings(batch_size=5), word="images", reading={"split": "train"})
+        encode_source(resolve("images"), load_vae("vae"), out, EncodingSettings(batch_size=5), name="images", reading={"split": "train"})
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()

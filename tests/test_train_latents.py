@@ -58,7 +58,7 @@ def place(tmp_path_factory):
     write_images(folder / "images", per_class=30)
     vae = load_vae(write_vae(folder / "vae"))
     source = resolve(str(folder / "images"))
-    encode_source(source, vae, folder / "latents", EncodingSettings(dtype="float32"), word=str(folder / "images"))
+    encode_source(source, vae, folder / "latents", EncodingSettings(dtype="float32"), name=str(folder / "images"))
     return folder
 
 
@@ -216,7 +216,7 @@ def test_two_vaes_are_two_runs(place, tmp_path):
 
     train(place, tmp_path / "run", **{"run.preview_every": 10**9})
     other = load_vae(write_vae(tmp_path / "vae", seed=5))
-    encode_source(resolve(str(place / "images")), other, tmp_path / "latents", EncodingSettings(dtype="float32"), word="x")
+    encode_source(resolve(str(place / "images")), other, tmp_path / "latents", EncodingSettings(dtype="float32"), name="x")
     config = tiny(place)
     AcceleratorState._reset_state(reset_partial_state=True)
     moved = replace(config, data=replace(config.data, name=str(tmp_path / "latents")))

@@ -31,7 +31,7 @@ def images(count=3, side=16):
 
 
 def settings_of(vae, **changes):
-    values = dict(vae=vae.word, vae_sha256=vae.sha256, kind=vae.kind, mean=(0.1,) * 4, std=(2.0,) * 4, resolution=16)
+    values = dict(vae=vae.source, vae_sha256=vae.sha256, kind=vae.kind, mean=(0.1,) * 4, std=(2.0,) * 4, resolution=16)
     return LatentSettings(**{**values, **changes})
 
 

@@ -42,7 +42,7 @@ def cache_latents(
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Also follow links that lead out of the folder.")
     ] = False,
-    on_corrupt: Annotated[str, typer.Option(metavar="WORD", help="Damaged images: stop or skip.")] = "stop",
+    on_corrupt: Annotated[str, typer.Option(metavar="NAME", help="Damaged images: stop or skip.")] = "stop",
     normalisation: Annotated[
         str,
         typer.Option(
@@ -81,7 +81,7 @@ def cache_latents(
     speed = _Speed()
     with progress_bar("encoding", source.length) if process_group.is_main else contextlib.nullcontext() as update:
         record = encode_source(
-            source, loaded, out, settings, word=data, reading={key: value for key, value in reading.items() if value},
+            source, loaded, out, settings, name=data, reading={key: value for key, value in reading.items() if value},
             process_group=process_group, progress=update and speed.around(update), note=_note,
         )  # fmt: skip
     if process_group.is_main:

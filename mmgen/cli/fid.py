@@ -121,13 +121,13 @@ def fid(
     Statistics for later: mmgen fid imagenet/ --save-stats imagenet.safetensors
     """
     check_device(device)
-    samples, (ref, features, clip) = [home(word) for word in samples], (home(word) for word in (ref, features, clip))
+    samples, (ref, features, clip) = [home(name) for name in samples], (home(name) for name in (ref, features, clip))
     drawing: dict[str, Any] = {"seed": seed, "guidance": guidance, "sampler": sampler, "grid": grid, "ema": ema}
     drawing |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
     drawing["steps"] = None if steps is None else numbers(steps, int, "--steps", "1,2,4,8")
     drawing["etas"] = None if eta is None else tuple(numbers(eta, float, "--eta", "1.4"))
     drawing["classes"], drawing["precision"] = classes, precision
-    wanted = None if metrics == "all" else tuple(dict.fromkeys(word.strip() for word in metrics.split(",")))
+    wanted = None if metrics == "all" else tuple(dict.fromkeys(name.strip() for name in metrics.split(",")))
 
     from ..metrics.evaluate import FidSettings, evaluate
     from ..system.processes import find_process_group

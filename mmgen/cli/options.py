@@ -54,7 +54,7 @@ def numbers(text: str, kind: type, option: str, example: str) -> list:
 
 
 def home(place: Place) -> Place:
-    """A word or path with ~ at its start read as the home folder: shells leave it as it is in --option=~/file."""
+    """A name or path with ~ at its start read as the home folder: shells leave it as it is in --option=~/file."""
     if place is None or not str(place).startswith("~"):
         return place
     return type(place)(os.path.expanduser(place))

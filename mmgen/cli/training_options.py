@@ -42,7 +42,7 @@ CaptionColumn = Annotated[str | None, _images(metavar="NAME", help="Column of th
 Captions = Annotated[
     str | None, _images(metavar="FILE", help="Captions: COCO's .json, .jsonl, .csv.")
 ]
-OnCorrupt = Annotated[str | None, _images(metavar="WORD", help="Damaged images: stop or skip. Default: stop.")]
+OnCorrupt = Annotated[str | None, _images(metavar="NAME", help="Damaged images: stop or skip. Default: stop.")]
 
 Init = Annotated[str | None, _training(metavar="MODEL", help="Begin with its weights: any model of the same network.")]
 Preset = Annotated[
@@ -125,7 +125,7 @@ def own_option(option: Option, heading: str) -> Any:
 
 
 def own_changes(options: Sequence[Option], given: dict[str, Any]) -> dict[str, Any]:
-    """A method's own options among a command's arguments, as settings by dotted key. Raises ConfigError for an unknown word."""
+    """A method's own options among a command's arguments, as settings by dotted key. Raises ConfigError for an unknown name."""
     changes = {}
     for option in options:
         value = given.get(option.name)

@@ -34,7 +34,7 @@ __all__ = ["DataShape", "Dataset", "load"]
 
 
 def load(
-    word: str,
+    name: str,
     *,
     resolution: int | None = None,  # None: the images' own, which must then be square and the same for all
     channels: int | None = None,  # 1, 3, or None: 1 if the first images are all grey
@@ -58,13 +58,13 @@ def load(
     from .resolve import DIGITS, locate, resolve
 
     cache.check_options(resolution, channels, on_corrupt)
-    source = resolve(word, **reading)
+    source = resolve(name, **reading)
     captions = None
     if with_captions:
         source, captions = captioned(source, on_corrupt)
-    options: dict[str, Any] = {"captions": captions, "on_corrupt": on_corrupt, "progress": progress, "word": word}
-    if word == DIGITS:
+    options: dict[str, Any] = {"captions": captions, "on_corrupt": on_corrupt, "progress": progress, "name": name}
+    if name == DIGITS:
         dataset = cache.decode_in_memory(source, resolution, channels, **options)
     else:
         dataset = cache.prepare(source, resolution, channels, cache_dir=cache_dir, **options)
-    return replace(dataset, place=locate(word))
+    return replace(dataset, place=locate(name))

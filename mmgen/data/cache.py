@@ -54,7 +54,7 @@ def prepare(
     on_corrupt: str = "stop",
     captions: pa.ListArray | None = None,
     progress: Progress | None = None,
-    word: str = "",
+    name: str = "",
 ) -> Dataset:
     """Decodes a source into the cache, unless it is there already and whole, and maps it.
 
@@ -74,7 +74,7 @@ def prepare(
                 dataset = _open(folder)
     if dataset is None:
         raise DataError(f"the cache entry {folder} cannot be read back: is the disk failing?")
-    return replace(dataset, word=word)
+    return replace(dataset, name=name)
 
 
 def decode_in_memory(
@@ -85,7 +85,7 @@ def decode_in_memory(
     on_corrupt: str = "stop",
     captions: pa.ListArray | None = None,
     progress: Progress | None = None,
-    word: str = "",
+    name: str = "",
 ) -> Dataset:
     """Like `prepare`, for a source so small that a cache would only be litter."""
     check_options(resolution, channels, on_corrupt)
@@ -101,7 +101,7 @@ def decode_in_memory(
     digest = _digest(plan)
     digest.update(images)
     description, identity = _describe(source, plan, skipped), _fingerprint(digest, labels, captions)
-    return Dataset(word, images, labels, source.class_names, description, identity, captions)
+    return Dataset(name, images, labels, source.class_names, description, identity, captions)
 
 
 def cache_root(cache_dir: str | os.PathLike | None = None) -> Path:

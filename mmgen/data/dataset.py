@@ -1,4 +1,4 @@
-"""What every `--data` word becomes: uint8 images, integer labels, and where they came from (of latents: see `latents`)."""
+"""What a `--data` becomes: uint8 images, integer labels, and where they came from (of latents: see `latents`)."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ class Labelled:
 
 @dataclass(frozen=True)
 class Dataset(Labelled):
-    word: str  # what the user wrote
+    name: str  # what the user wrote
     images: np.ndarray  # uint8 [N, C, R, R], 0..255; read-only, memory-mapped where it comes from the cache
     labels: np.ndarray | None  # int64 [N], 0 <= label < num_classes
     class_names: list[str] | None
     description: str  # one line: layout, number of images, columns, classes, resolution, what was left out
     fingerprint: str  # SHA-256 of shape, pixels, labels and captions: the same data has the same one wherever it lies
     captions: pa.ListArray | None = None  # list<string> [N], at least one text each, where they were asked for
-    place: str = ""  # what the word meant: see `resolve.locate`
+    place: str = ""  # what the name meant: see `resolve.locate`
     texts: EncodedCaptions | None = None  # the captions as a model is conditioned on them
 
     def __len__(self) -> int:

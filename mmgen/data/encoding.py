@@ -71,7 +71,7 @@ class _Task:
     """What all parts of an encoding share."""
 
     source: ImageSource
-    word: str  # the --data word of the source
+    name: str  # the name of the source
     reading: dict[str, Any]  # the split and columns that were asked for
     watched: Watched  # the source, hashed as it is read
     vae: Vae
@@ -108,7 +108,7 @@ def encode_source(
     out: Path,
     settings: EncodingSettings,
     *,
-    word: str,
+    name: str,
     reading: dict[str, Any] | None = None,
     process_group: ProcessGroup = ProcessGroup(),
     progress: Progress | None = None,
@@ -123,10 +123,10 @@ def encode_source(
     settings.check()
     plan = settle(source, settings.resolution, 3, settings.on_corrupt)
     if plan.resolution % vae.factor:
-        raise ConfigError(f"--resolution {plan.resolution} must be a multiple of {vae.factor}, by which {vae.word} divides sides")
+        raise ConfigError(f"--resolution {plan.resolution} must be a multiple of {vae.factor}, by which {vae.source} divides sides")
     watched = Watched(source)
     task = _Task(
-        watched.source, word, reading or {}, watched, vae, out, settings, plan, _normalisation(vae, settings.normalisation)
+        watched.source, name, reading or {}, watched, vae, out, settings, plan, _normalisation(vae, settings.normalisation)
     )
     job, shards = _job(task), _shards(source.length)
     if _is_whole(out, job):
@@ -155,11 +155,11 @@ def encode_source(
     return read_record(out)
 
 
-def _normalisation(vae: Vae, word: str) -> str:
+def _normalisation(vae: Vae, name: str) -> str:
     """imm or measure. Raises ConfigError where IMM's constants cannot be this VAE's."""
-    if word == "imm" and (vae.kind != "kl" or vae.channels != len(IMM_MEAN)):
-        raise ConfigError(f"--normalisation imm is for Stable Diffusion's VAE of 4 channels, not {vae.word}: use measure")
-    return word if word != "auto" else "imm" if vae.is_imm else "measure"
+    if name == "imm" and (vae.kind != "kl" or vae.channels != len(IMM_MEAN)):
+        raise ConfigError(f"--normalisation imm is for Stable Diffusion's VAE of 4 channels, not {vae.source}: use measure")
+    return name if name != "auto" else "imm" if vae.is_imm else "measure"
 
 
 def _job(task: _Task) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _job(task: _Task) -> dict[str, Any]:
     source, settings = task.source, task.settings
     return {
         "format": FORMAT,
-        "source": {"word": task.word, "place": locate(task.word), "reading": task.reading,
+        "source": {"word": task.name, "place": locate(task.name), "reading": task.reading,
                    "fingerprint": source.fingerprint, "description": source.description},
         "images": source.length,
         "resolution": task.plan.resolution,
@@ -373,7 +373,7 @@ def _latents(task: _Task, moments: np.ndarray, note: Note) -> LatentSettings:
     vae, imm = task.vae, task.normalisation == "imm"
     mean, std = moments[0], np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 0))
     if not imm and min(std) <= 1e-6 * max(std):
-        raise DataError(f"a channel of the latents of {vae.word} is the same for all images: the VAE cannot be used")
+        raise DataError(f"a channel of the latents of {vae.source} is the same for all images: the VAE cannot be used")
     if imm:
         after = std / np.array(IMM_STD) * IMM_TARGET_STD
         if max(after) > 2 * IMM_TARGET_STD or min(after) < IMM_TARGET_STD / 2:
@@ -393,6 +393,6 @@ def _latents(task: _Task, moments: np.ndarray, note: Note) -> LatentSettings:
 def _describe(task: _Task, skipped: int) -> str:
     side, pixels, vae = task.row[1], task.plan.resolution, task.vae
     normalisation = "IMM's" if task.normalisation == "imm" else "measured"
-    text = f"latents {vae.channels}x{side}x{side} by {vae.word}, {normalisation} normalisation, of {task.source.description}, "
+    text = f"latents {vae.channels}x{side}x{side} by {vae.source}, {normalisation} normalisation, of {task.source.description}, "
     text += f"3x{pixels}x{pixels}" + (", each also mirrored" if task.settings.xflip else "")
     return text + (f", {skipped:,} that cannot be read left out" if skipped else "")

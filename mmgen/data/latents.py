@@ -49,18 +49,18 @@ class Rows:
 
 @dataclass(frozen=True)
 class LatentDataset(Labelled):
-    """What a `--data` word that means latents becomes."""
+    """What a `--data` that means latents becomes."""
 
-    word: str  # what the user wrote
+    name: str  # what the user wrote
     moments: Rows  # float16 or float32 [N, 2C, h, w], or [N, C, h, w] of a tiny VAE
     labels: np.ndarray | None  # int64 [N], 0 <= label < num_classes
     class_names: list[str] | None
     description: str  # one line
     fingerprint: str  # SHA-256 of VAE, normalisation, moments and labels
     latents: LatentSettings
-    source: str  # the --data word of the images
+    source: str  # the name of the images
     place: str = ""  # of the folder, absolute
-    images: dict[str, Any] = field(default_factory=dict)  # the images, for a scorer: word, place, content hash, reading options
+    images: dict[str, Any] = field(default_factory=dict)  # the images, for a scorer: name, place, content hash, reading options
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -84,7 +84,7 @@ def is_latents(place: Path) -> bool:
 
 
 def source_of(place: Path) -> str:
-    """The --data word of the images that a folder of latents came from, to be shown; the resolution is beside it."""
+    """The name of the images that a folder of latents came from, to be shown; the resolution is beside it."""
     try:
         record = read_json(place / (RECORD if (place / RECORD).is_file() else JOB))
         return f"{record['source']['word']} at {record['resolution']} pixels"
@@ -110,7 +110,7 @@ def read_record(place: Path) -> dict[str, Any]:
         raise DataError(f"{file} is damaged: {error!r}") from error
 
 
-def load_latents(place: Path, word: str = "") -> LatentDataset:
+def load_latents(place: Path, name: str = "") -> LatentDataset:
     """Maps a folder of latents. Raises DataError naming a file that is missing, damaged, or does not fit latents.json."""
     record = read_record(place)
     try:
@@ -121,7 +121,7 @@ def load_latents(place: Path, word: str = "") -> LatentDataset:
         if sum(record["shards"]) != record["number"] or not record["number"]:
             raise ValueError("its numbers contradict each other")
         return LatentDataset(
-            word=word or str(place),
+            name=name or str(place),
             moments=Rows(arrays),
             labels=None if labels is None else np.array(labels),
             class_names=record["class_names"],

@@ -1,4 +1,4 @@
-"""What a `--data` word means: the embedded digits, a path, a name in $MMGEN_DATA_DIR, or a data set of the hub."""
+"""What `--data` means: the embedded digits, a path, a name in $MMGEN_DATA_DIR, or a data set of the hub."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _NAME = re.compile(r"^\w[\w.-]*$")
 _HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
-def resolve(word: str, **options: Any) -> ImageSource:
-    """Finds the data set that `word` means, without decoding it; `options` are the fields of `Reading`. The first that is there:
+def resolve(name: str, **options: Any) -> ImageSource:
+    """Finds the data set that `name` means, without decoding it; `options` are the fields of `Reading`. The first that is there:
 
     1. `digits`: comes with mmgen (a folder of that name is `./digits`);
     2. `cifar10`: continues as `uoft-cs/cifar10`;
@@ -38,44 +38,44 @@ def resolve(word: str, **options: Any) -> ImageSource:
     Raises DataError, in one sentence that says where it looked.
     """
     reading = Reading(**options)
-    if word == DIGITS:
+    if name == DIGITS:
         return open_digits(reading)
     looked = []
-    name = SHORT_NAMES.get(word, word)
-    for place in _places(word, name):
+    full_name = SHORT_NAMES.get(name, name)
+    for place in _places(name, full_name):
         if exists(place):
             if is_latents(place):
                 raise DataError(f"{place} holds latents, not images: give the images that they came from, {source_of(place)}")
             if reading.revision is None:
                 return open_source(place, **options)
-            if not _HUB_ID.match(name):
+            if not _HUB_ID.match(full_name):
                 what = f"{place} is on this machine, only the hub has revisions"
                 raise DataError(f"--revision {reading.revision}: {what}: leave it out")
         looked.append(str(place))
-    if _HUB_ID.match(name):
-        folder, notes = hub.fetch(name, reading, looked)
+    if _HUB_ID.match(full_name):
+        folder, notes = hub.fetch(full_name, reading, looked)
         source = open_source(folder, **options)
         return replace(source, description=", ".join([source.description, *notes]))
-    if _NAME.match(word):
+    if _NAME.match(name):
         known = [DIGITS, *SHORT_NAMES, *_names_in(_data_dir())]
-        raise DataError(f"no data set {shortened(word)}: {nearest(word, known)}; or give a path, or user/name of the hub")
-    raise DataError(f"there is no file or folder {word if word.isprintable() and len(word) < 1000 else shortened(word)}")
+        raise DataError(f"no data set {shortened(name)}: {nearest(name, known)}; or give a path, or user/name of the hub")
+    raise DataError(f"there is no file or folder {name if name.isprintable() and len(name) < 1000 else shortened(name)}")
 
 
-def locate(word: str) -> str:
-    """Where the data set of a word lies, whatever folder one stands in: an absolute path, or the word itself where it is a name
+def locate(name: str) -> str:
+    """Where the data set of a name lies, whatever folder one stands in: an absolute path, or the name itself where it is one
     that means the same everywhere (`digits`, a data set of the hub)."""
-    if word == DIGITS:
-        return word
-    name = SHORT_NAMES.get(word, word)
-    return next((str(place.absolute()) for place in _places(word, name) if exists(place)), name)
+    if name == DIGITS:
+        return name
+    full_name = SHORT_NAMES.get(name, name)
+    return next((str(place.absolute()) for place in _places(name, full_name) if exists(place)), full_name)
 
 
-def find_latents(word: str) -> Path | None:
-    """The folder of latents that `word` means, a path or a name in $MMGEN_DATA_DIR; None where it means something else."""
-    if word == DIGITS:
+def find_latents(name: str) -> Path | None:
+    """The folder of latents that `name` means, a path or a name in $MMGEN_DATA_DIR; None where it means something else."""
+    if name == DIGITS:
         return None
-    place = next((place for place in _places(word, SHORT_NAMES.get(word, word)) if exists(place)), None)
+    place = next((place for place in _places(name, SHORT_NAMES.get(name, name)) if exists(place)), None)
     return place if place is not None and is_latents(place) else None
 
 
@@ -103,12 +103,12 @@ def open_digits(reading: Reading = Reading()) -> ImageSource:
     )
 
 
-def _places(word: str, name: str) -> list[Path]:
-    """Where a word may lie on this machine, most specific first."""
-    places = [] if word in SHORT_NAMES else [at_home(word)]
+def _places(name: str, full_name: str) -> list[Path]:
+    """Where a name may lie on this machine, most specific first."""
+    places = [] if name in SHORT_NAMES else [at_home(name)]
     folder = _data_dir()
-    if folder is not None and (_HUB_ID.match(name) or _NAME.match(name)):
-        places += [folder / name, folder / name.split("/")[-1]]
+    if folder is not None and (_HUB_ID.match(full_name) or _NAME.match(full_name)):
+        places += [folder / full_name, folder / full_name.split("/")[-1]]
     return list(dict.fromkeys(places))
 
 

@@ -18,9 +18,9 @@ _KEYWORD = re.compile(r"(?<![a-z])(" + "|".join(sorted(_CANONICAL, key=len, reve
 _SHARD = re.compile(r"^(?P<prefix>.+)-(?P<index>\d{5})-of-(?P<total>\d{5})")
 
 
-def canonical(word: str) -> str:
+def canonical(name: str) -> str:
     """The usual name of a split: `val` -> `validation`. Other words stay as they are."""
-    return _CANONICAL.get(word.lower(), word)
+    return _CANONICAL.get(name.lower(), name)
 
 
 def split_of(name: str) -> str | None:

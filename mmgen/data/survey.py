@@ -22,9 +22,9 @@ class Survey:
     classes: int  # 0: no labels
 
 
-def survey(word: str, **reading: Any) -> Survey:
+def survey(name: str, **reading: Any) -> Survey:
     """`reading`: fields of `Reading`. Raises DataError where there is no such data set, or none of the images looked at can be opened."""
-    source = resolve(word, **reading)
+    source = resolve(name, **reading)
     sides = []
     for i in np.unique(np.linspace(0, source.length - 1, min(_LOOKED_AT, source.length)).astype(int)):
         try:
@@ -33,6 +33,6 @@ def survey(word: str, **reading: Any) -> Survey:
         except CorruptImage:  # training says what is wrong, or leaves it out
             continue
     if not sides:
-        raise DataError(f"none of the first images of {word} can be opened: {source.description}")
+        raise DataError(f"none of the first images of {name} can be opened: {source.description}")
     classes = 0 if source.labels is None else len(np.unique(source.labels))
     return Survey(source.length, int(np.median(sides)), classes)

@@ -47,7 +47,7 @@ class Vae:
     `decode`: (raw latents float [N, C, h, w], whether pixels are in [0, 1] and not in [-1, 1]) -> uint8 [N, 3, H, W].
     """
 
-    word: str  # what the user wrote
+    source: str  # what the user wrote
     kind: Literal["kl", "tiny", "dc"]
     sha256: str  # of its weights
     channels: int  # C
@@ -58,21 +58,21 @@ class Vae:
     @property
     def place(self) -> str:
         """Where it is, whatever folder one stands in: an absolute path, or the hub id."""
-        return str(at_home(self.word).absolute()) if at_home(self.word).exists() else self.word
+        return str(at_home(self.source).absolute()) if at_home(self.source).exists() else self.source
 
     @property
     def is_imm(self) -> bool:
         """Whether IMM's mean and standard deviation are this one's, judged by its name."""
-        return self.kind == "kl" and self.channels == len(IMM_MEAN) and Path(self.word).name in IMM_VAES
+        return self.kind == "kl" and self.channels == len(IMM_MEAN) and Path(self.source).name in IMM_VAES
 
 
-def load_vae(word: str, device: torch.device | str = "cpu") -> Vae:
+def load_vae(source: str, device: torch.device | str = "cpu") -> Vae:
     """AutoencoderKL, AutoencoderTiny or AutoencoderDC from a folder as diffusers writes it (its `vae` folder, of a pipeline) or a hub id.
 
     Weights are read from safetensors only, and every one must be there. The last two that were loaded are kept. Raises
     ConfigError where diffusers is missing, ModelError where there is no such autoencoder, or it is damaged or of another kind.
     """
-    return _load(word, str(torch.device(device)))
+    return _load(source, str(torch.device(device)))
 
 
 def decoder(latents: LatentSettings, device: torch.device | str = "cpu") -> Callable[[Tensor], Tensor]:
@@ -81,14 +81,14 @@ def decoder(latents: LatentSettings, device: torch.device | str = "cpu") -> Call
     The autoencoder is the one recorded in `latents`, looked for at $MMGEN_VAE (a folder or hub id) if that is set. Raises
     what `load_vae` raises, and ModelError where it is not the one that the model was trained with.
     """
-    word = os.environ.get("MMGEN_VAE") or latents.vae
+    source = os.environ.get("MMGEN_VAE") or latents.vae
     try:
-        vae = load_vae(word, device)
+        vae = load_vae(source, device)
     except ModelError as error:
         raise ModelError(f"{error}; the model needs this VAE to decode its latents, and $MMGEN_VAE may name its place") from error
     if latents.vae_sha256 and vae.sha256 != latents.vae_sha256:
         raise ModelError(
-            f"the VAE {word} is not the one that the model was trained with: SHA-256 {vae.sha256[:12]}..., not "
+            f"the VAE {source} is not the one that the model was trained with: SHA-256 {vae.sha256[:12]}..., not "
             f"{latents.vae_sha256[:12]}... ({latents.vae}); set $MMGEN_VAE to the folder that holds the right one"
         )
     return lambda x: vae.decode(denormalise(x, latents), latents.pixels == "unit")
@@ -131,14 +131,14 @@ def _constants(latents: LatentSettings, device: torch.device) -> tuple[Tensor, T
 
 
 @functools.lru_cache(maxsize=2)
-def _load(word: str, device: str) -> Vae:
+def _load(source: str, device: str) -> Vae:
     classes = _diffusers_classes()
-    folder = _folder(word)
-    config = _read_config(folder, word)
+    folder = _folder(source)
+    config = _read_config(folder, source)
     name = config["_class_name"]
     if classes[name] is None:
-        raise ConfigError(f"{word} is an {name}, which this version of diffusers does not have: pip install -U diffusers")
-    module = _read_module(classes[name], folder, word).to(device)
+        raise ConfigError(f"{source} is an {name}, which this version of diffusers does not have: pip install -U diffusers")
+    module = _read_module(classes[name], folder, source).to(device)
     kind = KINDS[name]
     widths = config.get(WIDTHS[kind]) or [0]
 
@@ -164,7 +164,7 @@ def _load(word: str, device: str) -> Vae:
 
     factor = 2 ** (len(widths) - 1)  # each level but the last halves the side
     channels = int(module.config.latent_channels)
-    return Vae(word, kind, sha256_of(folder / WEIGHTS), channels, factor, encode, decode)
+    return Vae(source, kind, sha256_of(folder / WEIGHTS), channels, factor, encode, decode)
 
 
 def _diffusers_classes() -> dict[str, Any]:
@@ -175,7 +175,7 @@ def _diffusers_classes() -> dict[str, Any]:
     return {name: getattr(diffusers, name, None) for name in KINDS}  # AutoencoderDC since 0.32
 
 
-def _read_config(folder: Path, word: str) -> dict[str, Any]:
+def _read_config(folder: Path, source: str) -> dict[str, Any]:
     try:
         config = read_json(folder / "config.json")
         name = config["_class_name"]
@@ -183,13 +183,13 @@ def _read_config(folder: Path, word: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder / 'config.json'} is not the config of a model of diffusers: {error!r}") from error
     if name not in KINDS:
-        raise ModelError(f"{word} is a {name}, not an AutoencoderKL, AutoencoderTiny or AutoencoderDC")
+        raise ModelError(f"{source} is a {name}, not an AutoencoderKL, AutoencoderTiny or AutoencoderDC")
     if channels != (3, 3):
-        raise ModelError(f"{word} is a VAE of images with {channels[0]} channels: it must take and give 3")
+        raise ModelError(f"{source} is a VAE of images with {channels[0]} channels: it must take and give 3")
     return config
 
 
-def _read_module(model_class: Any, folder: Path, word: str) -> torch.nn.Module:
+def _read_module(model_class: Any, folder: Path, source: str) -> torch.nn.Module:
     """The module in float32, every weight of which comes from the file."""
     from diffusers.utils import logging
     from safetensors import SafetensorError
@@ -208,7 +208,7 @@ def _read_module(model_class: Any, folder: Path, word: str) -> torch.nn.Module:
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         what = content(folder / WEIGHTS)
         damage = f"its {WEIGHTS} is {what}" if "pointer" in what or "web page" in what or what == "empty" else _line(error)
-        raise ModelError(f"cannot load the VAE {word}: {damage}") from error
+        raise ModelError(f"cannot load the VAE {source}: {damage}") from error
     finally:
         logging.set_verbosity(verbosity)
     odd = [key if isinstance(key, str) else key[0] for part in ("missing_keys", "mismatched_keys") for key in report[part]]
@@ -219,43 +219,43 @@ def _read_module(model_class: Any, folder: Path, word: str) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def _folder(word: str) -> Path:
+def _folder(source: str) -> Path:
     """The folder with config.json and the weights: below `word`, or the hub's cache, filled by download."""
-    place = at_home(word)
+    place = at_home(source)
     if place.is_dir():
-        return _inside(place, word)
+        return _inside(place, source)
     if place.is_file():
-        raise ModelError(f"{word} is a file: give the folder that holds the VAE's config.json and {WEIGHTS}")
-    if not _HUB_ID.match(word):
-        raise ModelError(f"there is no folder {word}: give a folder of diffusers or a hub id such as stabilityai/sd-vae-ft-ema")
+        raise ModelError(f"{source} is a file: give the folder that holds the VAE's config.json and {WEIGHTS}")
+    if not _HUB_ID.match(source):
+        raise ModelError(f"there is no folder {source}: give a folder of diffusers or a hub id such as stabilityai/sd-vae-ft-ema")
     from huggingface_hub import HfApi, snapshot_download
 
     files = [f"{sub}{name}" for sub in ("", "vae/") for name in ("config.json", WEIGHTS)]
     try:
-        return _inside(Path(snapshot_download(word, local_files_only=True, allow_patterns=files)), word)
+        return _inside(Path(snapshot_download(source, local_files_only=True, allow_patterns=files)), source)
     except Exception:  # not in the cache, or a part of it, which is said in more than one way
-        pass_on = f"cannot load the VAE {word}: it is no folder, and not whole in the hub's cache"
+        pass_on = f"cannot load the VAE {source}: it is no folder, and not whole in the hub's cache"
     try:
-        info = HfApi().model_info(word)
+        info = HfApi().model_info(source)
         inside = any(file.rfilename == "vae/config.json" for file in info.siblings or [])
         chosen = [name for name in files if name.startswith("vae/") == inside]
-        return _inside(Path(snapshot_download(word, revision=info.sha, allow_patterns=chosen)), word)
+        return _inside(Path(snapshot_download(source, revision=info.sha, allow_patterns=chosen)), source)
     except ModelError:
         raise
     except Exception as error:  # huggingface_hub's own, and those of requests or httpx, by version
-        remedy = f"run `hf download {word} --local-dir DIR` where the hub can be reached, and give DIR"
+        remedy = f"run `hf download {source} --local-dir DIR` where the hub can be reached, and give DIR"
         raise ModelError(f"{pass_on}, and the hub cannot be asked ({_line(error)}): {remedy}") from error
 
 
-def _inside(folder: Path, word: str) -> Path:
+def _inside(folder: Path, source: str) -> Path:
     """`folder`, or its `vae` folder if it is a pipeline."""
     chosen = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
     if not (chosen / "config.json").is_file():
-        raise ModelError(f"{word} holds no config.json: give the folder of a VAE as diffusers writes it")
+        raise ModelError(f"{source} holds no config.json: give the folder of a VAE as diffusers writes it")
     if not (chosen / WEIGHTS).is_file():
         others = sorted(p.name for p in chosen.glob("*.bin"))
         found = f", only {others[0]}, a pickle, which is not read: save it with save_pretrained as safetensors" if others else ""
-        raise ModelError(f"{word} holds no {WEIGHTS}{found}")
+        raise ModelError(f"{source} holds no {WEIGHTS}{found}")
     return chosen
 
 

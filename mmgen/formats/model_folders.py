@@ -97,7 +97,7 @@ def _json(path: Path) -> dict | None:
 
 
 def locate(place: str | os.PathLike) -> Path:
-    """The file or folder that a word means: a path, hf://user/name, user/name, or hf://user/name/file for one file of it.
+    """The file or folder that a name means: a path, hf://user/name, user/name, or hf://user/name/file for one file of it.
 
     A run folder of mmgen's means the model in it. Of a repository, only the settings and one set of weights are fetched. Raises
     ModelError saying where it looked.
@@ -105,15 +105,15 @@ def locate(place: str | os.PathLike) -> Path:
     path = at_home(place)
     if exists(path):
         return path / MODEL_FILE if (path / MODEL_FILE).is_file() and (path / "log.jsonl").is_file() else path
-    word = str(place)
-    repository, _, file = word.removeprefix("hf://").partition("/")
+    given = str(place)
+    repository, _, file = given.removeprefix("hf://").partition("/")
     name, _, file = file.partition("/")
-    if (sentence := missing_run(word)) is not None:
+    if (sentence := missing_run(given)) is not None:
         raise ModelError(sentence)
-    local = word.startswith(("/", ".", "~")) or not name or (not word.startswith("hf://") and (file or name.endswith(_SINGLE)))
+    local = given.startswith(("/", ".", "~")) or not name or (not given.startswith("hf://") and (file or name.endswith(_SINGLE)))
     if local:
         raise ModelError(
-            f"there is no file or folder {place if len(word) < 1000 else shortened(word)}: give one, or a hub repository as hf://user/name"
+            f"there is no file or folder {place if len(given) < 1000 else shortened(given)}: give one, or a hub repository as hf://user/name"
         )
     return _fetch(f"{repository}/{name}", file)
 

@@ -43,7 +43,7 @@ def choose(
     """The settings and the folder. Raises ConfigError.
 
     Without a preset it is the one for the data that are named, by the settings or, where these name none, by
-    `Training.word_of_data`; else the one for the size of their images. A method without presets has its own defaults.
+    `Training.data_name`; else the one for the size of their images. A method without presets has its own defaults.
 
     Args:
         changes: settings by dotted key, each over those before it.
@@ -63,22 +63,22 @@ def choose(
 
 def _preset_by_data(method: Method, over: dict[str, Any]) -> tuple[str, dict[str, Any], str]:
     """The preset, the settings with what else follows from the data, and a note."""
-    word, size = over.get("data", {}).get("name"), None
-    from_source = method.training().word_of_data
+    name, size = over.get("data", {}).get("name"), None
+    from_source = method.training().data_name
     if from_source is not None:
         found, size = from_source(over)
-        word = word or found
-    elif word is None:
-        word = "digits"
-    if isinstance(word, str) and (preset := preset_for(method.name, word)) is not None:
+        name = name or found
+    elif name is None:
+        name = "digits"
+    if isinstance(name, str) and (preset := preset_for(method.name, name)) is not None:
         return preset, over, ""
     sizes = presets_by_size(method.name)
     if from_source is not None and sizes:
         return sizes[_nearest(sizes, size)], over, ""
-    if isinstance(word, str) and sizes and find_latents(word) is None:
+    if isinstance(name, str) and sizes and find_latents(name) is None:
         return _for_own_images(over, sizes)
     names = ", ".join(preset_names(method.name))
-    raise ConfigError(f"no preset belongs to the data {shortened(word)}: choose one with --preset, of {names}")
+    raise ConfigError(f"no preset belongs to the data {shortened(name)}: choose one with --preset, of {names}")
 
 
 def _nearest(sizes: Mapping[int, str], size: int | None) -> int:

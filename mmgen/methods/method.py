@@ -56,7 +56,7 @@ class Training:
     data: Callable[[Any], DataSettings] = lambda config: config.data  # how the data are loaded
     check: Callable[[Start], None] = lambda start: None  # whether data and source go together; raises ConfigError
     notes: Callable[[Any], Sequence[str]] = lambda config: ()  # what to know of a config; raises ConfigError for an unfinished one
-    word_of_data: Callable[[dict[str, Any]], tuple[str, int | None]] | None = None  # see `choosing.choose`
+    data_name: Callable[[dict[str, Any]], tuple[str, int | None]] | None = None  # see `choosing.choose`
     watch: Callable[[Any], str] = lambda config: "loss"  # config -> the logged number that a progress bar shows
 
 

@@ -60,7 +60,7 @@ def _density_coverage(pair: Pair) -> Figures:
     return {"density": (pair.neighbours.density, None), "coverage": (pair.neighbours.coverage, None)}
 
 
-COMPARISONS = {  # by the word of --metrics
+COMPARISONS = {  # by the name of --metrics
     "kid": Comparison("KID", _kid),
     "pr": Comparison("precision and recall", _precision_recall),
     "dc": Comparison("density and coverage", _density_coverage),

@@ -133,15 +133,15 @@ def evaluate(
 
     Raises ConfigError, DataError, ModelError and MmgenError, each with one sentence.
     """
-    models = [is_model(word) for word in samples]
+    models = [is_model(name) for name in samples]
     _check_options(samples, models, settings)
     subjects: list[Subject] = []
-    for word, model in zip(samples, models, strict=True):
+    for name, model in zip(samples, models, strict=True):
         if model:
-            subjects += _drawn(word, settings)
+            subjects += _drawn(name, settings)
         else:
             subjects += image_subjects(
-                word, split=settings.split or "train", image_column=settings.image_column, num=settings.num,
+                name, split=settings.split or "train", image_column=settings.image_column, num=settings.num,
                 follow_links=settings.follow_links,
             )
     if settings.save_stats is not None and len(subjects) > 1:
@@ -184,13 +184,13 @@ def _check_options(samples: Sequence[str], models: Sequence[bool], settings: Fid
         raise ConfigError("--repeat of given images is a bootstrap of the Fréchet distance: add fid to --metrics")
 
 
-def _drawn(word: str, settings: FidSettings) -> list[Subject]:
+def _drawn(name: str, settings: FidSettings) -> list[Subject]:
     from ..sampling.drawing import SampleSettings, plan
     from ..sampling.prompts import read_prompts
     from ..sampling.record import Origin
 
     given = {key: value for key, value in settings.drawing.items() if value is not None}
-    origin = Origin.of(word, given.pop("ema", None))
+    origin = Origin.of(name, given.pop("ema", None))
     steps, config = given.pop("steps", [None]), origin.config
     if config.text is not None and settings.captions is not None:
         if settings.captions.suffix.lower() != ".txt":
@@ -205,20 +205,20 @@ def _drawn(word: str, settings: FidSettings) -> list[Subject]:
 def _extractor(subjects: Sequence[Subject], settings: FidSettings, bar: Bar) -> tuple[Extractor, str | None]:
     """The network that is asked for, or that suits the images, and a note where it is not the usual one."""
     options = {"inception": settings.inception, "device": settings.device}
-    word = settings.features
-    if word == "auto" and (settings.mode is not None or settings.inception is not None or "is" in (settings.metrics or ())):
-        word = "inception"
-    if word == "auto" and settings.ref is not None and is_statistics(at_home(settings.ref)):
-        word = features_in(at_home(settings.ref))
+    name = settings.features
+    if name == "auto" and (settings.mode is not None or settings.inception is not None or "is" in (settings.metrics or ())):
+        name = "inception"
+    if name == "auto" and settings.ref is not None and is_statistics(at_home(settings.ref)):
+        name = features_in(at_home(settings.ref))
     images = subjects[0].draws[0]  # if a model draws them, their shape is known without
     shape = subjects[0].record["image"] if images.fingerprint is None else images.shape(False)
     try:
         with bar("downloading Inception", 0) as update:
-            if word == "auto":
+            if name == "auto":
                 return auto_extractor(shape, **options, progress=update)
-            return build_extractor(word, settings.mode or "tf", **options, progress=update), None
+            return build_extractor(name, settings.mode or "tf", **options, progress=update), None
     except ModelError as error:
-        if word == "inception" and max(shape[1:]) < SMALLEST_FOR_INCEPTION:
+        if name == "inception" and max(shape[1:]) < SMALLEST_FOR_INCEPTION:
             raise ModelError(f"{error}; or take --features pixels, which suits images as small as these") from error
         raise
 

@@ -94,7 +94,7 @@ def build_extractor(
         allow_download: False: nothing is fetched.
         progress: called with the bytes downloaded and their total, 0 where it is not known.
 
-    Raises ConfigError for an unknown word or mode, ModelError where a network is missing, damaged or of another kind.
+    Raises ConfigError for an unknown name or mode, ModelError where a network is missing, damaged or of another kind.
     """
     wanted = Wanted(mode, inception, device, allow_download, progress)
     if features in EXTRACTORS:
@@ -156,17 +156,17 @@ def _dinov2(wanted: Wanted, place: str = "dinov2") -> Extractor:
 
     network = build_dinov2(place, wanted.device, allow_download=wanted.allow_download)
     protocol = {"features": "dinov2", "network": network.name, "sha256": network.sha256}
-    word = "DINOv2" if network.is_large else network.name
-    metric = "fd-dinov2" if network.is_large else f"fd-{word}"
-    return Extractor(metric, f"FD-{word}", protocol, True, True, None, network.extract, None)
+    name = "DINOv2" if network.is_large else network.name
+    metric = "fd-dinov2" if network.is_large else f"fd-{name}"
+    return Extractor(metric, f"FD-{name}", protocol, True, True, None, network.extract, None)
 
 
-# By the word of --features. A further extractor is a function in a file and a line here
+# By the name of --features. A further extractor is a function in a file and a line here
 EXTRACTORS: dict[str, Callable[[Wanted], Extractor]] = {"inception": _inception, "pixels": _pixels, "dinov2": _dinov2}
 
 
 def features_in(path: Path) -> str:
-    """The --features word that a statistics file is for: what mmgen's own say, else Inception's."""
+    """The --features that a statistics file is for: what mmgen's own say, else Inception's."""
     found = find(path, "inception", False)
     return found.says["features"] if found.own and found.says.get("features") in EXTRACTORS else "inception"
 
@@ -199,8 +199,8 @@ def _checked(features: object, count: int, path: Path) -> Tensor:
     return features if features.dtype in (torch.float32, torch.float64) else features.float()
 
 
-def _is_hub_id(word: str) -> bool:
-    return bool(_HUB_ID.fullmatch(word)) and not word.startswith(".") and Path(word).suffix not in _FILE_SUFFIXES
+def _is_hub_id(name: str) -> bool:
+    return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".") and Path(name).suffix not in _FILE_SUFFIXES
 
 
 def _precisely(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

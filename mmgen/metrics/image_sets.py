@@ -81,35 +81,35 @@ class ImageSet:
 
 
 def image_set(
-    word: str, *, split: str = "train", image_column: str | None = None, follow_links: bool = False,
+    name: str, *, split: str = "train", image_column: str | None = None, follow_links: bool = False,
     record: dict[str, Any] | None = None,
 ) -> ImageSet:
-    """The images that a word means, each in its own size: an npz (`arr_0`), or anything that `--data` takes.
+    """The images that a name means, each in its own size: an npz (`arr_0`), or anything that `--data` takes.
 
     Images are decoded as for training (`data.decode`), but neither resized nor cropped. Samples that `mmgen sample` wrote
     bring their record with them. Raises DataError.
     """
-    path = at_home(word)
+    path = at_home(name)
     if path.is_file() and path.suffix.lower() == ".npz":
         if split != "train" or image_column is not None:
             what = f"the split {split}" if image_column is None else f"the column {image_column}"
-            raise DataError(f"{word} is an npz, whose images are arr_0: it has not {what}, leave that out")
-        return _npz(word, path)
-    source = resolve(word, split=split, image_column=image_column, follow_links=follow_links)
-    found = _record_of(word, path / RECORD, source.length) if path.is_dir() else None
+            raise DataError(f"{name} is an npz, whose images are arr_0: it has not {what}, leave that out")
+        return _npz(name, path)
+    source = resolve(name, split=split, image_column=image_column, follow_links=follow_links)
+    found = _record_of(name, path / RECORD, source.length) if path.is_dir() else None
     beside = None
     if path.is_dir():
         beside = path / "scores.json"
     elif path.is_file():
         beside = path.with_name(path.name + ".scores.json")
     return ImageSet(
-        name=word,
+        name=name,
         description=source.description,
         length=source.length,
         read=_reader(source),
         names=source.names,
         fingerprint=partial(content_hash, source),
-        place=locate(word),
+        place=locate(name),
         record=found or record,
         beside=beside,
     )
@@ -122,11 +122,11 @@ def dataset_images(dataset: Dataset) -> ImageSet:
         return _coloured(np.asarray(dataset.images[start:stop]), colour)
 
     return ImageSet(
-        name=dataset.word,
+        name=dataset.name,
         description=dataset.description,
         length=len(dataset),
         read=read,
-        names=lambda i: f"image {i} of {dataset.word}",
+        names=lambda i: f"image {i} of {dataset.name}",
         threaded=False,
         fingerprint=lambda: dataset.fingerprint,
         place=dataset.place,
@@ -163,9 +163,9 @@ def drawn_images(
     return replace(images, telling=lambda tell: replace(images, read=partial(read, tell=tell)))
 
 
-def _npz(word: str, path: Path) -> ImageSet:
+def _npz(name: str, path: Path) -> ImageSet:
     file = NpzImages(path)
-    record = _record_of(word, path.with_name(path.name + ".json"), file.length)
+    record = _record_of(name, path.with_name(path.name + ".json"), file.length)
 
     def digest() -> str:
         sha256 = hashlib.sha256(b"arr_0" + repr(file.shape).encode())
@@ -175,11 +175,11 @@ def _npz(word: str, path: Path) -> ImageSet:
 
     channels, height, width = file.shape
     return ImageSet(
-        name=word,
+        name=name,
         description=f"npz: {file.length:,} images of {width}x{height}, {channels} channel{'s' * (channels > 1)}",
         length=file.length,
         read=lambda start, stop, colour: _coloured(file.read(start, stop), colour),
-        names=lambda i: f"image {i} of {word}",
+        names=lambda i: f"image {i} of {name}",
         threaded=False,
         fingerprint=digest,
         place=str(path.absolute()),
@@ -188,16 +188,16 @@ def _npz(word: str, path: Path) -> ImageSet:
     )
 
 
-def _record_of(word: str, path: Path, length: int) -> dict[str, Any] | None:
+def _record_of(name: str, path: Path, length: int) -> dict[str, Any] | None:
     """The record beside samples, if there is one. Raises DataError where it is not of these `length` images."""
     record = read_record(path)
     if record is None:
         return None
     if not record.get("complete"):
-        raise DataError(f"{word} holds a part only of its {record['num']:,} samples: run the same `mmgen sample` command again")
+        raise DataError(f"{name} holds a part only of its {record['num']:,} samples: run the same `mmgen sample` command again")
     if record["num"] != length:
         raise DataError(
-            f"{word} holds {length:,} images, and its record {path.name} says {record['num']:,}: take away what is no sample, "
+            f"{name} holds {length:,} images, and its record {path.name} says {record['num']:,}: take away what is no sample, "
             "run the same `mmgen sample` command again, or delete the record"
         )
     for key, kind in _TYPES.items():

@@ -55,7 +55,7 @@ def fid(
     options |= {name: Path(options[name]) for name in _PATHS if options.get(name) is not None}
     options |= {name: os.fspath(options[name]) for name in ("ref", "features", "clip") if options.get(name) is not None}
     settings = FidSettings(
-        metrics=None if wanted == ["all"] else tuple(dict.fromkeys(word.strip() for word in wanted)), drawing=drawing,
+        metrics=None if wanted == ["all"] else tuple(dict.fromkeys(name.strip() for name in wanted)), drawing=drawing,
         device=find_device(device), **options,
     )  # fmt: skip
     report = evaluate([os.fspath(place) for place in places], settings, **({"bar": _bar} if progress else {}))

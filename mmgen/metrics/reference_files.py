@@ -35,7 +35,7 @@ from ..system.files import parse_json
 from .frechet import GaussianStatistics, StatisticsError
 
 TAKES = (
-    "--ref takes a data set (any word that --data takes), a folder, zip or npz (arr_0) of images, or a file of statistics: an "
+    "--ref takes a data set (whatever --data takes), a folder, zip or npz (arr_0) of images, or a file of statistics: an "
     ".npz with mu and sigma (EDM, ADM, MAR, JiT, clean-fid, pytorch-fid), feats (clean-fid's _kid.npz), ref_mu and ref_sigma "
     "(MeanFlow), or m2 and s2 (denoising-diffusion-pytorch), EDM2's .pkl, or what mmgen fid --save-stats writes"
 )

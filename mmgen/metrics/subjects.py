@@ -1,4 +1,4 @@
-"""What the words of `mmgen fid` mean: which sets of samples are scored, and against which images."""
+"""What is given to `mmgen fid`: which sets of samples are scored, and against which images."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Subject:
         return self.draws[0].record or {}
 
 
-def is_model(word: str) -> bool:
-    """Whether a word means a model: a .safetensors file, a run folder, or hf://user/name."""
-    path = at_home(word)
+def is_model(name: str) -> bool:
+    """Whether a name means a model: a .safetensors file, a run folder, or hf://user/name."""
+    path = at_home(name)
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():  # also before the run has saved a model:
         return True  # the pictures in it are no samples
-    return word.startswith("hf://") or (path / MODEL_FILE).is_file() or (path.is_file() and path.suffix == ".safetensors")
+    return name.startswith("hf://") or (path / MODEL_FILE).is_file() or (path.is_file() and path.suffix == ".safetensors")
 
 
 def model_subjects(
@@ -68,19 +68,19 @@ def model_subjects(
 
 
 def image_subjects(
-    word: str, *, split: str, image_column: str | None, num: int | None, follow_links: bool = False
+    name: str, *, split: str, image_column: str | None, num: int | None, follow_links: bool = False
 ) -> list[Subject]:
-    """The images a word means: one row; or one for each folder of samples in a folder of such. Raises DataError."""
-    path = at_home(word)
-    words = [word]
+    """The images a name means: one row; or one for each folder of samples in a folder of such. Raises DataError."""
+    path = at_home(name)
+    names = [name]
     if path.is_dir() and not (path / RECORD).is_file():
         inner = [p for p in path.iterdir() if p.is_dir() and (p / RECORD).is_file()]
-        words = [str(p) for p in sorted(inner, key=lambda p: (len(p.name), p.name))] or words
-    return [Subject(one, [image_set(one, split=split, image_column=image_column, follow_links=follow_links).first(num)]) for one in words]
+        names = [str(p) for p in sorted(inner, key=lambda p: (len(p.name), p.name))] or names
+    return [Subject(one, [image_set(one, split=split, image_column=image_column, follow_links=follow_links).first(num)]) for one in names]
 
 
 def reference_images(
-    word: str | None,
+    name: str | None,
     subjects: Sequence[Subject],
     *,
     split: str | None,
@@ -96,19 +96,19 @@ def reference_images(
     Raises ConfigError where nothing says what to compare with or an option does not apply, DataError where it cannot be read.
     """
     reading = {"--ref-split": split, "--resolution": resolution, "--channels": channels}
-    if word is None:
+    if name is None:
         _refuse(reading, "is for --ref, and the training set is read as the model saw it: name it with --ref, or leave it out")
         images, warning = training_images(own_reference(subjects), progress)
         return images.first(num), warning
-    path = at_home(word)
+    path = at_home(name)
     if path.is_file() and is_statistics(path):
-        _refuse({"--ref-num": num, **reading}, f"is for images, and {word} holds their statistics only: leave it out")
+        _refuse({"--ref-num": num, **reading}, f"is for images, and {name} holds their statistics only: leave it out")
         return path, None
     split = split or "train"
     if resolution is None and channels is None:
-        return image_set(word, split=split, follow_links=follow_links).first(num), None
+        return image_set(name, split=split, follow_links=follow_links).first(num), None
     options = {"split": split, "follow_links": follow_links}
-    found = data.load(word, resolution=resolution, channels=channels, progress=progress, **options)
+    found = data.load(name, resolution=resolution, channels=channels, progress=progress, **options)
     return dataset_images(found).first(num), None
 
 
@@ -122,7 +122,7 @@ def _refuse(options: dict[str, Any], why: str) -> None:
 class TrainingSet:
     """The images that the samples' records name."""
 
-    word: str
+    name: str
     options: dict[str, Any]  # arguments of `data.load`
     place: str = ""  # see `data.resolve.locate`; "" where the record is of version 0.1, as with what follows
     fingerprint: str = ""  # of the pixels that training saw, and labels
@@ -132,10 +132,10 @@ class TrainingSet:
     def identity(self) -> tuple:
         """Equal for the same images, whatever they are called and wherever they lie."""
         content = self.fingerprint or self.content
-        return (content or self.place or self.word, *([] if self.fingerprint else sorted(self.options.items())))
+        return (content or self.place or self.name, *([] if self.fingerprint else sorted(self.options.items())))
 
     def __str__(self) -> str:
-        return f"{self.word} ({', '.join(f'{key} {value}' for key, value in self.options.items())})"
+        return f"{self.name} ({', '.join(f'{key} {value}' for key, value in self.options.items())})"
 
 
 def own_reference(subjects: Sequence[Subject]) -> TrainingSet:
@@ -152,15 +152,15 @@ def own_reference(subjects: Sequence[Subject]) -> TrainingSet:
 
 def _named(subject: Subject) -> TrainingSet:
     record = subject.record
-    word, options = record.get("data"), record.get("data_options")
-    if not word or not isinstance(options, dict):
+    name, options = record.get("data"), record.get("data_options")
+    if not name or not isinstance(options, dict):
         raise ConfigError(f"nothing says what to compare {subject.name} with: give --ref. {TAKES}")
     kinds = {"resolution": int, "channels": int, "follow_links": bool, "with_captions": bool}
-    if not isinstance(word, str) or not all(isinstance(options[key], kinds.get(key, str)) for key in options):
+    if not isinstance(name, str) or not all(isinstance(options[key], kinds.get(key, str)) for key in options):
         raise ConfigError(f"the record of {subject.name} has been changed: its data are not a name and options; give --ref")
     if unknown := set(options) - _DATA_OPTIONS:
         raise ConfigError(f"the record of {subject.name} has been changed: {min(unknown)!r} is unknown; give --ref")
-    return TrainingSet(word, options, *(record.get(key, "") for key in ("data_place", "data_fingerprint", "data_content")))
+    return TrainingSet(name, options, *(record.get(key, "") for key in ("data_place", "data_fingerprint", "data_content")))
 
 
 def training_images(own: TrainingSet, progress: Callable[[int, int], None] | None = None) -> tuple[ImageSet, str | None]:
@@ -170,10 +170,10 @@ def training_images(own: TrainingSet, progress: Callable[[int, int], None] | Non
     the same any more.
     """
     others, missing = [], None
-    for word in dict.fromkeys(locate(word) for word in (own.place, own.word) if word):
+    for name in dict.fromkeys(locate(name) for name in (own.place, own.name) if name):
         try:
-            found = data.load(word, progress=progress, **own.options)
-            if own.fingerprint and found.fingerprint != own.fingerprint or own.content and own.content != _content(word, own):
+            found = data.load(name, progress=progress, **own.options)
+            if own.fingerprint and found.fingerprint != own.fingerprint or own.content and own.content != _content(name, own):
                 others.append(found.place)
                 continue
         except DataError as error:
@@ -181,17 +181,17 @@ def training_images(own: TrainingSet, progress: Callable[[int, int], None] | Non
             continue
         if own.fingerprint or own.content:
             return dataset_images(found), None
-        what = f"nothing says which images {own.word} held when the model was trained: those in {found.place} are taken"
+        what = f"nothing says which images {own.name} held when the model was trained: those in {found.place} are taken"
         return dataset_images(found), None if found.place == DIGITS else what
     if others:
-        where = f" in {own.place}" if own.place not in ("", own.word) else ""
+        where = f" in {own.place}" if own.place not in ("", own.name) else ""
         raise DataError(
-            f"the model was trained on {own.word}{where}, and {' and '.join(others)} now hold{'s' * (len(others) == 1)} other "
+            f"the model was trained on {own.name}{where}, and {' and '.join(others)} now hold{'s' * (len(others) == 1)} other "
             "images or labels: bring back those of the training, or say with --ref what to compare with"
         )
-    raise DataError(f"the samples' record names {own.word} as their training set: {missing}; or give another --ref")
+    raise DataError(f"the samples' record names {own.name} as their training set: {missing}; or give another --ref")
 
 
-def _content(word: str, own: TrainingSet) -> str:
+def _content(name: str, own: TrainingSet) -> str:
     columns = {key: own.options[key] for key in READING if key in own.options and key != "on_corrupt"}
-    return content_hash(resolve(word, **columns))
+    return content_hash(resolve(name, **columns))

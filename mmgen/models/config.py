@@ -52,7 +52,7 @@ class ModelConfig:
     captions: list[str] | None = None  # of its training images, one each of at most MOST_CAPTIONS: drawn from where no prompt is given
     class_names: list[str] | None = None
     class_counts: list[int] | None = None  # images per class in the training data
-    data: str = ""  # the --data word of the training data
+    data: str = ""  # the name of the training data
     denoiser: DenoiserSettings | None = None
     latents: LatentSettings | None = None  # of a model in an autoencoder's latent space
     sampling: SamplingSettings = SamplingSettings()

@@ -8,15 +8,15 @@ from pathlib import Path
 RUNS = "runs"  # the folder that training writes to unless told otherwise
 
 
-def missing_run(word: str) -> str | None:
+def missing_run(name: str) -> str | None:
     """One sentence for a path below runs/, or in another folder with runs, at which there is no model; None for what may be a
     repository of the hub."""
-    if "/" not in word.rstrip("/") or word.startswith("hf://") or len(word) > 1000:
+    if "/" not in name.rstrip("/") or name.startswith("hf://") or len(name) > 1000:
         return None
-    parent = Path(word.rstrip("/")).parent
+    parent = Path(name.rstrip("/")).parent
     names = sorted(path.name for path in parent.iterdir() if (path / "log.jsonl").is_file()) if parent.is_dir() else []
     if not names and parent.parts[:1] != (RUNS,):
         return None
-    close = difflib.get_close_matches(Path(word).name, names, n=1, cutoff=0.0)
+    close = difflib.get_close_matches(Path(name).name, names, n=1, cutoff=0.0)
     nearest = f"the nearest run is {parent / close[0]}" if close else f"there are no runs in {parent}"
-    return f"there is no model at {word}: {nearest}"
+    return f"there is no model at {name}: {nearest}"

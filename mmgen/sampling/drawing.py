@@ -182,19 +182,19 @@ def samplers_of(config: ModelConfig) -> dict[str, Callable]:
     return SAMPLERS if kind_of(config) == "imm" else diffusion.samplers_of(config.denoiser)
 
 
-def choose_sampler(config: ModelConfig, word: str) -> str:
-    """The sampler that a word means for a model. Raises ConfigError for one that is not for it."""
+def choose_sampler(config: ModelConfig, name: str) -> str:
+    """The sampler that a name means for a model. Raises ConfigError for one that is not for it."""
     valid = samplers_of(config)
-    if word == "default":
+    if name == "default":
         return next(iter(valid))
-    if word in valid:
-        return word
-    if word in SAMPLERS or word in diffusion.SAMPLERS:
+    if name in valid:
+        return name
+    if name in SAMPLERS or name in diffusion.SAMPLERS:
         kind = "a flow map" if config.denoiser is None else "a diffusion model"
         if config.denoiser is not None and preconditioning(config.denoiser).is_consistency:
             kind = "a consistency model"
-        raise ConfigError(f"the sampler {word!r} is not for {kind}, which this model is: take {' or '.join(valid)}")
-    raise ConfigError(f"unknown sampler {word!r}: {nearest(word, valid)}")
+        raise ConfigError(f"the sampler {name!r} is not for {kind}, which this model is: take {' or '.join(valid)}")
+    raise ConfigError(f"unknown sampler {name!r}: {nearest(name, valid)}")
 
 
 def check_defaults(config: ModelConfig) -> None:

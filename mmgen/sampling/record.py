@@ -115,12 +115,12 @@ def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more:
 
 def training_data(config: ModelConfig) -> dict[str, Any]:
     """The images that a model was trained on: what they were called, where they lay, what they were, and how `data.load` reads
-    them. Of latents, the images behind them. Models of version 0.1 and of other projects know the word at most."""
+    them. Of latents, the images behind them. Models of version 0.1 and of other projects know the name at most."""
     known = config.training.get("data", {})
     images = known.get("images")
     if isinstance(images, dict):  # of latents
-        word, place, content = (str(images.get(key, "")) for key in ("word", "place", "content"))
-        return {"data": word, "data_place": place, "data_fingerprint": "", "data_content": content,
+        name, place, content = (str(images.get(key, "")) for key in ("word", "place", "content"))
+        return {"data": name, "data_place": place, "data_fingerprint": "", "data_content": content,
                 "data_options": images.get("options", {})}  # fmt: skip
     settings = config.training.get("config", {}).get("data", {})
     kept = {key: settings[key] for key in READING if settings.get(key)}

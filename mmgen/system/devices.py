@@ -1,4 +1,4 @@
-"""Which device a word means."""
+"""Which device a name means."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ DEVICES = ("auto", "cpu", "cuda")
 _NUMBERED = re.compile(r"cuda:\d{1,3}")
 
 
-def check_device(word: str, numbered: bool = True) -> None:
-    """Raises ConfigError for an unknown word. Loads no torch. `numbered`: whether one GPU of several can be named, as cuda:1."""
-    if _NUMBERED.fullmatch(word):
+def check_device(name: str, numbered: bool = True) -> None:
+    """Raises ConfigError for an unknown name. Loads no torch. `numbered`: whether one GPU of several can be named, as cuda:1."""
+    if _NUMBERED.fullmatch(name):
         if not numbered:
-            raise ConfigError(f"--device {word}: a training takes the GPUs that it is shown; CUDA_VISIBLE_DEVICES={word[5:]} shows this one")
+            raise ConfigError(f"--device {name}: a training takes the GPUs that it is shown; CUDA_VISIBLE_DEVICES={name[5:]} shows this one")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError(f"--device {word} is for one process, and several were launched: leave it out")
-    elif word not in DEVICES:
-        raise ConfigError(f"unknown device {word!r}: {nearest(word, (*DEVICES, 'cuda:N') if numbered else DEVICES)}")
+            raise ConfigError(f"--device {name} is for one process, and several were launched: leave it out")
+    elif name not in DEVICES:
+        raise ConfigError(f"unknown device {name!r}: {nearest(name, (*DEVICES, 'cuda:N') if numbered else DEVICES)}")
 
 
-def find_device(word: str) -> str:
+def find_device(name: str) -> str:
     """cpu, cuda or cuda:N. Raises ConfigError for a GPU that torch does not find."""
     import torch
 
-    check_device(word)
+    check_device(name)
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if word.startswith("cuda") and there == 0:
-        raise ConfigError(f"--device {word}: torch finds no GPU; use --device cpu, or install a torch that supports yours")
-    if word.startswith("cuda:") and int(word[5:]) >= there:
-        raise ConfigError(f"--device {word}: torch finds {there} GPU{'s' * (there > 1)}, numbered from 0")
-    return ("cuda" if there else "cpu") if word == "auto" else word
+    if name.startswith("cuda") and there == 0:
+        raise ConfigError(f"--device {name}: torch finds no GPU; use --device cpu, or install a torch that supports yours")
+    if name.startswith("cuda:") and int(name[5:]) >= there:
+        raise ConfigError(f"--device {name}: torch finds {there} GPU{'s' * (there > 1)}, numbered from 0")
+    return ("cuda" if there else "cpu") if name == "auto" else name

@@ -59,7 +59,7 @@ def _needs_teacher(config: DistillConfig) -> list[str]:
 
 
 def _data_of(teacher: ModelConfig) -> str:
-    """The --data word of the teacher's data: its own, or where they lay if that word now means something else."""
+    """The name of the teacher's data: its own, or where they lay if that name now means something else."""
     place = str(teacher.training.get("data", {}).get("place", ""))
     return teacher.data if not place or locate(teacher.data) == place else place
 
@@ -80,23 +80,23 @@ def check_data(teacher: Teacher, dataset: Dataset | LatentDataset, note: Callabl
     own, latents = teacher.model.config, getattr(dataset, "latents", None)
     if (own.latents is None) != (latents is None):
         kinds = ("latents", "images") if latents is None else ("images", "latents")
-        raise ConfigError(f"the teacher {teacher.name} was trained on {kinds[0]}, and {dataset.word} holds {kinds[1]}")
+        raise ConfigError(f"the teacher {teacher.name} was trained on {kinds[0]}, and {dataset.name} holds {kinds[1]}")
     if latents is not None:
         digests = {own.latents.vae_sha256, latents.vae_sha256}
         if own.latents.kind != latents.kind or ("" not in digests and len(digests) > 1):
             raise ConfigError(
-                f"the teacher {teacher.name} knows latents of {own.latents.vae}, and {dataset.word} holds those of {latents.vae}"
+                f"the teacher {teacher.name} knows latents of {own.latents.vae}, and {dataset.name} holds those of {latents.vae}"
             )
         if "" in digests:
-            note(f"the teacher does not say which autoencoder its latents are of: {dataset.word} holds those of {latents.vae}")
+            note(f"the teacher does not say which autoencoder its latents are of: {dataset.name} holds those of {latents.vae}")
     if own.num_classes not in (0, dataset.num_classes):
         raise ConfigError(
-            f"the teacher {teacher.name} knows {own.num_classes} classes, and {dataset.word} has "
+            f"the teacher {teacher.name} knows {own.num_classes} classes, and {dataset.name} has "
             f"{dataset.num_classes or 'none'}: a student is distilled on data with the teacher's classes"
         )
     if own.num_classes and own.class_names and dataset.class_names and own.class_names != dataset.class_names:
         note(
-            f"the classes of {dataset.word} have other names than the teacher's: they are taken to be the same, number by number"
+            f"the classes of {dataset.name} have other names than the teacher's: they are taken to be the same, number by number"
         )
 
 
@@ -311,6 +311,6 @@ TRAINING = Training(
     data=lambda config: replace(config.data, num_classes=None),  # `check_data` compares the classes with the teacher's
     check=_check,
     notes=_needs_teacher,
-    word_of_data=_data_of_teacher,
+    data_name=_data_of_teacher,
     watch=lambda config: "moment_gap" if config.loss.method == "alternating" else "loss",
 )
