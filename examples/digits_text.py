@@ -15,11 +15,11 @@ import argparse
 import numpy as np
 import torch
 
+import mmgen
 from mmgen import data
-from mmgen.data.digits import BOLD, NAMES, THIN
-from mmgen.sampling.drawing import SampleSettings, draw
-from mmgen.sampling.loading import load
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+THIN, BOLD = "thin", "bold"
 STROKES = (THIN, "", BOLD)
 
 
@@ -56,20 +56,19 @@ def main() -> None:
     digit = np.tile([one[1] for one in asked], arguments.per_prompt)
     sign = np.tile([{THIN: -1, "": 0, BOLD: 1}[one[2]] for one in asked], arguments.per_prompt)
     print(f"{'model':40} {'steps':>5} {'w':>4}  {'digit':>7} {'stroke':>7}   left out: {'digit':>7} {'stroke':>7}")
-    for word in arguments.models:
-        place, steps, *guidance = word.split(":")
-        model = load(place, device=arguments.device)
+    for given in arguments.models:
+        name, steps, *guidance = given.split(":")
+        model = mmgen.load(name, device=arguments.device)
         w = float(guidance[0]) if guidance else 1.0
         texts = tuple(one[0] for one in asked)
-        settings = SampleSettings(steps=int(steps), seed=arguments.seed, guidance=w, prompts=texts)
-        images = draw(model, settings, range(len(digit)))[0].numpy()
+        images = model.sample(len(digit), steps=int(steps), seed=arguments.seed, guidance=w, prompts=texts).images.numpy()
         right = labels[nearest(images, real.images)] == digit
         stroke = sign * (images.astype(np.float64).sum((1, 2, 3)) - median[digit]) > 0
-        taught = model.config.captions or []
-        new = np.tile([one[0] not in taught for one in asked], arguments.per_prompt)
+        trained_on = model.config.captions or []
+        new = np.tile([one[0] not in trained_on for one in asked], arguments.per_prompt)
         cells = [right[~new].mean(), stroke[~new & (sign != 0)].mean()]
         cells += [right[new].mean(), stroke[new & (sign != 0)].mean()] if new.any() else [float("nan")] * 2
-        print(f"{place:40} {steps:>5} {w:4.1f}  {cells[0]:7.1%} {cells[1]:7.1%}             {cells[2]:7.1%} {cells[3]:7.1%}", flush=True)
+        print(f"{name:40} {steps:>5} {w:4.1f}  {cells[0]:7.1%} {cells[1]:7.1%}             {cells[2]:7.1%} {cells[3]:7.1%}", flush=True)
 
 
 if __name__ == "__main__":

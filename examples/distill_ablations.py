@@ -28,7 +28,6 @@ from mmgen.errors import ConfigError, MmgenError, ModelError
 from mmgen.report.images import labelled_rows, save_png
 from mmgen.metrics.frechet import fd_pixels, halves_distance, pixel_features
 from mmgen.metrics.neighbours import precision_recall
-from mmgen.models.build import AnyModel
 
 SHOWN = 15  # images of each row of the picture
 QUIET = {"run.checkpoint_every": 10**9, "run.preview_every": 10**9, "run.eval_num": 0}  # what is measured is measured here
@@ -70,7 +69,7 @@ class Table:
         self._add("|---" * 6 + "|")
         self._add(f"| halves of the data | | {halves_distance(self.real.images):.3f} | | | |")
 
-    def measure(self, name: str, steps: int, models: list[AnyModel]) -> None:
+    def measure(self, name: str, steps: int, models: list) -> None:
         """A row for models of the seeds 0, 1, ..., sampled ancestrally."""
         found = []
         for seed, model in enumerate(models):
@@ -133,7 +132,7 @@ def teacher(out: Path, iterations: int) -> Path:
     return out
 
 
-def student(place: str, variant: Variant, steps: int, seed: int, iterations: int, out: Path) -> AnyModel:
+def student(place: str, variant: Variant, steps: int, seed: int, iterations: int, out: Path):
     """Distils the teacher at `place` in a folder in `out`, or finds the student there."""
     images = iterations * STUDENT["train.batch_size"]
     settings = {

@@ -19,7 +19,6 @@ import torch
 
 from mmgen.report.charts import Panel, line_chart
 from mmgen.diffusion.process import posterior
-from mmgen.system.files import replacing
 from mmgen.diffusion.schedules import Schedule, ScheduleSettings, make_schedule
 
 SCHEDULES = ("fm", "vp_cosine", "ddpm_linear", "edm")
@@ -65,8 +64,8 @@ def main() -> None:
         Panel(title, "call of the network, the first at t = 1", series, log_y)
         for title, log_y in (("weight in the sample", False), ("the same, logarithmic", True))
     ]
-    with replacing(options.out) as temporary:
-        line_chart(panels).save(temporary, format="png")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    line_chart(panels).save(options.out, format="png")
     print(f"\n{options.out}")
 
 

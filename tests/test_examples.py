@@ -60,7 +60,7 @@ def test_half_a_training_is_no_result(example, function, trains, arguments, monk
 def test_the_table_of_scale(tmp_path):
     """digits-imm: 4.8 GFLOP a step, two passes forward and one back; its 128 images in groups of 4 are too few for 64 GPUs."""
     presets = ["digits-imm", "digits-distill", "imagenet256-imm-s", "own32-imm"]
-    result = run("scale_table.py", "--presets", *presets, "--utilisation", "0.5", cwd=tmp_path)
+    result = run("../tests/benchmarks/scale_table.py", "--presets", *presets, "--utilisation", "0.5", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in result.stdout.splitlines() if line.startswith("| `")

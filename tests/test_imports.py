@@ -51,6 +51,34 @@ def test_there_is_no_circle():
     TopologicalSorter({name: targets - {"__init__"} for name, targets in graph.items()}).prepare()
 
 
+# What README.md calls importable beside `mmgen` itself; a folder means the modules in it
+PUBLIC = ("mmgen", "mmgen.data", "mmgen.errors", "mmgen.losses", "mmgen.networks", "mmgen.diffusion", "mmgen.sampling.flow_map_samplers",
+          "mmgen.sampling.denoiser_samplers", "mmgen.metrics.frechet", "mmgen.metrics.neighbours", "mmgen.report.charts",
+          "mmgen.report.images")  # fmt: skip
+FOLDERS = ("mmgen.losses.", "mmgen.networks.", "mmgen.diffusion.")
+
+
+def not_public(source: str) -> list[str]:
+    """What a script imports of mmgen that is not public."""
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names = [alias.name for alias in node.names] if modules == ["mmgen"] and isinstance(node, ast.ImportFrom) else []
+        wrong += [m for m in modules if m.split(".")[0] == "mmgen" and m not in PUBLIC and not m.startswith(FOLDERS)]
+        wrong += [f"mmgen.{name}" for name in names if name not in mmgen.__all__ and f"mmgen.{name}" not in PUBLIC]
+    return wrong
+
+
+def test_examples_import_what_is_public():
+    """Losses, samplers, networks and formulas may be imported as a notebook would; settings, loops and readers may not."""
+    assert not_public("from mmgen.training.loop import Trainer\nfrom mmgen import config") == ["mmgen.training.loop", "mmgen.config"]
+    wrong = {path.name: found for path in sorted((ROOT.parent / "examples").glob("*.py")) if (found := not_public(path.read_text()))}
+    assert not wrong, wrong
+    readme = (ROOT.parent / "README.md").read_text()
+    assert [name for name in PUBLIC if name not in readme] == []
+
+
 NEWER = {  # than Python 3.10, the oldest that mmgen runs on
     "typing": {"Self", "Never", "LiteralString", "Unpack", "TypeVarTuple", "NotRequired", "Required", "assert_never",
                "assert_type", "reveal_type", "dataclass_transform", "override"},

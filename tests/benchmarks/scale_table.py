@@ -1,7 +1,7 @@
 """Memory and time of every training preset on 1, 8 and 64 GPUs, as two tables in Markdown. Computed, not measured.
 
-    python examples/scale_table.py                                   # H200 at 35 % of their peak rate
-    python examples/scale_table.py --gpu a100 --utilisation 0.3 --gradient-checkpointing
+    python -m tests.benchmarks.scale_table                       # H200 at 35 % of their peak rate
+    python -m tests.benchmarks.scale_table --gpu a100 --utilisation 0.3 --gradient-checkpointing
 
 Memory is `mmgen.training.cost.estimate`'s, which `--dry-run` shows: weights, gradients, optimiser, averages and the activations
 that autograd keeps, for the preset's run.batch_per_device. What kernels need for themselves, and a sharded block while it is put
