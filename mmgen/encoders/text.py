@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from ..errors import ConfigError, ModelError, shortened
 from ..networks.conditions import Text
