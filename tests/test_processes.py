@@ -30,6 +30,8 @@ METHODS = {
     "teacher": ["train-teacher", *TINY, "--set", "data.augment=0.5", "--eval-num", "0"],
     "alternating": [*DISTILL, "--method", "alternating", *EVALUATE, "--teacher-steps", "4"],
     "instant": [*DISTILL, "--method", "instant", "--eval-num", "0"],
+    "lora": [*DISTILL, "--lora", "4", "--eval-num", "0", "--teacher-steps", "0"],
+    "lora-instant": [*DISTILL, "--lora", "4", "--method", "instant", "--eval-num", "0"],
 }
 SHARED = ["--device", "cpu", "--batch-size", "16", "--batch-per-device", "8", "--set", "optimizer.decay=none"]
 SAMPLE = ["sample", "teacher.safetensors", "--steps", "2", "--num", "13", "--batch-size", "4", "--device", "cpu"]

@@ -23,6 +23,7 @@ _ADAM = OptimizerSettings(
     name="adam", lr=2e-6, beta1=0.0, beta2=0.99, eps=1e-12, warmup_images=1000 * 2048, decay="linear", grad_clip=1.0
 )
 
+MOST_RANK = 4096
 _READING = (*READING, *CAPTIONS, "leave_out", "xflip")  # what a student takes over from its teacher
 _UNSAID = DataSettings()
 
@@ -43,6 +44,9 @@ class StudentSettings:
     dropout: float = 0.0  # of the student, also when sampling: likewise (2606.30414 has 0.1)
     rollouts: float = 0.0  # share of the images that begin at states of its own sampler, not at noised data (2605.18190 has such)
     rollouts_after: int = 0  # images of the training before the first of them
+    lora: int = 0  # rank of the adapters that are trained in place of all weights (LoRA); 0: all weights
+    lora_auxiliary: int = 0  # of the auxiliary's, or of the directions of the instant method; 0: as lora
+    lora_targets: tuple[str, ...] = ()  # ends of the names of the layers that get adapters; none: see networks/lora.py
     stochasticity: float | None = None  # when sampling, 1 DDPM's, 0 DDIM's; unset: that of its training, loss.stochasticity
 
 
@@ -102,6 +106,7 @@ def check(config: DistillConfig) -> None:
     require(loss.auxiliary_updates >= 1, f"loss.auxiliary_updates must be at least 1, not {loss.auxiliary_updates}")
     own = 1.0 if student.stochasticity is None else student.stochasticity
     require(0 <= own <= 1, f"student.stochasticity must be from 0 to 1, not {own}")
+    _check_lora(config)
     instant = loss.method == "instant"
     for name, value, default in (("preconditioner", loss.preconditioner, "identity"), ("jvp", loss.jvp, "auto")):
         require(instant or value == default, f"loss.{name} is of the instant method: set loss.method=instant, or leave it out")
@@ -115,6 +120,21 @@ def check(config: DistillConfig) -> None:
         "run.batch_per_device must be at least 2: the instant method has an image of each minibatch in a pass",
     )
     require(config.run.teacher_steps >= 0, f"run.teacher_steps cannot be negative, and is {config.run.teacher_steps}")
+
+
+def _check_lora(config: DistillConfig) -> None:
+    student = config.student
+    for name in ("lora", "lora_auxiliary"):
+        require(0 <= getattr(student, name) <= MOST_RANK, f"student.{name} must be a rank from 0 to {MOST_RANK}, not {getattr(student, name)}")
+    if not student.lora:
+        for name in ("lora_auxiliary", "lora_targets"):
+            require(not getattr(student, name), f"student.{name} is for LoRA: set student.lora to a rank such as 64, or leave it out")
+        return
+    for name, used in (
+        ("student.noise_channels", student.noise_channels > 0), ("student.dropout", student.dropout > 0),
+        ("train.init", bool(config.train.init)), ("run.compile", config.run.compile),
+    ):  # fmt: skip
+        require(not used, f"{name} and student.lora exclude each other: leave one of them out")
 
 
 def settled(config: DistillConfig, teacher: ModelConfig, sha256: str, has_null_class: bool) -> DistillConfig:

@@ -38,7 +38,7 @@ class Conv2d(nn.Conv2d):
     def _is_wide(self, x: Tensor) -> bool:
         height, width = x.shape[2:]
         return (
-            self.kernel_size == (3, 3) and self.padding == (1, 1) and x.dtype == self.weight.dtype == torch.float32
+            self.kernel_size == (3, 3) and self.padding == (1, 1) and self.bias is not None and x.dtype == self.weight.dtype == torch.float32
             and min(self.in_channels, self.out_channels) >= LEAST_CHANNELS and height * width >= LEAST_PIXELS
             and height % TILE == width % TILE == 0 and not torch.is_autocast_enabled("cpu")
         )  # fmt: skip

@@ -22,6 +22,7 @@ from ..models.config import ModelConfig
 from ..system.processes import ProcessGroup
 from .batches import Batch
 from .cost import PassCost, pass_cost
+from .optim import moments
 from .task import TrainedNetwork
 
 FILE = "batch_per_device.json"  # in the run's folder
@@ -153,9 +154,13 @@ def one_pass(
 
 
 def _optimizer_states(parts: Mapping[str, TrainedNetwork], optimizers: Mapping[str, torch.optim.Optimizer]) -> list[torch.Tensor]:
-    """Room for two moments of each parameter of the optimisers that have made no step yet."""
-    new = [part.network for name, part in parts.items() if not optimizers[name].state]
-    return [torch.empty_like(parameter) for network in new for parameter in network.parameters() for _ in range(2)]
+    """Room for the moments of each parameter of the optimisers that have made no step yet."""
+    new = [(part.network, _moments(optimizers[name])) for name, part in parts.items() if not optimizers[name].state]
+    return [torch.empty_like(parameter) for network, kept in new for parameter in network.parameters() for _ in range(kept)]
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> int:
+    return moments(optimizer.param_groups[0]["betas"][0])
 
 
 # ---------------------------------------------------------------------- by estimate
@@ -176,7 +181,7 @@ def estimated_size(sizes: Sequence[int], cost: PassCost, room: int, on_cpu: bool
 def states_to_come(parts: Mapping[str, TrainedNetwork], optimizers: Mapping[str, torch.optim.Optimizer]) -> int:
     """Bytes of the gradients, and of the moments of optimisers that have made no step yet."""
     counts = {name: sum(parameter.numel() for parameter in part.network.parameters()) for name, part in parts.items()}
-    return sum(4 * count * (1 if optimizers[name].state else 3) for name, count in counts.items())
+    return sum(4 * count * (1 if optimizers[name].state else 1 + _moments(optimizers[name])) for name, count in counts.items())
 
 
 def free_memory(device: torch.device) -> int:

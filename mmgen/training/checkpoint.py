@@ -32,6 +32,7 @@ from ..system.processes import ProcessGroup
 from ..system.tensor_files import save_tensors
 from .checkpoint_sums import damage, read_state, write_state
 from .ema import EMA
+from .optim import suited
 from .sharding import as_spread, gathered, put
 
 
@@ -190,7 +191,7 @@ def load_checkpoint(
                             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                         state[number][entry] = value
             settings = optimizers[name].state_dict()["param_groups"]  # those of now: a run may go on with others
-            optimizers[name].load_state_dict({"state": state, "param_groups": settings})
+            optimizers[name].load_state_dict({"state": suited(state, optimizers[name]), "param_groups": settings})
         for name, average in averages.items():
             check_state(next(iter(networks.values())).state_dict(), average, f"{path / name}")
             ema.load(name, average)

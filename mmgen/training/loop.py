@@ -25,7 +25,7 @@ from ..errors import TrainingError
 from ..metrics.frechet import halves_distance
 from ..models.build import AnyModel, build_model
 from ..models.config import ModelConfig
-from ..models.files import MODEL_FILE, save_model
+from ..models.files import MODEL_FILE
 from ..networks import checkpoint_blocks
 from ..system.process import keep_large_blocks
 from ..system.processes import process_group_of
@@ -324,7 +324,7 @@ class Trainer:
         """One model file, by the main process; all give it their pieces, and wait for it."""
         state = gathered(self.ema.state_dict(name), keep=self.process_group.is_main)
         if self.process_group.is_main:
-            save_model(file, self._model_config(name, **more), state)
+            self.task.save(file, self._model_config(name, **more), state)
         self.process_group.wait()
 
     def _preview(self) -> None:
@@ -395,6 +395,9 @@ class Trainer:
 
     def _averaged_model(self) -> AnyModel:
         """The model with the (first) averaged weights, whole, in evaluation mode. To be called in all processes."""
+        state = gathered(self.ema.state_dict(self.ema.first))
+        if self.task.averaged is not None:
+            return self.task.averaged(state)
         model = build_model(self.task.model_config).to(self.accelerator.device)
-        model.network.load_state_dict(gathered(self.ema.state_dict(self.ema.first)))
+        model.network.load_state_dict(state)
         return model.eval().requires_grad_(False)

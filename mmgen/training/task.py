@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from ..models.build import AnyModel
 from ..models.config import ModelConfig
+from ..models.files import save_model
 from .batches import Batch
 
 
@@ -57,6 +58,8 @@ class Task:
             those of the main process count. `scorer` is a `figures.Scorer`, or None where
             nothing is measured.
         levels: the edges of the noise levels that numbers are logged for, in sigma, ascending.
+        save: save(file, model_config, state) writes a model file; state: of the first part's network.
+        averaged: averaged(state) is a model with such a state, on the device of the training, for samples; None: one is built.
         advice: what to try where training collapses, besides what helps every method; ends with a comma and a blank.
     """
 
@@ -68,6 +71,8 @@ class Task:
     picture: Callable[[AnyModel, int, dict[str, str]], Image.Image | None] | None = None
     finish: Callable[[AnyModel, Path, Any], dict[str, Any] | None] | None = None
     levels: Sequence[float] = ()
+    save: Callable[[Path, ModelConfig, dict[str, Tensor]], None] = save_model
+    averaged: Callable[[dict[str, Tensor]], AnyModel] | None = None
     advice: str = ""
 
 

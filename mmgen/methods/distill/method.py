@@ -31,6 +31,7 @@ from .alternating import alternating_parts, turn
 from .rollouts import Rollouts
 from ...training.inputs import Inputs
 from .instant import GROUP, MOMENT_BATCHES, MOMENT_PASS, choose_derivative, data_second_moments, instant_parts
+from .lora import LoraNetworks
 from .matching import Matching
 from ...training.sharding import is_sharded
 from ...training.cost import ALTERNATING, INSTANT
@@ -110,6 +111,8 @@ def student_model_config(config: DistillConfig, teacher: Teacher, shape: DataSha
         "teacher": teacher.name, "sha256": teacher.sha256, "method": loss.method, "steps": student.steps,
         "guidance": config.teacher.guidance,
     }  # fmt: skip
+    if student.lora:
+        origin["lora"] = student.lora
     if CONVERTED in own.training:
         origin[CONVERTED] = own.training[CONVERTED]
     model_config = replace(
@@ -155,17 +158,24 @@ def distill_task(
     reporter: Reporter,
     accelerator: Any,
 ) -> Task:
-    """The student, and of the alternating method the auxiliary, both copies of the teacher. config: settled."""
+    """The student, and of the alternating method the auxiliary: copies of the teacher, or adapters in it. config: settled."""
     own = teacher.model.config
     plain = replace(own, denoiser=replace(own.denoiser, clip=False))  # what is clipped is no mean
+    alternating = config.loss.method == "alternating"
+    lora, hooks = None, {}
+    if config.student.lora:
+        lora = LoraNetworks(teacher.model.network, config.student, own, accelerator)
+        reporter.note(lora.description)
+        teacher = replace(teacher, model=Denoiser(own, lora.base.itself()).eval())
+        hooks = {"save": lora.save, "averaged": lora.averaged(model_config)}
     network = teacher.model.network
-    if config.loss.method == "instant" and config.run.gradient_checkpointing:  # its gradient is taken as well
+    if not alternating and config.run.gradient_checkpointing:  # its gradient is taken as well
         checkpoint_blocks(network)
-    if config.loss.method == "alternating" and is_sharded(accelerator):  # the loop shards it; the comparison needs a whole one
+    if alternating and is_sharded(accelerator):  # the loop shards it; the comparison needs a whole one
         network = copy.deepcopy(network)
         teacher.model.to("cpu")
-    frozen = Denoiser(plain, network).eval()
-    student = copy_of(teacher.model, model_config)
+    student = copy_of(teacher.model, model_config) if lora is None else Denoiser(model_config, lora.student).eval()
+    frozen = Denoiser(plain, network if lora is None or alternating else lora.auxiliary).eval()
     schedule = model_config.sampling.schedule
     matching = Matching(
         student, frozen, schedule, config.loss, Inputs(config.data, config.train.seed, own.latents),
@@ -175,13 +185,11 @@ def distill_task(
     comparison = Comparison(teacher, config, schedule, dataset, reporter, accelerator.device)
     shown = {
         "model_config": model_config, "picture": comparison.picture, "finish": comparison.finish,
-        "levels": matching.edges.exp().tolist(),
+        "levels": matching.edges.exp().tolist(), **hooks,
     }  # fmt: skip
-    if config.loss.method == "alternating":
-        auxiliary = copy_of(
-            teacher.model,
-            replace(plain, augment_dim=0, network=student_network(replace(config.student, dropout=0.0), own.network)),
-        )
+    if alternating:
+        of_auxiliary = replace(plain, augment_dim=0, network=student_network(replace(config.student, dropout=0.0), own.network))
+        auxiliary = copy_of(teacher.model, of_auxiliary) if lora is None else Denoiser(of_auxiliary, lora.auxiliary).eval()
         edges = ", ".join(f"{edge:.3g}" for edge in matching.edges.exp().tolist())
         reporter.note(
             f"moment_gap should fall (by_noise: sigma {edges}); student_loss has no lower bound and is no measure of it"
@@ -209,13 +217,13 @@ def second_moments(
     """Those of Adam that the preconditioner takes; None for the identity."""
     if config.loss.preconditioner == "identity":
         return None
-    moments = adam_second_moments(teacher)
+    moments = None if config.student.lora else adam_second_moments(teacher)  # those are of the weights, not of adapters
     if moments is not None:
         reporter.note(f"preconditioner: Adam's second moments, from the checkpoint of {teacher.name}")
         return moments
     half = config.train.batch_size // 2
     reporter.note(
-        f"preconditioner: the teacher's training left no second moments, so they are collected from {MOMENT_BATCHES} batches of "
+        f"preconditioner: second moments of these parameters are not at hand, so they are collected from {MOMENT_BATCHES} batches of "
         f"{half} images"
     )
     # `auto` is found with what is collected here

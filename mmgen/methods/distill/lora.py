@@ -1,0 +1,80 @@
+"""Distillation by LoRA: one frozen network in memory, with adapters for the student and the auxiliary; without them it is the teacher.
+
+The alternating method trains both adapters. The instant one has the teacher as a function of an adapter's parameters: its gradient
+and the direction nu are in the matrices B of the auxiliary's, which are zero (in A the gradient is zero). So moments are matched in
+as many directions of every layer as that adapter's rank, which are drawn at random and stay, and not in all of the teacher's weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...config.distill import StudentSettings
+from ...errors import ConfigError
+from ...models.config import ModelConfig
+from ...models.denoiser import Denoiser
+from ...models.files import MODEL_FILE, save_model
+from ...networks import without_augment
+from ...networks.lora import LoraBase, merged
+from ...system.files import replacing
+from ...system.tensor_files import save_tensors
+from ...training.sharding import is_sharded
+
+LORA_KEY = "mmgen_lora"  # of the header of a file of adapters
+
+
+def lora_file(model_file: Path) -> Path:
+    """Where the student's adapter lies beside a model file of a run: lora.safetensors, lora-best.safetensors ..."""
+    return model_file.with_name(model_file.name.replace(Path(MODEL_FILE).stem, "lora", 1))
+
+
+class LoraNetworks:
+    """The teacher's network with adapters in it, and the networks that they make of it."""
+
+    def __init__(self, network: nn.Module, settings: StudentSettings, teacher: ModelConfig, accelerator: Any) -> None:
+        """network: the teacher's, which is changed. Raises ConfigError where it has no layers for adapters."""
+        if is_sharded(accelerator):
+            raise ConfigError(
+                "student.lora cannot be sharded: its networks share one set of weights, which each device holds; leave --use_fsdp out"
+            )
+        self.base = LoraBase(network, settings.lora_targets)
+        self.rank = settings.lora
+        self.student = self.base.add("student", self.rank)
+        self.auxiliary = self.base.add("auxiliary", settings.lora_auxiliary or self.rank)
+
+    @property
+    def description(self) -> str:
+        count = sum(parameter.numel() for parameter in self.student.parameters())
+        return (
+            f"LoRA of rank {self.rank} in {len(self.base.names)} layers, {count / 1e6:.2f}M parameters; student, auxiliary and teacher "
+            "share the teacher's weights"
+        )
+
+    def save(self, file: Path, model_config: ModelConfig, state: dict[str, Tensor]) -> None:
+        """A model file like any other, the adapter merged into the weights, and the adapter alone beside it. state: the adapter's."""
+        whole = merged(self.base.network, state)
+        save_model(file, model_config, whole if model_config.augment_dim else without_augment(whole))
+        header = {"rank": self.rank, "config": dataclasses.asdict(model_config)}
+        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        with replacing(lora_file(file)) as temporary:
+            save_tensors(tensors, temporary, metadata={LORA_KEY: json.dumps(header)})
+
+    def averaged(self, model_config: ModelConfig) -> Callable[[dict[str, Tensor]], Denoiser]:
+        """state -> the student with an adapter of these values, in one further set of adapters, added when it is first asked for."""
+        found: list[Denoiser] = []
+
+        def model(state: dict[str, Tensor]) -> Denoiser:
+            if not found:
+                with torch.random.fork_rng():
+                    found.append(Denoiser(model_config, self.base.add("average", self.rank)).eval().requires_grad_(False))
+            found[0].network.load_state_dict(state)
+            return found[0]
+
+        return model
