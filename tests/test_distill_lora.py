@@ -221,7 +221,7 @@ def test_shards_are_refused(place, monkeypatch):
 
     monkeypatch.setattr(lora, "is_sharded", lambda accelerator: True)
     with pytest.raises(ConfigError, match="student.lora cannot be sharded"):
-        LoraNetworks(load_model(place).network, config_for(place, **{"student.lora": 4}).student, None, None)
+        LoraNetworks(load_model(place).network, config_for(place, **{"student.lora": 4}).student, None)
 
 
 def test_without_peft_the_package_is_named(place, monkeypatch):

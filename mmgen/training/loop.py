@@ -257,11 +257,8 @@ class Trainer:
         numbers = self.numbers.flush()
         if not numbers:
             return {}
-        return numbers | {"learning_rate": learning_rate(self.optimizer, self._last_step(), self.train.max_images)}
-
-    def _last_step(self) -> int:
-        """Images seen before the step that was made last."""
-        return self.progress.images - self.train.batch_size
+        before = self.progress.images - self.train.batch_size  # the step that was made last
+        return numbers | {"learning_rate": learning_rate(self.optimizer, before, self.train.max_images)}
 
     def _log(self, numbers: dict[str, Any]) -> None:
         images = self.progress.images

@@ -42,7 +42,7 @@ DISTILLATION = Method(
                "Noise schedule: fm, vp_cosine, ddpm_linear, edm or discrete. Default: the teacher's.",
                choices=("fm", "vp_cosine", "ddpm_linear", "edm", "discrete")),
         Option("lora", "student.lora", int,
-               "Train LoRA adapters of this rank, such as 64, and not all weights: student, auxiliary and teacher share one set of weights."),
+               "Train LoRA adapters of this rank, such as 64, in place of all weights."),
         Option("shift", "student.shift", float, "Above 1: more of the steps at high noise, for 1 or 2 steps."),
         Option("dropout", "student.dropout", float, "Dropout of the student, also while sampling, for 1 or 2 steps."),
         Option("noise_channels", "student.noise_channels", int, "Extra input channels of noise, for 1 or 2 steps."),

@@ -38,7 +38,7 @@ def lora_file(model_file: Path) -> Path:
 class LoraNetworks:
     """The teacher's network with adapters in it, and the networks that they make of it."""
 
-    def __init__(self, network: nn.Module, settings: StudentSettings, teacher: ModelConfig, accelerator: Any) -> None:
+    def __init__(self, network: nn.Module, settings: StudentSettings, accelerator: Any) -> None:
         """network: the teacher's, which is changed. Raises ConfigError where it has no layers for adapters."""
         if is_sharded(accelerator):
             raise ConfigError(

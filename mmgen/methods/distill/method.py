@@ -164,7 +164,7 @@ def distill_task(
     alternating = config.loss.method == "alternating"
     lora, hooks = None, {}
     if config.student.lora:
-        lora = LoraNetworks(teacher.model.network, config.student, own, accelerator)
+        lora = LoraNetworks(teacher.model.network, config.student, accelerator)
         reporter.note(lora.description)
         teacher = replace(teacher, model=Denoiser(own, lora.base.itself()).eval())
         hooks = {"save": lora.save, "averaged": lora.averaged(model_config)}
