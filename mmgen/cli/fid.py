@@ -39,8 +39,12 @@ def fid(
     ],
     metrics: Annotated[
         str,
-        _scores(metavar="LIST", help="fid, kid, is, pr (precision, recall), dc (density, coverage), clip, or all."),
+        _scores(metavar="LIST", help="fid, kid, is, pr (precision, recall), dc (density, coverage), clip, retrieval, or all."),
     ] = "fid",
+    protocol: Annotated[
+        str | None,
+        _scores(metavar="NAME", help="coco30k: FID and CLIP of 30,000 captions as text-to-image papers have them; sets all choices."),
+    ] = None,
     num: Annotated[int | None, _scores(**COUNT, help="Number of samples. Default: all; 50,000 from a model.")] = None,
     repeat: Annotated[
         int, _scores(**COUNT, help="Repeat for a spread: new draws (the best counts, as in papers), or bootstraps of images.")
@@ -61,10 +65,16 @@ def fid(
         Path | None,
         _scores(metavar="FILE", help="Inception's weights. Default: $MMGEN_INCEPTION, a cache, else downloaded once."),
     ] = None,
-    clip: Annotated[str | None, _scores(metavar="PATH", help="For --metrics clip: folder or hub id of a CLIPModel.")] = None,
+    clip: Annotated[
+        str | None,
+        _scores(
+            metavar="PATH", help="For clip and retrieval: a CLIP of transformers (folder or hub id) or open_clip (folder). "
+            "For retrieval also towers of your own.",
+        ),
+    ] = None,
     captions: Annotated[
         Path | None,
-        _scores(metavar="FILE", help="For --metrics clip: .txt, .jsonl or .csv. Default: those found beside the images."),
+        _scores(metavar="FILE", help="For clip and retrieval: .txt, .jsonl or .csv. Default: those beside the images."),
     ] = None,
     save_stats: Annotated[
         Path | None, _scores(metavar="FILE", help="Save the samples' statistics as a later --ref (.safetensors or .npz).")
@@ -91,7 +101,9 @@ def fid(
     steps: Annotated[str | None, _model(metavar="LIST", help="Steps, such as 1,2,4,8: a row each.")] = None,
     seed: Annotated[int | None, _model(**COUNT, help="Seed. Default: 0.")] = None,
     classes: Annotated[str | None, _model(metavar="LIST", help="Class names or numbers, random or balanced. Default: random.")] = None,
-    guidance: Annotated[float | None, _model(**NUMBER, help="Weight of classifier-free guidance.")] = None,
+    guidance: Annotated[
+        str | None, _model(metavar="LIST", help="Weights of classifier-free guidance, such as 1,1.5,3: a row each.")
+    ] = None,
     sampler: Annotated[str | None, _model(metavar="NAME", help="pushforward, restart, ddim, ancestral or heun.")] = None,
     grid: Annotated[str | None, _model(metavar="NAME", help="Times of the steps: uniform, edm, schedule or eta.")] = None,
     eta: Annotated[str | None, _model(metavar="LIST", help="Intermediate times as sigma/alpha.")] = None,
@@ -118,13 +130,16 @@ def fid(
 
     Example: mmgen fid runs/cifar10-imm --steps 1,2,4,8 --metrics fid,is
 
+    Example: mmgen fid runs/student --protocol coco30k --captions captions.txt --ref val2014/ --clip CLIP
+
     Statistics for later: mmgen fid imagenet/ --save-stats imagenet.safetensors
     """
     check_device(device)
     samples, (ref, features, clip) = [home(name) for name in samples], (home(name) for name in (ref, features, clip))
-    drawing: dict[str, Any] = {"seed": seed, "guidance": guidance, "sampler": sampler, "grid": grid, "ema": ema}
+    drawing: dict[str, Any] = {"seed": seed, "sampler": sampler, "grid": grid, "ema": ema}
     drawing |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
     drawing["steps"] = None if steps is None else numbers(steps, int, "--steps", "1,2,4,8")
+    drawing["guidance"] = None if guidance is None else numbers(guidance, float, "--guidance", "1,1.5,3")
     drawing["etas"] = None if eta is None else tuple(numbers(eta, float, "--eta", "1.4"))
     drawing["classes"], drawing["precision"] = classes, precision
     wanted = None if metrics == "all" else tuple(dict.fromkeys(name.strip() for name in metrics.split(",")))
@@ -134,7 +149,7 @@ def fid(
 
     process_group = find_process_group(cpu=device == "cpu")
     settings = FidSettings(
-        ref=ref, ref_num=ref_num, ref_split=ref_split, ref_mode=ref_mode, resolution=resolution, channels=channels, mode=mode,
+        protocol=protocol, ref=ref, ref_num=ref_num, ref_split=ref_split, ref_mode=ref_mode, resolution=resolution, channels=channels, mode=mode,
         features=features, inception=home(inception), metrics=wanted, num=num, repeat=repeat, split=split,
         image_column=image_column, follow_links=follow_links, drawing=drawing, clip=clip, captions=home(captions),
         save_stats=home(save_stats), out=home(out), batch_size=batch_size, device=find_device(device),
@@ -148,6 +163,8 @@ def fid(
 def _keep(report: Report, out: Path | None) -> None:
     """Adds the scores to the files beside the samples, and says where, or that there is no place for them."""
     from ..metrics.results import append, entry
+    from ..metrics.sweep import sweep_chart
+    from ..system.files import replacing
 
     files: dict[Path | None, list[dict[str, Any]]] = {}
     for row in report.rows:
@@ -159,6 +176,13 @@ def _keep(report: Report, out: Path | None) -> None:
         else:
             append(file, entries)
             print(f"kept in: {file}")
+    chart = sweep_chart(report)
+    place = next((file for file in files if file is not None), None)
+    if chart is not None and place is not None:
+        picture = place.with_suffix(".png")
+        with replacing(picture) as temporary:
+            chart.save(temporary, format="PNG")
+        print(f"chart: {picture}")
 
 
 def _show(report: Report, save_stats: Path | None) -> None:

@@ -17,14 +17,15 @@ from .features import Extractor
 from .frechet import GaussianStatistics, StatisticsError
 from .image_sets import ImageSet
 from .inception_score import InceptionScore
+from .agreement import Agreement, different, embedded_images, embedded_texts
 from .stream import features_of
+from .towers import Towers
 
 MOST_KEPT = 10_000  # features kept for the metrics that compare images one by one, as in ADM's evaluation
 _HALF, _BOOTSTRAP = 300, 301  # purposes of random numbers
 _BLOCK = 1024  # features that join the statistics at a time
 
 Progress = Callable[[int, int], None]
-Captioned = Callable[[Tensor, list[str]], Tensor]  # (uint8 [n, 3, H, W], captions) -> scores [n]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Wanted:
     splits: int = 0  # of the Inception Score; 0: none
     halves: bool = False  # statistics of two random halves: for an estimate of the bias
     bootstrap: int = 0  # statistics of so many resampled sets
-    clip: Captioned | None = None
-    captions: list[str] | None = None  # one an image, for `clip`
+    towers: Towers | None = None  # for the agreement of images and captions
+    captions: list[str] | None = None  # one an image, for `towers`
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Collected:
     replicates: list[GaussianStatistics] = field(default_factory=list)
     kept: Tensor | None = None  # float32 [min(num, MOST_KEPT), D], on the CPU, in the order of the images
     inception: InceptionScore | None = None
-    clip: float | None = None  # mean over the images
+    agreement: Agreement | None = None
 
 
 def collect(
@@ -75,12 +76,12 @@ def collect(
     report = progress if progress and process_group.is_main else lambda done, total: None
     report(0, images.length)
     done = 0
-    for numbers, features, batch in features_of(images, ranges, extractor, device):
-        part.add(numbers, features, batch)
+    for numbers, features, pixels in features_of(images, ranges, extractor, device, pixels=wanted.towers is not None):
+        part.add(numbers, features, pixels)
         done += len(numbers)
         report(min(images.length, done * process_group.size), images.length)
     part.flush()
-    return _merged(process_group.gather(part.result()), images.length)
+    return _merged(process_group.gather(part.result(process_group)), images.length, wanted.captions)
 
 
 class _Part:
@@ -96,24 +97,15 @@ class _Part:
             self.inception = InceptionScore(images.length, wanted.splits)
         self.chosen = _chosen(images.length) if wanted.keep else None
         self.kept: list[tuple[np.ndarray, np.ndarray]] = []  # image numbers [n], their features [n, D]
-        self.clip: Tensor | None = None
+        self.embedded: list[tuple[np.ndarray, Tensor]] = []  # image numbers [n], their embeddings [n, E]
         self.waiting: list[tuple[range, Tensor]] = []
 
-    def add(self, numbers: range, features: Tensor, batch: np.ndarray) -> None:
+    def add(self, numbers: range, features: Tensor, pixels: list[np.ndarray]) -> None:
         self.waiting.append((numbers, features))
-        if self.wanted.clip is not None:
-            pixels = self.images.read(numbers.start, numbers.stop, True) if batch.dtype != np.uint8 else batch
-            texts = self.wanted.captions[numbers.start : numbers.stop]
-            scores = self._clip_scores(pixels, texts).double().sum()
-            self.clip = scores if self.clip is None else self.clip + scores
+        if self.wanted.towers is not None:
+            self.embedded.append((np.array(numbers), embedded_images(self.wanted.towers, pixels)))
         if sum(len(n) for n, _ in self.waiting) >= _BLOCK:
             self.flush()
-
-    def _clip_scores(self, pixels: np.ndarray | list[np.ndarray], texts: list[str]) -> Tensor:
-        if isinstance(pixels, np.ndarray):
-            return self.wanted.clip(torch.from_numpy(np.ascontiguousarray(pixels)), texts)
-        scores = [self.wanted.clip(torch.from_numpy(one[None]), [text]) for one, text in zip(pixels, texts, strict=True)]
-        return torch.cat(scores)  # one by one: their sizes may differ
 
     def flush(self) -> None:
         """The waiting features join all sums: in blocks, as a covariance is large and each look at them stops a GPU."""
@@ -147,17 +139,23 @@ class _Part:
             self.kept.append((index.numpy()[here], rows))
         self.waiting.clear()
 
-    def result(self) -> dict[str, Any]:
+    def result(self, process_group: ProcessGroup) -> dict[str, Any]:
+        """For `_merged`. The different captions are embedded by all processes, each its share."""
+        texts = None
+        if self.wanted.towers is not None:
+            mine = different(self.wanted.captions)[process_group.index :: process_group.size]
+            texts = embedded_texts(self.wanted.towers, mine)
         return {
             "sums": self.sums,
             "replicates": self.replicates,
             "inception": self.inception,
             "kept": self.kept,
-            "clip": None if self.clip is None else float(self.clip),
+            "embedded": self.embedded,
+            "texts": texts,
         }
 
 
-def _merged(parts: list[dict[str, Any]], num: int) -> Collected:
+def _merged(parts: list[dict[str, Any]], num: int, captions: list[str] | None) -> Collected:
     """The parts of all processes as one."""
     first = parts[0]
     for other in parts[1:]:
@@ -170,7 +168,7 @@ def _merged(parts: list[dict[str, Any]], num: int) -> Collected:
         statistics.merge(half)
     kept = [entry for part in parts for entry in part["kept"]]
     order = np.argsort(np.concatenate([numbers for numbers, _ in kept])) if kept else None
-    clip = [part["clip"] for part in parts if part["clip"] is not None]
+    embedded = [entry for part in parts for entry in part["embedded"]]
     return Collected(
         num=num,
         statistics=statistics,
@@ -178,7 +176,7 @@ def _merged(parts: list[dict[str, Any]], num: int) -> Collected:
         replicates=first["replicates"],
         kept=torch.from_numpy(np.concatenate([rows for _, rows in kept])[order]) if kept else None,
         inception=first["inception"],
-        clip=sum(clip) / num if clip else None,
+        agreement=Agreement.of(embedded, [part["texts"] for part in parts], captions) if embedded else None,
     )
 
 

@@ -14,18 +14,21 @@ from ..errors import ConfigError, ModelError, nearest
 from ..system.files import at_home
 from ..system.processes import ProcessGroup
 from .captions import read_captions
+from .choosing_towers import build_towers
 from .comparisons import COMPARISONS
 from .features import SMALLEST_FOR_INCEPTION, Extractor, auto_extractor, build_extractor, features_in
 from .image_sets import ImageSet
-from .pretrained import ClipScore, build_clip
+from .protocols import PROTOCOLS, Protocol, check_protocol, cropped
 from .reference_sets import ReferenceSet, collect_reference, file_reference
 from .references import is_statistics, write_statistics
 from .results import Report, Row, earlier
-from .score import ScoreSettings, check_metrics, score, summary
+from .score import FULL, ScoreSettings, check_metrics, score, summary
 from .subjects import Subject, image_subjects, is_model, model_subjects, own_reference, reference_images
+from .towers import Towers
 
 NUM = 50_000  # samples drawn from a model, as behind every published FID
 MODES = ("tf", "clean", "torch")
+BY_TOWERS = ("clip", "retrieval")  # metrics of images and their captions
 
 # Where captions alone are scored: images of any size, and no network for them.
 _NO_FEATURES = Extractor(
@@ -37,7 +40,11 @@ Bar = Callable[[str, int], AbstractContextManager]  # (what is done, images) -> 
 
 def known_metrics() -> tuple[str, ...]:
     """The words of --metrics, in the order of `all`."""
-    return ("fid", *COMPARISONS, "is", "clip")
+    return ("fid", *COMPARISONS, "is", *BY_TOWERS)
+
+
+def _only_towers(metrics: Sequence[str]) -> bool:
+    return all(metric in BY_TOWERS for metric in metrics)
 
 
 def _compares(metric: str) -> bool:
@@ -49,6 +56,7 @@ def _compares(metric: str) -> bool:
 class FidSettings:
     """What `mmgen fid` is asked for; the command's options of the same names say what each does."""
 
+    protocol: str | None = None  # of published tables: see `protocols`
     ref: str | None = None
     ref_num: int | None = None
     ref_split: str | None = None  # None: train
@@ -64,7 +72,7 @@ class FidSettings:
     split: str | None = None  # of samples that are a data set; None: train
     image_column: str | None = None
     follow_links: bool = False  # of samples and reference: also links that lead out of their folder
-    drawing: dict[str, Any] = field(default_factory=dict)  # of a model's samples: those of SampleSettings, `steps` a list; ema
+    drawing: dict[str, Any] = field(default_factory=dict)  # of a model's samples: those of SampleSettings, `steps` and `guidance` lists; ema
     clip: str | None = None
     captions: Path | None = None
     save_stats: Path | None = None
@@ -76,6 +84,8 @@ class FidSettings:
         """Raises ConfigError for what is impossible whatever the samples are."""
         if self.mode is not None and self.mode not in MODES:
             raise ConfigError(f"unknown mode {self.mode!r}: {nearest(self.mode, MODES)}")
+        if self.protocol is not None and self.protocol not in PROTOCOLS:
+            raise ConfigError(f"unknown protocol {self.protocol!r}: {nearest(self.protocol, PROTOCOLS)}")
         for metric in self.metrics or ():
             if metric not in known_metrics():
                 raise ConfigError(f"unknown metric {metric!r}: {nearest(metric, known_metrics())}; or all")
@@ -89,10 +99,12 @@ class FidSettings:
         ):
             if value < 1:
                 raise ConfigError(f"{option} must be at least 1, not {value}")
-        if self.metrics is not None and ("clip" in self.metrics) != (self.clip is not None):
-            raise ConfigError("the CLIP score needs both --metrics clip and --clip PLACE, a CLIP model of transformers")
+        if self.protocol is not None:
+            check_protocol(self)
+        elif self.metrics is not None and any(metric in self.metrics for metric in BY_TOWERS) != (self.clip is not None):
+            raise ConfigError("the CLIP score and retrieval need both --metrics clip or retrieval and --clip PLACE, a CLIP model")
         if self.captions is not None and self.clip is None:
-            raise ConfigError("--captions are for the CLIP score: give --clip too")
+            raise ConfigError("--captions are for the CLIP score and retrieval: give --clip too")
         if self.save_stats is not None and self.save_stats.suffix not in (".safetensors", ".npz"):
             raise ConfigError(
                 f"statistics are written as .safetensors or .npz, by the end of the name: {self.save_stats} has neither"
@@ -106,17 +118,17 @@ class FidSettings:
         """Raises ConfigError for options that nothing would look at."""
         if self.metrics is None:
             return
-        compared = [metric for metric in self.metrics if _compares(metric)]
+        compared = [metric for metric in self.metrics if _compares(metric) or self.protocol is not None]
         given = {"--ref": self.ref, "--ref-num": self.ref_num, "--ref-split": self.ref_split, "--ref-mode": self.ref_mode}
         for option, value in {**given, "--resolution": self.resolution, "--channels": self.channels}.items():
             if value is not None and not compared:
                 raise ConfigError(f"{option} is for comparisons, and --metrics {','.join(self.metrics)} has none: leave it out")
-        if self.metrics == ("clip",) and self.save_stats is None:
+        if _only_towers(self.metrics) and self.save_stats is None and self.protocol is None:
             for option, value in (("--mode", self.mode), ("--inception", self.inception)):
                 if value is not None:
-                    raise ConfigError(f"{option} is for scores by Inception, and --metrics clip has none: leave it out")
+                    raise ConfigError(f"{option} is for scores by Inception, and --metrics {','.join(self.metrics)} has none: leave it out")
         if self.save_stats is not None and self.ref is None:
-            if single := [metric for metric in compared if metric in COMPARISONS]:
+            if single := [metric for metric in self.metrics if metric in COMPARISONS]:
                 raise ConfigError(f"{COMPARISONS[single[0]].title} with --save-stats need something to compare with: give --ref")
             if self.repeat > 1:
                 raise ConfigError("--repeat is for a spread of scores, and --save-stats without --ref gives none: leave it out")
@@ -133,12 +145,15 @@ def evaluate(
 
     Raises ConfigError, DataError, ModelError and MmgenError, each with one sentence.
     """
+    protocol = PROTOCOLS.get(settings.protocol)
+    if protocol is not None:
+        settings = _under(protocol, settings)
     models = [is_model(name) for name in samples]
     _check_options(samples, models, settings)
     subjects: list[Subject] = []
     for name, model in zip(samples, models, strict=True):
         if model:
-            subjects += _drawn(name, settings)
+            subjects += _drawn(name, settings, protocol)
         else:
             subjects += image_subjects(
                 name, split=settings.split or "train", image_column=settings.image_column, num=settings.num,
@@ -154,26 +169,50 @@ def evaluate(
     if compared and settings.ref is None and settings.save_stats is None:
         own_reference(subjects)  # nothing is downloaded if it is missing
     extractor, why = _NO_FEATURES, None
-    if metrics != ("clip",) or settings.save_stats is not None:
+    if not _only_towers(metrics) or settings.save_stats is not None:
         extractor, why = _extractor(subjects, settings, bar)
+    if protocol is not None:
+        extractor = replace(extractor, protocol={**extractor.protocol, "images": protocol.crop})
+        subjects = [Subject(subject.name, [cropped(images, protocol) for images in subject.draws]) for subject in subjects]
     reference = None
     if compared and (settings.ref is not None or settings.save_stats is None):
-        reference = _reference(subjects, settings, extractor, any(metric in COMPARISONS for metric in metrics), process_group, bar)
+        reference = _reference(subjects, settings, extractor, any(metric in COMPARISONS for metric in metrics), protocol, process_group, bar)
     elif compared:
         metrics = tuple(metric for metric in metrics if not _compares(metric))  # only statistics are wanted
     metrics, notes = _possible(metrics, settings, extractor, reference)
-    clip = build_clip(settings.clip, settings.device) if "clip" in metrics else None
-    rows = [_score(subject, settings, extractor, metrics, reference, clip, process_group, bar) for subject in subjects]
+    towers = _towers(settings.clip, metrics, settings.device)
+    rows = [_score(subject, settings, extractor, metrics, reference, towers, protocol, process_group, bar) for subject in subjects]
     if settings.save_stats is not None and process_group.is_main:
         _save(settings.save_stats, rows[0], extractor)
     notes += [] if why is None else [why]
-    return Report(rows, reference, extractor, notes, None if clip is None else {"network": clip.name, "sha256": clip.sha256})
+    clip = None if towers is None else {"network": towers.name, "sha256": towers.sha256}
+    if protocol is not None and towers is not None:
+        clip |= {"captions": f"{protocol.prefix!r} before each", "score": "mean cosine, 0 to 1"}
+        if not towers.name.startswith(protocol.clip):
+            notes.append(f"published scores of {protocol.name} take {protocol.clip} laion2b_s12b_b42k, and --clip is {towers.name}: do not compare")
+    return Report(rows, reference, extractor, notes, clip, protocol)
+
+
+def _under(protocol: Protocol, settings: FidSettings) -> FidSettings:
+    """The settings that a protocol stands for: its distance and agreement, and whatever else is asked for."""
+    pair = ("fid",) if settings.ref is None else ("fid", "clip")
+    metrics = None if settings.metrics is None else tuple(dict.fromkeys([*pair, *settings.metrics]))
+    return replace(settings, protocol=None, mode=protocol.mode, metrics=metrics)
+
+
+def _towers(place: str | None, metrics: Sequence[str], device: str) -> Towers | None:
+    if not any(metric in BY_TOWERS for metric in metrics):
+        return None
+    towers = build_towers(place, device)
+    if "clip" in metrics and not towers.is_clip:
+        raise ConfigError(f"{place} holds towers of one's own and no CLIP: take --metrics retrieval, which has their cosine too")
+    return towers
 
 
 def _check_options(samples: Sequence[str], models: Sequence[bool], settings: FidSettings) -> None:
     """Raises ConfigError for an option that would be ignored."""
     drawing = {key: value for key, value in settings.drawing.items() if value is not None}
-    reading = {"split": settings.split, "image-column": settings.image_column, "clip": settings.clip}
+    reading = {"split": settings.split, "image-column": settings.image_column}
     for options, there, what in ((drawing, any(models), "a model"), (reading, not all(models), "images")):
         for option, value in options.items():
             if value is not None and not there:
@@ -184,22 +223,35 @@ def _check_options(samples: Sequence[str], models: Sequence[bool], settings: Fid
         raise ConfigError("--repeat of given images is a bootstrap of the Fréchet distance: add fid to --metrics")
 
 
-def _drawn(name: str, settings: FidSettings) -> list[Subject]:
+def _drawn(name: str, settings: FidSettings, protocol: Protocol | None) -> list[Subject]:
     from ..sampling.drawing import SampleSettings, plan
     from ..sampling.prompts import read_prompts
     from ..sampling.record import Origin
 
     given = {key: value for key, value in settings.drawing.items() if value is not None}
     origin = Origin.of(name, given.pop("ema", None))
-    steps, config = given.pop("steps", [None]), origin.config
+    steps, weights, config = given.pop("steps", [None]), given.pop("guidance", [None]), origin.config
     if config.text is not None and settings.captions is not None:
         if settings.captions.suffix.lower() != ".txt":
             raise ConfigError(f"--captions {settings.captions}: what a model is to draw is a .txt file, one prompt a line")
         given["prompts"] = read_prompts(settings.captions)
-    each = [SampleSettings(steps=count, batch_size=settings.batch_size, **given) for count in steps]
+    num = settings.num or NUM
+    if protocol is not None:
+        num = _number_of_captions(name, settings.num, given.get("prompts", ()), protocol)
+        given["prompts"] = given["prompts"][:num]
+    each = [SampleSettings(steps=count, guidance=w, batch_size=settings.batch_size, **given) for count in steps for w in weights]
     for one in each:  # before anything is loaded
         plan(config, one)
-    return model_subjects(origin.load(settings.device), origin, each, settings.num or NUM, settings.repeat)
+    return model_subjects(origin.load(settings.device), origin, each, num, settings.repeat)
+
+
+def _number_of_captions(name: str, num: int | None, captions: Sequence[str], protocol: Protocol) -> int:
+    """How many images a protocol draws, one for each of the first captions. Raises ConfigError."""
+    if not captions:
+        raise ConfigError(f"the protocol {protocol.name} draws an image for each caption: give --captions FILE.txt, and {name} a model of text")
+    if num is not None and num > len(captions):
+        raise ConfigError(f"--num {num:,}: there are {len(captions):,} captions, and {protocol.name} draws one image for each")
+    return num or min(protocol.num, len(captions))
 
 
 def _extractor(subjects: Sequence[Subject], settings: FidSettings, bar: Bar) -> tuple[Extractor, str | None]:
@@ -224,8 +276,9 @@ def _extractor(subjects: Sequence[Subject], settings: FidSettings, bar: Bar) -> 
 
 
 def _reference(
-    subjects: Sequence[Subject], settings: FidSettings, extractor: Extractor, single: bool, process_group: ProcessGroup, bar: Bar
-) -> ReferenceSet:
+    subjects: Sequence[Subject], settings: FidSettings, extractor: Extractor, single: bool, protocol: Protocol | None,
+    process_group: ProcessGroup, bar: Bar,
+) -> ReferenceSet:  # fmt: skip
     with bar("decoding the reference", 0) as update:
         found, warning = reference_images(
             settings.ref,
@@ -240,6 +293,7 @@ def _reference(
     if isinstance(found, ImageSet):
         if settings.ref_mode is not None:
             raise ConfigError(f"--ref-mode is for a statistics file, and {found.name} holds images: leave it out")
+        found = found if protocol is None else cropped(found, protocol)
         with bar(f"reference {found.name}", found.length) as update:
             collected = collect_reference(
                 found, extractor, keep=single, batch_size=settings.batch_size, device=settings.device, process_group=process_group, progress=update
@@ -265,8 +319,8 @@ def _possible(
     kept, notes = [], []
     for metric in metrics:
         try:
-            if metric == "clip" and settings.clip is None:
-                raise ConfigError("the CLIP score needs --clip PLACE, and captions")
+            if metric in BY_TOWERS and settings.clip is None:
+                raise ConfigError(f"{'the CLIP score needs' if metric == 'clip' else 'retrieval needs'} --clip PLACE, and captions")
             check_metrics([metric], extractor, reference)
             kept.append(metric)
         except ConfigError as error:
@@ -282,7 +336,8 @@ def _score(
     extractor: Extractor,
     metrics: tuple[str, ...],
     reference: ReferenceSet | None,
-    clip: ClipScore | None,
+    towers: Towers | None,
+    protocol: Protocol | None,
     process_group: ProcessGroup,
     bar: Bar,
 ) -> Row:
@@ -291,8 +346,10 @@ def _score(
         metrics,
         bootstrap=0 if drawn or settings.repeat == 1 else settings.repeat,
         batch_size=settings.batch_size,
-        clip=clip,
-        captions=None if clip is None else read_captions(subject.draws[0], settings.captions),
+        full=FULL if protocol is None else protocol.num,
+        towers=towers,
+        captions=None if towers is None else read_captions(subject.draws[0], settings.captions),
+        prefix=None if protocol is None else protocol.prefix,
     )
     scores = []
     for number, images in enumerate(subject.draws, 1):

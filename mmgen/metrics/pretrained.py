@@ -1,4 +1,4 @@
-"""Networks of `transformers`: DINOv2 features, and the agreement of images with their captions by CLIP.
+"""Networks of `transformers`: DINOv2 features, and the two towers of CLIP.
 
 Weights come from a local folder or a hub id, as safetensors only: pickled weights are never read.
 """
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from ..errors import ConfigError, ModelError
 from ..system.files import sha256_of
+from .towers import Towers
 
 DINOV2 = "facebook/dinov2-large"
 _WEIGHTS = "model.safetensors"
@@ -39,25 +40,6 @@ class Dinov2:
     sha256: str
     is_large: bool
     extract: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class ClipScore:
-    """A CLIP model. Called with images uint8 [N, 3, H, W] on its device and N captions, it gives float32 [N] in 0..100.
-
-    The score is 100 max(cos, 0), of the angle between the image's and the caption's embedding, as torchmetrics and most
-    tables have it. Hessel et al., "CLIPScore" (2021, arXiv:2104.08718), multiply max(cos, 0) by 2.5: 0.025 of this score.
-    Captions of more tokens than the model takes are cut. Raises ConfigError where the numbers differ.
-    """
-
-    name: str
-    sha256: str
-    score: Callable[[Tensor, list[str]], Tensor]
-
-    def __call__(self, images: Tensor, captions: list[str]) -> Tensor:
-        if len(images) != len(captions):
-            raise ConfigError(f"{len(images)} images and {len(captions)} captions: each image needs one")
-        return self.score(images, captions)
 
 
 def build_dinov2(place: str = "dinov2", device: torch.device | str = "cpu", *, allow_download: bool = True) -> Dinov2:
@@ -93,8 +75,8 @@ def build_dinov2(place: str = "dinov2", device: torch.device | str = "cpu", *, a
     return Dinov2(_name(place), digest, is_large, extract)
 
 
-def build_clip(place: str, device: torch.device | str = "cpu", *, allow_download: bool = True) -> ClipScore:
-    """CLIP for `ClipScore`, from a folder or hub id such as openai/clip-vit-base-patch16.
+def clip_towers(place: str, device: torch.device | str = "cpu", *, allow_download: bool = True) -> Towers:
+    """Both towers of a CLIP, from a folder or hub id such as openai/clip-vit-base-patch16. Texts are cut at the model's length.
 
     Images are brought to the model as its own preprocessor_config.json says, but on the device: resized in float, rounded
     to whole levels as an 8-bit resize does, cropped at the centre, normalised.
@@ -112,13 +94,16 @@ def build_clip(place: str, device: torch.device | str = "cpu", *, allow_download
     longest = model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
-    def score(images: Tensor, captions: list[str]) -> Tensor:
-        tokens = tokenizer(captions, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
-        output = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], pixel_values=prepare(images))
-        cosine = functional.cosine_similarity(output.image_embeds, output.text_embeds)
-        return 100 * cosine.float().clamp(min=0)
+    def images(batch: Tensor) -> Tensor:
+        return model.visual_projection(model.vision_model(pixel_values=prepare(batch.to(device))).pooler_output)
 
-    return ClipScore(_name(place), digest, score)
+    @torch.no_grad()
+    def texts(batch: list[str]) -> Tensor:
+        tokens = tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+        output = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return model.text_projection(output.pooler_output)
+
+    return Towers(_name(place), digest, True, model.config.projection_dim, images, texts)
 
 
 def _preprocessor(settings: dict[str, Any], place: str, device: torch.device | str) -> Callable[[Tensor], Tensor]:

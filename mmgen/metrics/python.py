@@ -33,11 +33,11 @@ def fid(
     `Report.scores` are those of the first set, `Report.rows` all, with what they depend on.
 
     Args:
-        metrics: fid, kid, is, pr, dc, clip, several of them, or all.
+        metrics: fid, kid, is, pr, dc, clip, retrieval, several of them, or all.
         device: auto (a GPU if any), cpu, cuda or cuda:N.
         progress: show bars.
         options: the fields of `FidSettings` (ref, num, features, mode ...; out, a JSON file that the scores are added to) and,
-            of a model, those of `SampleSettings` and ema. `steps` can be a list: a row each.
+            of a model, those of `SampleSettings` and ema. `steps` and `guidance` can be lists: a row each.
 
     Raises ConfigError, DataError and ModelError, each with one sentence.
     """
@@ -46,8 +46,9 @@ def fid(
         raise ConfigError(f"samples must be a folder, a file, a model's name or a list of them, not {shortened(samples)}")
     wanted = metrics.split(",") if isinstance(metrics, str) else list(metrics)
     drawing = {name: options.pop(name) for name in _DRAWING if name in options}
-    if isinstance(drawing.get("steps"), int):
-        drawing["steps"] = [drawing["steps"]]
+    for name in ("steps", "guidance"):
+        if isinstance(drawing.get(name), int | float):
+            drawing[name] = [drawing[name]]
     names = [field.name for field in fields(FidSettings) if field.name not in ("drawing", "metrics", "device")]
     for name in options:
         if name not in names:

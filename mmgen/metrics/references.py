@@ -125,11 +125,12 @@ def _wanted(features: str, mode: str) -> dict[str, str]:
 
 
 def _check_statement(path: Path, says: dict[str, str], wanted: dict[str, str]) -> None:
-    for key in ("features", "mode", "sha256"):
+    for key in ("features", "mode", "sha256", "images"):  # images: how a protocol brings them to one size
         ours, theirs = wanted.get(key), says.get(key)
         if ours == theirs or key == "sha256" and ours is None:
             continue
-        do = {"mode": f"add --mode {theirs}", "features": f"add --features {theirs}"}.get(key, "take the same network")
+        remedies = {"mode": f"add --mode {theirs}", "features": f"add --features {theirs}", "images": "give both the same --protocol"}
+        do = remedies.get(key, "take the same network")
         raise DataError(
             f"{path} was made with {key} {theirs or 'not stated'}, and the samples are scored with {ours or 'none'}: {do}, or "
             "make the file again with --save-stats"

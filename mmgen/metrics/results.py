@@ -18,6 +18,7 @@ from ..errors import DataError
 from ..system.files import read_json, write_json
 from ..system.lock import one_at_a_time
 from .features import Extractor
+from .protocols import Protocol
 from .reference_sets import ReferenceSet
 from .score import Score
 from .subjects import Subject
@@ -25,7 +26,7 @@ from .subjects import Subject
 FORMAT = 1
 _MADE = (
     "model", "model_file", "model_sha256", "ema", "data", "data_place", "data_fingerprint", "data_content", "vae", "steps",
-    "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax", "s_noise", "stochasticity", "guidance", "classes", "seed", "precision",
+    "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax", "s_noise", "stochasticity", "guidance", "classes", "prompts", "prompts_sha256", "seed", "precision",
 )  # fmt: skip
 
 
@@ -44,7 +45,8 @@ class Report:
     reference: ReferenceSet | None
     extractor: Extractor
     notes: list[str]  # which figures were left out, and why
-    clip: dict[str, str] | None = None  # the network of the CLIP score
+    clip: dict[str, str] | None = None  # the network of the CLIP score and of retrieval, and how it is asked
+    protocol: Protocol | None = None
 
     @property
     def scores(self) -> dict[str, float]:
@@ -86,6 +88,8 @@ def entry(row: Row, report: Report) -> dict[str, Any]:
 def explanation(report: Report) -> list[str]:
     """How the scores were computed, a line for each choice."""
     protocol, lines = dict(report.extractor.protocol), []
+    if report.protocol is not None:
+        lines.append(f"protocol: {report.protocol.name}, as {report.protocol.where}")
     if report.reference is not None:
         num = "an unknown number of" if report.reference.num is None else f"{report.reference.num:,}"
         lines.append(f"reference: {report.reference.name}, {num} images ({report.reference.source}){_at(report.reference)}")
@@ -93,7 +97,8 @@ def explanation(report: Report) -> list[str]:
         protocol["sha256"] = protocol["sha256"][:12]
     lines.append("features: " + ", ".join(f"{key} {value}" if key != "features" else value for key, value in protocol.items()))
     if report.clip is not None:
-        lines.append(f"CLIP: {report.clip['network']}, sha256 {report.clip['sha256'][:12]}")
+        more = "".join(f", {key} {value}" for key, value in report.clip.items() if key not in ("network", "sha256"))
+        lines.append(f"towers: {report.clip['network']}, sha256 {report.clip['sha256'][:12]}{more}")
     made = []
     for row in report.rows:
         record = row.subject.record
@@ -119,6 +124,8 @@ def _making(record: dict[str, Any], draws: int) -> str:
         parts.insert(0, f" (SHA-256 {record['model_sha256'][:12]})")
     if draws > 1:
         parts.append(f", {draws} draws")
+    if record.get("prompts"):
+        parts.append(f", {record['prompts']:,} prompts (SHA-256 {str(record.get('prompts_sha256'))[:12]})")
     if "classes" in record:
         parts.append(f", labels {record['classes'] if record['classes'] is not None else 'none'}")
     return "".join(parts)

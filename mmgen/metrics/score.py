@@ -10,12 +10,14 @@ import torch
 
 from ..errors import ConfigError
 from ..system.processes import ProcessGroup
-from .collect import Captioned, Collected, Progress, Wanted, collect
+from .agreement import Agreement
+from .collect import Collected, Progress, Wanted, collect
 from .comparisons import COMPARISONS, Pair, named
 from .features import Extractor
 from .frechet import GaussianStatistics, frechet_distance
 from .image_sets import ImageSet
 from .reference_sets import ReferenceSet
+from .towers import Towers
 
 FULL = 50_000  # samples behind a published FID
 
@@ -27,8 +29,10 @@ class ScoreSettings:
     bootstrap: int = 0  # resampled sets for a spread of the Fréchet distance
     batch_size: int = 64  # images at a time; no influence on the figures
     bias: bool = True  # estimate how much too high the distance is for want of samples
-    clip: Captioned | None = None  # scores images against captions
-    captions: Sequence[str] | None = None
+    full: int = FULL  # samples behind the published scores that these are to be compared with
+    towers: Towers | None = None  # for clip and retrieval
+    captions: Sequence[str] | None = None  # one an image
+    prefix: str | None = None  # of a protocol: CLIP sees it before each caption, and its mean cosine is shown, 0 to 1
 
 
 @dataclass
@@ -39,7 +43,7 @@ class Score:
     image: tuple[int, ...]  # (C, H, W) of the first
     figures: dict[str, float]  # by name, in the order of display
     spreads: dict[str, float] = field(default_factory=dict)  # standard error or deviation, under the figure's name
-    excess: float | None = None  # how much higher the distance is than with 50,000 samples, about; None: not estimated
+    excess: float | None = None  # how much higher the distance is than with `ScoreSettings.full` samples, about; None: not estimated
     warnings: list[str] = field(default_factory=list)
     statistics: GaussianStatistics | None = None  # of the features
 
@@ -92,15 +96,15 @@ def score(
     wanted = Wanted(
         keep=single,
         splits=settings.splits if "is" in settings.metrics else 0,
-        halves=distance and settings.bias and 4 <= samples.length < FULL,
+        halves=distance and settings.bias and 4 <= samples.length < settings.full,
         bootstrap=settings.bootstrap if distance else 0,
-        clip=settings.clip,
-        captions=None if settings.captions is None else list(settings.captions),
+        towers=settings.towers,
+        captions=None if settings.captions is None else [(settings.prefix or "") + text for text in settings.captions],
     )
     collected = collect(samples, extractor, wanted, batch_size=settings.batch_size, device=device, process_group=process_group, progress=progress)
     result = Score(samples.length, image, {}, warnings=warnings, statistics=collected.statistics)
     if distance:
-        _add_distance(result, collected, reference, extractor)
+        _add_distance(result, collected, reference, extractor, settings.full)
     if reference is not None and single:
         pair = Pair(reference.kept, collected.kept, extractor.title)
         for metric in (metric for metric in COMPARISONS if metric in settings.metrics):
@@ -112,12 +116,23 @@ def score(
         mean, deviation = collected.inception.result()
         name = named("Inception Score", "IS", extractor.title)
         result.figures[name], result.spreads[name] = mean, deviation
-    if collected.clip is not None:
-        result.figures["CLIP score"] = collected.clip
+    if collected.agreement is not None:
+        _add_agreement(result, collected.agreement, settings)
     return result
 
 
-def _add_distance(result: Score, collected: Collected, reference: ReferenceSet, extractor: Extractor) -> None:
+def _add_agreement(result: Score, agreement: Agreement, settings: ScoreSettings) -> None:
+    if "clip" in settings.metrics and settings.prefix is not None:
+        result.figures["CLIP cosine"] = float(agreement.cosines().mean())
+    elif "clip" in settings.metrics:
+        result.figures["CLIP score"] = agreement.clip_score()
+    if "retrieval" in settings.metrics:
+        result.figures |= agreement.retrieval()
+        captions = len(agreement.captions)
+        result.warnings.append(f"R@k: among {captions:,} different captions, where chance is k / {captions:,}")
+
+
+def _add_distance(result: Score, collected: Collected, reference: ReferenceSet, extractor: Extractor, full: int) -> None:
     name = figure_name(extractor.title, collected.num)
     value = frechet_distance(reference.gaussian, collected.statistics)
     result.figures[name] = value
@@ -129,17 +144,17 @@ def _add_distance(result: Score, collected: Collected, reference: ReferenceSet, 
             f"with only {collected.num:,} images {name} is not meaningful: the covariance of {len(collected.statistics.mean):,} "
             "features is singular"
         )
-    elif collected.num < FULL:
-        result.excess = _excess(collected, reference, value)
+    elif collected.num < full:
+        result.excess = _excess(collected, reference, value, full)
         known = "" if result.excess is None else "; the excess in the table is estimated from random halves of them"
-        result.warnings.append(f"{name} is biased: fewer samples than 50,000 raise it{known}")
+        result.warnings.append(f"{name} is biased: fewer samples than {full:,} raise it{known}")
     dim = len(collected.statistics.mean)
     if reference.num is not None and reference.num <= dim:
         result.warnings.append(f"the reference has {reference.num:,} images for {dim:,} features: its covariance is singular")
 
 
-def _excess(collected: Collected, reference: ReferenceSet, value: float) -> float | None:
-    """How much higher the distance is than with 50,000 samples: it falls as c / N (Chong and Forsyth, 2020, section 3).
+def _excess(collected: Collected, reference: ReferenceSet, value: float, full: int) -> float | None:
+    """How much higher the distance is than with `full` samples: it falls as c / N (Chong and Forsyth, 2020, section 3).
 
     c comes from two random halves of the samples; None where those are too few, or it comes out negative.
     """
@@ -148,7 +163,7 @@ def _excess(collected: Collected, reference: ReferenceSet, value: float) -> floa
     slopes = [
         (frechet_distance(reference.gaussian, half) - value) / (1 / half.count - 1 / collected.num) for half in collected.halves
     ]
-    excess = sum(slopes) / len(slopes) * (1 / collected.num - 1 / FULL)
+    excess = sum(slopes) / len(slopes) * (1 / collected.num - 1 / full)
     return excess if excess > 0 else None
 
 

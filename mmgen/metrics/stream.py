@@ -20,15 +20,15 @@ _AHEAD = 2  # batches that are read while the network works on another
 
 
 def features_of(
-    images: ImageSet, ranges: Iterable[range], extractor: Extractor, device: torch.device | str
-) -> Iterator[tuple[range, Tensor, Tensor | np.ndarray]]:
-    """Yields (image numbers, features float [n, D] on the device, the batch as the network saw it) for each range, in order.
+    images: ImageSet, ranges: Iterable[range], extractor: Extractor, device: torch.device | str, *, pixels: bool = False
+) -> Iterator[tuple[range, Tensor, list[np.ndarray]]]:
+    """Yields (image numbers, features float [n, D] on the device, images uint8 [C, H, W] if `pixels`) for each range, in order.
 
     At most three batches are in memory. Raises DataError naming an image that cannot be read or has another size than the
     first where the protocol needs one size, and MmgenError where a batch does not fit into the GPU's memory.
     """
     size = images.shape(extractor.colour) if extractor.same_size else None
-    for numbers, batch in _batches(images, ranges, extractor, size):
+    for numbers, batch, block in _batches(images, ranges, extractor, size, pixels):
         try:
             with torch.no_grad():  # around no yield: it would hold for whoever asks, too
                 features = extractor.extract(torch.from_numpy(batch).to(device, non_blocking=True))
@@ -36,13 +36,13 @@ def features_of(
             raise MmgenError(
                 f"the GPU's memory is too small for {len(numbers)} images at a time: lower --batch-size; the scores stay the same"
             ) from error
-        yield numbers, features, batch
+        yield numbers, features, block
 
 
 def _batches(
-    images: ImageSet, ranges: Iterable[range], extractor: Extractor, size: tuple[int, ...] | None
-) -> Iterator[tuple[range, np.ndarray]]:
-    """(image numbers, uint8 [n, C, H, W], or float32 as `extractor.prepare` makes it), read ahead."""
+    images: ImageSet, ranges: Iterable[range], extractor: Extractor, size: tuple[int, ...] | None, pixels: bool
+) -> Iterator[tuple[range, np.ndarray, list[np.ndarray]]]:
+    """(image numbers, uint8 [n, C, H, W], or float32 as `extractor.prepare` makes it, the images if `pixels`), read ahead."""
     workers = min(cores(), _MOST_THREADS)
     with ThreadPoolExecutor(workers) as threads:
         waiting: deque[tuple[range, list[Future]]] = deque()
@@ -59,21 +59,23 @@ def _batches(
                     ]  # fmt: skip
                 waiting.append((numbers, pieces))
                 if len(waiting) > _AHEAD:
-                    yield _joined(*waiting.popleft())
+                    yield _joined(*waiting.popleft(), pixels)
             while waiting:
-                yield _joined(*waiting.popleft())
+                yield _joined(*waiting.popleft(), pixels)
         finally:
             for _, pieces in waiting:
                 for piece in pieces:
                     piece.cancel()
 
 
-def _joined(numbers: range, pieces: list[Future]) -> tuple[range, np.ndarray]:
-    parts = [piece.result() for piece in pieces]
-    return numbers, parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _joined(numbers: range, pieces: list[Future], pixels: bool) -> tuple[range, np.ndarray, list[np.ndarray]]:
+    parts, blocks = zip(*(piece.result() for piece in pieces), strict=True)
+    return numbers, parts[0] if len(parts) == 1 else np.concatenate(parts), [image for block in blocks for image in block] if pixels else []
 
 
-def _read_piece(images: ImageSet, numbers: range, extractor: Extractor, size: tuple[int, ...] | None) -> np.ndarray:
+def _read_piece(
+    images: ImageSet, numbers: range, extractor: Extractor, size: tuple[int, ...] | None
+) -> tuple[np.ndarray, np.ndarray | list[np.ndarray]]:
     return _prepare(images, numbers, images.read(numbers.start, numbers.stop, extractor.colour), extractor, size)
 
 
@@ -83,7 +85,8 @@ def _prepare(
     block: np.ndarray | list[np.ndarray],
     extractor: Extractor,
     size: tuple[int, ...] | None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray | list[np.ndarray]]:
+    """What the network sees, and the images themselves."""
     if size is not None:
         for i, image in zip(numbers, block, strict=True):
             if image.shape != size:
@@ -93,9 +96,9 @@ def _prepare(
                 )
     if extractor.prepare is not None:
         prepared = [extractor.prepare(np.ascontiguousarray(image.transpose(1, 2, 0))) for image in block]
-        return np.ascontiguousarray(np.stack(prepared).transpose(0, 3, 1, 2))
+        return np.ascontiguousarray(np.stack(prepared).transpose(0, 3, 1, 2)), block
     batch = np.ascontiguousarray(block if isinstance(block, np.ndarray) else np.stack(block))
-    return batch if batch.flags.writeable else batch.copy()  # torch warns about memory that it may not write to
+    return (batch if batch.flags.writeable else batch.copy()), block  # torch warns about memory that it may not write to
 
 
 def _cut(numbers: range, parts: int) -> list[range]:

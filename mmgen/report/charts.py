@@ -30,6 +30,7 @@ class Panel:
             zero, are left out.
         log_y: a logarithmic vertical axis.
         ordered: the series are in an order, which their colours show.
+        labels: name of a series -> a word beside each of its points.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Panel:
     series: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
     log_y: bool = False
     ordered: bool = False
+    labels: dict[str, list[str]] = field(default_factory=dict)
 
     def colours(self) -> dict[str, str]:
         palette = ORDERED if self.ordered else COLOURS
@@ -181,7 +183,7 @@ def _draw_panel(
     small, normal, large = _font(11), _font(12), _font(14)
     points = _points(panel)
     everything = [point for series in points.values() for point in series]
-    x_low, x_high = _range([x for x, _ in everything], False, 0.0)
+    x_low, x_high = _range([x for x, _ in everything], False, 0.06 if panel.labels else 0.0)
     y_low, y_high = _range([y for _, y in everything], panel.log_y, 0.06)
 
     head += top
@@ -217,6 +219,8 @@ def _draw_panel(
             x += 40 * u + normal.getlength(name)
     for name, series in points.items():
         _draw_series(draw, [(x_axis(x), y_axis(y)) for x, y in series], colour[name])
+        for (x, y), word in zip(series, panel.labels.get(name, ()), strict=False):
+            draw.text((x_axis(x) + 7 * u, y_axis(y) - 7 * u), word, fill=colour[name], font=small, anchor="ls")
     if not everything:
         draw.text(((inner + outer) / 2, (head + foot) / 2), "no data yet", fill=_SOFT, font=normal, anchor="mm")
 
