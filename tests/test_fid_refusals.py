@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("own_cache")
         (["a", "--ref", "b", "--steps", "2"], ConfigError, "--steps is for a model, and a is none"),
         (["a", "--ref", "b", "--num", "50"], DataError, "a has 5 images, fewer than the 50 asked for"),
         (["a", "--ref", "b", "--num", "0"], ConfigError, "--num must be at least 1"),
-        (["a", "--ref", "b", "--metrics", "clip"], ConfigError, "needs both --metrics clip and --clip"),
+        (["a", "--ref", "b", "--metrics", "clip"], ConfigError, "need both --metrics clip or retrieval and --clip"),
         (["a", "--ref", "c", "--features", "pixels"], ConfigError, "samples are 12x12, 3 channels, the images of c 9x9, 3"),
         (["a", "--ref", "mixed", "--features", "pixels"], DataError, "1.png is 9x9 colour, but the first image is 12x12 colour"),
         (["a", "--ref", "b", "--ref-mode", "tf", "--features", "pixels"], ConfigError, "--ref-mode is for a statistics file"),

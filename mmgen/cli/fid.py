@@ -43,7 +43,7 @@ def fid(
     ] = "fid",
     protocol: Annotated[
         str | None,
-        _scores(metavar="NAME", help="coco30k: FID and CLIP of 30,000 captions as text-to-image papers have them; sets all choices."),
+        _scores(metavar="NAME", help="coco30k: FID30k and CLIP as text-to-image papers have them."),
     ] = None,
     num: Annotated[int | None, _scores(**COUNT, help="Number of samples. Default: all; 50,000 from a model.")] = None,
     repeat: Annotated[
@@ -68,8 +68,7 @@ def fid(
     clip: Annotated[
         str | None,
         _scores(
-            metavar="PATH", help="For clip and retrieval: a CLIP of transformers (folder or hub id) or open_clip (folder). "
-            "For retrieval also towers of your own.",
+            metavar="PATH", help="For clip and retrieval: a CLIP (folder or hub id); for retrieval also towers of your own.",
         ),
     ] = None,
     captions: Annotated[
