@@ -118,7 +118,7 @@ def fid(samples: Place | Sequence[Place], **options: Any) -> Report:
 def convert(place: Place, out: Place, *, to: str = "mmgen", weights: str = "ema", overwrite: bool = False, **options: Any) -> Written:
     """Converts a checkpoint of another project to mmgen's file, or back, as `mmgen convert` does.
 
-    options: type, preset, precision, heads, classes, guide_all, of `formats.family.ConvertOptions`.
+    options: type, preset, precision, heads, num_classes, guide_all, of `formats.family.ConvertOptions`.
 
     >>> mmgen.convert("edm-cifar10-32x32-cond-vp.pkl", "edm-cifar10.safetensors").left_out
     """

@@ -67,8 +67,8 @@ def test_heads_are_the_files_or_the_options_or_said_to_be_assumed():
     [
         ({"num_heads": 4}, {"heads": 6}, "says itself that it has 4 attention heads, not 6"),
         ({}, {"heads": 5}, "48 channels, which 5 attention heads do not divide"),
-        ({"num_heads": 4, "num_classes": 10}, {"classes": 11}, "says itself that it has 10 classes, not 11"),
-        ({"num_heads": 4}, {"classes": 9}, "11 class embeddings, which are not those of 9 classes"),
+        ({"num_heads": 4, "num_classes": 10}, {"num_classes": 11}, "says itself that it has 10 classes, not 11"),
+        ({"num_heads": 4}, {"num_classes": 9}, "11 class embeddings, which are not those of 9 classes"),
     ],
 )
 def test_options_against_the_file(arguments, options, words):
@@ -76,7 +76,7 @@ def test_options_against_the_file(arguments, options, words):
         convert(found(state("dit_learn_sigma"), **arguments), ConvertOptions("dit", **options))
 
 
-@pytest.mark.parametrize("options", [{"heads": 4}, {"classes": 10}, {"guide_all": True}])
+@pytest.mark.parametrize("options", [{"heads": 4}, {"num_classes": 10}, {"guide_all": True}])
 def test_options_are_for_transformers(options):
     with pytest.raises(ConfigError, match="leave (it|them) out"):
         convert(FILES["edm_ddpmpp_cond"](), ConvertOptions(**options))
@@ -94,8 +94,8 @@ def test_options_are_for_transformers(options):
         (11, {"num_classes": 11}, {}, 11, False, None),
         (11, {"class_dropout_prob": 0.0}, {}, 11, False, None),
         (10, {"class_dropout_prob": 0.1}, {}, 9, True, None),
-        (11, {}, {"classes": 11}, 11, False, None),
-        (10, {}, {"classes": 9}, 9, True, None),
+        (11, {}, {"num_classes": 11}, 11, False, None),
+        (10, {}, {"num_classes": 9}, 9, True, None),
     ],
 )
 def test_the_null_class_of_a_dit(rows, arguments, options, classes, null, said):
@@ -217,7 +217,7 @@ def test_what_is_assumed_is_shown_and_recorded(tmp_path):
     assert sentence in (tmp_path / "m.md").read_text()
     provenance = mmgen.load(tmp_path / "m.safetensors").config.training["converted"]
     assert any(sentence in line for line in provenance["assumed"])
-    assert sentence not in run(inspect, path, *options, "--classes", 10)
+    assert sentence not in run(inspect, path, *options, "--num-classes", 10)
 
 
 def test_heads_on_the_command_line(tmp_path):

@@ -11,16 +11,16 @@ from PIL import Image
 FACTOR = 2
 
 
-def write_vae(folder: Path, kind: str = "kl", channels: int = 4, seed: int = 0) -> str:
-    """A VAE of random weights as diffusers saves it: sides are halved, 16x16 becomes 8x8."""
+def write_vae(folder: Path, kind: str = "kl", channels: int = 4, seed: int = 0, levels: int = 2) -> str:
+    """A VAE of random weights as diffusers saves it: each level but the last halves the sides, 16x16 becomes 8x8."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     torch.manual_seed(seed)
     if kind == "kl":
         vae = AutoencoderKL(
-            block_out_channels=(8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(*(8,) * (levels - 1), 16),
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
             layers_per_block=1,
             norm_num_groups=4,
             latent_channels=channels,

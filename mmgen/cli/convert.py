@@ -8,24 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import FLAGS, GUIDE_ALL, HEADS, NUM_CLASSES, TYPE
+
 _PLACE = "A file, a diffusers folder, or a hub repository user/name."
-_TYPE = "sit, dit or repa, where the tensors' names do not tell. Default: by the file."
-_PRESET = "ADM and consistency models: the published flags, which the file lacks. An unknown name lists them."
 _WEIGHTS = "ema (averaged) or model, where the file has both."
-Type = Annotated[str | None, typer.Option(metavar="NAME", help=_TYPE)]
-Preset = Annotated[str | None, typer.Option(metavar="NAME", help=_PRESET)]
+Type = Annotated[str | None, typer.Option(**TYPE)]
+Preset = Annotated[str | None, typer.Option(**FLAGS)]
 Weights = Annotated[str, typer.Option(metavar="NAME", help=_WEIGHTS)]
-Heads = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="DiT and its kin: attention heads. Default: by the file, else as published for the width."),
-]
-Classes = Annotated[
-    int | None,
-    typer.Option(metavar="N", help="DiT and its kin: classes, without the one for no class. Default: by the file, else assumed."),
-]
-GuideAll = Annotated[
-    bool, typer.Option("--guide-all", help="DiT and SiT: guide all channels, not the first three as their code does.")
-]
+Heads = Annotated[int | None, typer.Option(**HEADS)]
+NumClasses = Annotated[int | None, typer.Option(**NUM_CLASSES)]
+GuideAll = Annotated[bool, typer.Option("--guide-all", **GUIDE_ALL)]
 
 
 def convert(
@@ -42,7 +34,7 @@ def convert(
     type: Type = None,
     preset: Preset = None,
     heads: Heads = None,
-    classes: Classes = None,
+    num_classes: NumClasses = None,
     guide_all: GuideAll = False,
     precision: Annotated[str | None, typer.Option(metavar="TYPE", help="fp32 or fp16. Default: as in IN.")] = None,
     weights: Weights = "ema",
@@ -61,7 +53,7 @@ def convert(
     from ..formats.recognise import FAMILIES
     from ..formats.convert import convert_file
 
-    options = ConvertOptions(type, preset, precision, heads, classes, guide_all)
+    options = ConvertOptions(type, preset, precision, heads, num_classes, guide_all)
     done = convert_file(place, out, options, to=to, weights=weights, overwrite=overwrite)
     config = done.config
     rows: dict[str, Any] = {
@@ -85,7 +77,7 @@ def inspect(
     type: Type = None,
     preset: Preset = None,
     heads: Heads = None,
-    classes: Classes = None,
+    num_classes: NumClasses = None,
     guide_all: GuideAll = False,
     weights: Weights = "ema",
 ) -> None:
@@ -99,7 +91,7 @@ def inspect(
     from ..formats.reading import read
     from ..formats.recognise import describe
 
-    options = ConvertOptions(type, preset, None, heads, classes, guide_all)
+    options = ConvertOptions(type, preset, None, heads, num_classes, guide_all)
     _show(describe(read(place, weights=weights), options))
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import COUNT, DEVICE, NUMBER, PRECISION, home, numbers
+from .options import COUNT, DEVICE, FLAGS, GUIDE_ALL, HEADS, NUM_CLASSES, NUMBER, PRECISION, TYPE, home, numbers
 from ..system.devices import check_device, find_device
 from .progress import progress_bar
 
@@ -24,6 +24,7 @@ _SHORTEST_NAME = 12  # characters a line of a table leaves to the name of the sa
 _scores = partial(typer.Option, rich_help_panel="Scores")
 _reference = partial(typer.Option, rich_help_panel="Reference")
 _model = partial(typer.Option, rich_help_panel="If SAMPLES is a model (as for `mmgen sample`; defaults: the model's)")
+_facts = partial(typer.Option, rich_help_panel="If SAMPLES is another project's checkpoint")
 _images = partial(typer.Option, rich_help_panel="If SAMPLES is a data set")
 _running = partial(typer.Option, rich_help_panel="Running")
 
@@ -113,6 +114,11 @@ def fid(
     stochasticity: Annotated[float | None, _model(**NUMBER, help="ancestral only: from 0 (as ddim) to 1.")] = None,
     ema: Annotated[str | None, _model(metavar="NAME", help="Another weight average of the run.")] = None,
     precision: Annotated[str | None, _model(**PRECISION)] = None,
+    type: Annotated[str | None, _facts(**TYPE)] = None,
+    preset: Annotated[str | None, _facts(**FLAGS)] = None,
+    heads: Annotated[int | None, _facts(**HEADS)] = None,
+    num_classes: Annotated[int | None, _facts(**NUM_CLASSES)] = None,
+    guide_all: Annotated[bool, _facts("--guide-all", **GUIDE_ALL)] = False,
     split: Annotated[str | None, _images(metavar="NAME", help="Split. Default: train.")] = None,
     image_column: Annotated[str | None, _images(metavar="NAME", help="Column of the images. Default: the first one.")] = None,
     follow_links: Annotated[
@@ -141,6 +147,7 @@ def fid(
     drawing["guidance"] = None if guidance is None else numbers(guidance, float, "--guidance", "1,1.5,3")
     drawing["etas"] = None if eta is None else tuple(numbers(eta, float, "--eta", "1.4"))
     drawing["classes"], drawing["precision"] = classes, precision
+    drawing |= {"type": type, "preset": preset, "heads": heads, "num_classes": num_classes, "guide_all": guide_all or None}
     wanted = None if metrics == "all" else tuple(dict.fromkeys(name.strip() for name in metrics.split(",")))
 
     from ..metrics.evaluate import FidSettings, evaluate

@@ -38,6 +38,13 @@ NUMBER: dict[str, Any] = {"parser": _number, "metavar": "X"}
 DEVICE: dict[str, Any] = {"metavar": "NAME", "help": "auto (a GPU if any), cpu, cuda or cuda:N."}
 PRECISION: dict[str, Any] = {"metavar": "TYPE", "help": "fp32, tf32, bf16 or fp16. Default: as the weights."}
 
+# What a checkpoint of another project may not say of itself, as `formats.family.ConvertOptions` has it
+TYPE: dict[str, Any] = {"metavar": "NAME", "help": "sit, dit or repa, where tensors do not tell."}
+FLAGS: dict[str, Any] = {"metavar": "NAME", "help": "ADM, consistency models: the published flags."}
+HEADS: dict[str, Any] = {**COUNT, "help": "DiT and its kin: attention heads."}
+NUM_CLASSES: dict[str, Any] = {**COUNT, "help": "DiT and its kin: classes, without the null."}
+GUIDE_ALL: dict[str, Any] = {"help": "DiT, SiT: guide all channels, not three."}
+
 
 def numbers(text: str, kind: type, option: str, example: str) -> list:
     """Numbers separated by commas, without repetitions. Raises ConfigError."""

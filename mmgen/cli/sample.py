@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError, nearest
-from .options import COUNT, DEVICE, NUMBER, PRECISION, numbers
+from .options import COUNT, DEVICE, FLAGS, GUIDE_ALL, HEADS, NUM_CLASSES, NUMBER, PRECISION, TYPE, numbers
 from ..system.devices import check_device, find_device
 from .progress import progress_bar
 
@@ -26,6 +26,7 @@ FORMATS = {"png": "", "npz": ".npz", "grid": ".png"}  # and the suffix of the fi
 _images = partial(typer.Option, rich_help_panel="Images")
 _sampler = partial(typer.Option, rich_help_panel="Sampler (defaults: the model's)")
 _running = partial(typer.Option, rich_help_panel="Running")
+_facts = partial(typer.Option, rich_help_panel="What another project's checkpoint does not say")
 
 Sampler = Annotated[
     str | None,
@@ -105,6 +106,11 @@ def sample(
     s_noise: SNoise = None,
     stochasticity: Stochasticity = None,
     ema: Ema = None,
+    type: Annotated[str | None, _facts(**TYPE)] = None,
+    preset: Annotated[str | None, _facts(**FLAGS)] = None,
+    heads: Annotated[int | None, _facts(**HEADS)] = None,
+    num_classes: Annotated[int | None, _facts(**NUM_CLASSES)] = None,
+    guide_all: Annotated[bool, _facts("--guide-all", **GUIDE_ALL)] = False,
     batch_size: Annotated[int, _running(**COUNT, help="Images at a time: fewer need less memory; same images.")] = 256,
     precision: Annotated[str | None, _running(**PRECISION)] = None,
     device: Annotated[str, _running(**DEVICE)] = "auto",
@@ -129,12 +135,13 @@ def sample(
             if value is not None and value < 1:
                 raise ConfigError(f"{option} must be at least 1, not {value}")
 
+        from ..formats.family import ConvertOptions
         from ..sampling import drawing as sampling, file as sample_file, folder as sample_folder
         from ..sampling.record import Origin
         from ..system.processes import find_process_group
 
         texts, num = _texts(prompt, prompts, num, per_prompt)
-        origin = Origin.of(model, ema)
+        origin = Origin.of(model, ema, ConvertOptions(type, preset, None, heads, num_classes, guide_all))
         config = origin.config
         common = {"prompts": texts, "negative": (negative_prompt or "").strip()}
         common |= {"seed": seed, "classes": classes, "guidance": guidance, "sampler": sampler}
@@ -143,7 +150,7 @@ def sample(
         settings = [sampling.SampleSettings(steps=count, **common) for count in step_counts]
         plans = [sampling.plan(config, one) for one in settings]  # all are checked before the first is drawn
         process_group = find_process_group(cpu=device == "cpu")
-        for note in dict.fromkeys(note for chosen in plans for note in chosen.notes):
+        for note in dict.fromkeys([*origin.notes, *(note for chosen in plans for note in chosen.notes)]):
             if process_group.is_main:
                 typer.echo(f"note: {note}", err=True)
         loaded = origin.load(find_device(device))

@@ -33,6 +33,11 @@ class TeacherChoice:
     name: str = ""  # file, run folder or hub repository, as on the command line
     sha256: str = ""  # of its file, filled in: a run goes on with the same teacher only
     guidance: float = 1.0  # w of its classifier-free guidance, which the student learns to do without; 1: none
+    # Of another project's file, what it does not say, as for `mmgen convert`
+    type: str | None = None
+    preset: str | None = None
+    heads: int | None = None
+    num_classes: int | None = None
 
 
 @dataclass(frozen=True)

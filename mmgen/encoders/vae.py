@@ -91,7 +91,16 @@ def decoder(latents: LatentSettings, device: torch.device | str = "cpu") -> Call
             f"the VAE {source} is not the one that the model was trained with: SHA-256 {vae.sha256[:12]}..., not "
             f"{latents.vae_sha256[:12]}... ({latents.vae}); set $MMGEN_VAE to the folder that holds the right one"
         )
-    return lambda x: vae.decode(denormalise(x, latents), latents.pixels == "unit")
+
+    def decode(x: Tensor) -> Tensor:
+        if (side := x.shape[-1] * vae.factor) != latents.resolution:  # of a model that does not say which weights its VAE has
+            raise ModelError(
+                f"the VAE {word} makes images of {side}x{side} of the model's latents, not {latents.resolution}x{latents.resolution}: "
+                "set $MMGEN_VAE to the folder that holds the right one"
+            )
+        return vae.decode(denormalise(x, latents), latents.pixels == "unit")
+
+    return decode
 
 
 def unit_to_uint8(x: Tensor) -> Tensor:

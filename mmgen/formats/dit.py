@@ -229,13 +229,13 @@ def class_rows(
     file; `dropout`: the probability of hiding a label by the file. Raises ConfigError and ModelError.
     """
     if table is None:
-        if options.classes:
-            raise ConfigError(f"{found.path} has no class embeddings: leave out --classes")
+        if options.num_classes:
+            raise ConfigError(f"{found.path} has no class embeddings: leave out --num-classes")
         return 0, True, []
     rows = len(table)
-    if said is not None and options.classes not in (None, said):
-        raise ConfigError(f"{found.path} says itself that it has {said} classes, not {options.classes}: leave out --classes")
-    classes = said if said is not None else options.classes
+    if said is not None and options.num_classes not in (None, said):
+        raise ConfigError(f"{found.path} says itself that it has {said} classes, not {options.num_classes}: leave out --num-classes")
+    classes = said if said is not None else options.num_classes
     if classes is None and dropout is not None:
         classes = rows - (dropout > 0)
     if classes is not None:
@@ -247,4 +247,4 @@ def class_rows(
         return classes, rows > classes, []
     null = rows > 1 and rows not in ROUND
     what = "the last is that of no class" if null else "none is that of no class, so that it cannot be guided"
-    return rows - null, null, [f"of {rows} class embeddings {what} (else give --classes)"]
+    return rows - null, null, [f"of {rows} class embeddings {what} (else give --num-classes)"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -19,8 +19,18 @@ class ConvertOptions:
     preset: str | None = None  # names what an ADM file does not hold
     precision: str | None = None  # None: as in the file; "fp32", "fp16"
     heads: int | None = None  # attention heads of a transformer, whose tensors do not tell
-    classes: int | None = None  # of a transformer: whether the last class embedding is that of no class
+    num_classes: int | None = None  # of a transformer: whether the last class embedding is that of no class
     guide_all: bool = False  # DiT and SiT: guidance on all channels, not on the first three as their code has it
+
+
+def words_of(options: ConvertOptions) -> str:
+    """The options that are given, as on the command line.
+
+    >>> words_of(ConvertOptions(heads=4, guide_all=True))
+    '--heads, --guide-all'
+    """
+    given = (option.name for option in fields(options) if getattr(options, option.name) != option.default)
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,15 @@ def weights_file(names: Collection[str]) -> str | None:
     return None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file or folder is a model of anybody's, by its names alone; nothing in it is read."""
+    if not path.is_dir():
+        return path.is_file() and path.suffix.lower() in _SINGLE
+    there = {one.name for one in path.iterdir()}
+    parts = (f"{component}{end}" for component in COMPONENTS for end in ("", "_ema"))
+    return "model_index.json" in there or weights_file(there) is not None or any((path / part / "config.json").is_file() for part in parts)
+
+
 def model_folder(folder: Path) -> Folder:
     """What a folder holds. Raises ModelError, with one sentence, where it holds no model."""
     pipeline = _json(folder / "model_index.json")

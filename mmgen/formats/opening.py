@@ -18,11 +18,9 @@ from ..models.flow_model import FlowModel
 from ..networks.empty import fill, without_weights
 from ..report.push import CONVERTED
 from ..system.files import sha256_of
-from .family import ConvertOptions
+from .family import ConvertOptions, words_of
 from .reading import read
 from .recognise import convert, family_of, provenance
-
-PLAIN = ConvertOptions()
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class OpenedModel:
     sha256: str
     config: ModelConfig
     state: dict[str, Tensor] | None = field(repr=False)  # None: in `file`, which is mmgen's own
+    notes: tuple[str, ...] = ()  # what no file says, and how sampling follows the original: a sentence each
 
     def build(
         self, device: str | torch.device = "cpu", flow: type[FlowModel] = FlowModel, denoiser: type[Denoiser] = Denoiser
@@ -48,30 +47,30 @@ class OpenedModel:
 
 
 def open_model(
-    place: str | os.PathLike, ema: str | None = None, *, weights: str = "ema", options: ConvertOptions = PLAIN
+    place: str | os.PathLike, ema: str | None = None, *, weights: str = "ema", options: ConvertOptions = ConvertOptions()
 ) -> OpenedModel:
     """A run folder or model file of mmgen's, anything that `mmgen convert` reads, or a hub repository with either.
 
     `ema` picks another average of a run; `weights` and `options` are those of `convert_file`, for other projects' files.
     Raises ModelError for what cannot be found or read, and ConfigError for an option that is missing or does not apply.
     """
+    given = ", ".join(filter(None, ("--weights" * (weights != "ema"), words_of(options))))
+    refusal = ConfigError(f"{place} is a model of mmgen's, which says itself what it is: leave out {given}")
     own = find_model(place, ema) if ema else _own_file(place)
     if own is not None:
-        if options != PLAIN or weights != "ema":
-            raise ConfigError(f"{place} is a model of mmgen's, which says itself what it is: leave out weights, type and preset")
+        if given:
+            raise refusal
         return OpenedModel(own, sha256_of(own), read_config(own), None)
     found = read(place, weights=weights)
     if family_of(found) == "mmgen":
+        if given:
+            raise refusal
         file = found.path if found.path.is_file() else found.path / MODEL_FILE
         return OpenedModel(file, found.sha256, read_config(file), found.tensors)
-    try:
-        converted = convert(found, options)
-    except ConfigError as error:
-        if options != PLAIN:
-            raise
-        raise ConfigError(f"{error}: say so to `mmgen convert`, and give what that writes") from error
+    converted = convert(found, options)
     training = {**converted.config.training, CONVERTED: provenance(found, converted, weights)}
-    return OpenedModel(found.path, found.sha256, replace(converted.config, training=training), converted.state)
+    notes = tuple(f"assumed: {sentence}" for sentence in converted.assumed) + converted.sampled
+    return OpenedModel(found.path, found.sha256, replace(converted.config, training=training), converted.state, notes)
 
 
 def _own_file(place: str | os.PathLike) -> Path | None:

@@ -16,20 +16,20 @@ from .reading import Found
 class Family(NamedTuple):
     title: str
     module: ModuleType | None = None  # with `family`, `convert` and `original_state`; None: mmgen's own
-    options: tuple[str, ...] = ()  # those of guide_all, heads and classes that it takes
+    options: tuple[str, ...] = ()  # those of guide_all, heads and num_classes that it takes
 
 
 # A further family is a file and a line here. The modules are asked in this order which of their families a file is of, if any.
 FAMILIES = {  # by name, which is also Converted.family
     "mmgen": Family("mmgen's own"),
-    "imm": Family("Inductive Moment Matching (lumaai/imm)", imm, ("heads", "classes")),
+    "imm": Family("Inductive Moment Matching (lumaai/imm)", imm, ("heads", "num_classes")),
     "edm2": Family("EDM2 (NVlabs/edm2)", edm2),
     "edm": Family("EDM (NVlabs/edm)", edm),
     "diffusers-unet2d": Family("UNet2DModel of diffusers", diffusers),
     "diffusers-dit": Family("DiT of diffusers", diffusers),
-    "dit": Family("DiT (facebookresearch/DiT)", dit, ("guide_all", "heads", "classes")),
-    "sit": Family("SiT (willisma/SiT)", dit, ("guide_all", "heads", "classes")),
-    "repa": Family("REPA (sihyun-yu/REPA)", dit, ("heads", "classes")),
+    "dit": Family("DiT (facebookresearch/DiT)", dit, ("guide_all", "heads", "num_classes")),
+    "sit": Family("SiT (willisma/SiT)", dit, ("guide_all", "heads", "num_classes")),
+    "repa": Family("REPA (sihyun-yu/REPA)", dit, ("heads", "num_classes")),
     "adm": Family("ADM (openai/guided-diffusion)", adm),
     "consistency": Family("consistency models (openai/consistency_models)", adm),
 }
@@ -53,6 +53,9 @@ def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Convert
     """
     if options.precision not in (None, *_PRECISIONS):
         raise ConfigError(f"unknown precision {options.precision!r}: {nearest(options.precision, _PRECISIONS)}")
+    for name, value in (("--heads", options.heads), ("--num-classes", options.num_classes)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, not {value}")
     family = family_of(found)
     if family == "mmgen":
         raise ModelError(f"{found.path} is a model of mmgen's already: sample from it as it is")
@@ -67,8 +70,8 @@ def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Convert
     taken = FAMILIES[family].options
     if options.guide_all and "guide_all" not in taken:
         raise ConfigError(f"--guide-all is for DiT and SiT files, and {found.path} is none: leave it out")
-    if (options.heads or options.classes) and "heads" not in taken:
-        raise ConfigError(f"--heads and --classes are for DiT and its kin, and {found.path} says these itself: leave them out")
+    if (options.heads or options.num_classes) and "heads" not in taken:
+        raise ConfigError(f"--heads and --num-classes are for DiT and its kin, and {found.path} says these itself: leave them out")
     try:
         return FAMILIES[family].module.convert(found, options)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:

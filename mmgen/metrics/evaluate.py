@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, ModelError, nearest
+from ..formats.family import ConvertOptions
 from ..system.files import at_home
 from ..system.processes import ProcessGroup
 from .captions import read_captions
@@ -29,6 +30,9 @@ from .towers import Towers
 NUM = 50_000  # samples drawn from a model, as behind every published FID
 MODES = ("tf", "clean", "torch")
 BY_TOWERS = ("clip", "retrieval")  # metrics of images and their captions
+
+# Of `drawing`: what is said of a checkpoint of another project
+OPTIONS = ("type", "preset", "heads", "num_classes", "guide_all")
 
 # Where captions alone are scored: images of any size, and no network for them.
 _NO_FEATURES = Extractor(
@@ -72,7 +76,7 @@ class FidSettings:
     split: str | None = None  # of samples that are a data set; None: train
     image_column: str | None = None
     follow_links: bool = False  # of samples and reference: also links that lead out of their folder
-    drawing: dict[str, Any] = field(default_factory=dict)  # of a model's samples: those of SampleSettings, `steps` and `guidance` lists; ema
+    drawing: dict[str, Any] = field(default_factory=dict)  # of a model's samples: those of SampleSettings, `steps` and `guidance` lists; ema, OPTIONS
     clip: str | None = None
     captions: Path | None = None
     save_stats: Path | None = None
@@ -229,7 +233,8 @@ def _drawn(name: str, settings: FidSettings, protocol: Protocol | None) -> list[
     from ..sampling.record import Origin
 
     given = {key: value for key, value in settings.drawing.items() if value is not None}
-    origin = Origin.of(name, given.pop("ema", None))
+    options = ConvertOptions(**{key: given.pop(key) for key in OPTIONS if key in given})
+    origin = Origin.of(name, given.pop("ema", None), options)
     steps, weights, config = given.pop("steps", [None]), given.pop("guidance", [None]), origin.config
     if config.text is not None and settings.captions is not None:
         if settings.captions.suffix.lower() != ".txt":

@@ -13,11 +13,11 @@ from ..errors import ConfigError, nearest, shortened
 from ..report.bars import bar
 from ..sampling.drawing import SampleSettings
 from ..system.devices import find_device
-from .evaluate import FidSettings, evaluate
+from .evaluate import OPTIONS, FidSettings, evaluate
 from .results import Report, append, entry
 
 _PATHS = ("inception", "captions", "save_stats", "out")
-_DRAWING = ("ema", *(field.name for field in fields(SampleSettings) if field.name != "batch_size"))
+_DRAWING = ("ema", *OPTIONS, *(field.name for field in fields(SampleSettings) if field.name != "batch_size"))
 
 
 def fid(
@@ -37,7 +37,8 @@ def fid(
         device: auto (a GPU if any), cpu, cuda or cuda:N.
         progress: show bars.
         options: the fields of `FidSettings` (ref, num, features, mode ...; out, a JSON file that the scores are added to) and,
-            of a model, those of `SampleSettings` and ema. `steps` and `guidance` can be lists: a row each.
+            of a model, those of `SampleSettings`, ema, and of another project's checkpoint type, preset, heads, num_classes and
+            guide_all. `steps` and `guidance` can be lists: a row each.
 
     Raises ConfigError, DataError and ModelError, each with one sentence.
     """

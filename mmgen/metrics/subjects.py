@@ -13,6 +13,7 @@ from ..data.content import content_hash
 from ..data.resolve import DIGITS, locate, resolve
 from ..errors import ConfigError, DataError
 from ..system.files import at_home
+from ..formats.model_folders import is_checkpoint
 from ..models.build import AnyModel
 from ..models.files import MODEL_FILE
 from ..sampling.folder import RECORD
@@ -38,11 +39,11 @@ class Subject:
 
 
 def is_model(name: str) -> bool:
-    """Whether a name means a model: a .safetensors file, a run folder, or hf://user/name."""
+    """Whether a name means a model: a run folder, a checkpoint of any project, or hf://user/name."""
     path = at_home(name)
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():  # also before the run has saved a model:
         return True  # the pictures in it are no samples
-    return name.startswith("hf://") or (path / MODEL_FILE).is_file() or (path.is_file() and path.suffix == ".safetensors")
+    return name.startswith("hf://") or is_checkpoint(path)
 
 
 def model_subjects(

@@ -75,7 +75,8 @@ def load(
 ) -> FlowModel | Denoiser:
     """Loads a model from a file, a run folder or a hub repository: a `FlowModel` or a `Denoiser`.
 
-    device: auto (a GPU if any), cpu, cuda or cuda:N. Other projects' checkpoints are converted in memory; `options` are those of `mmgen convert`: type, preset, heads, classes ...
+    device: auto (a GPU if any), cpu, cuda or cuda:N. Other projects' checkpoints are converted in memory; `options` are those of
+    `mmgen convert`: type, preset, precision, heads, num_classes, guide_all.
 
     >>> model = mmgen.load("runs/digits-imm")
     >>> images = model.sample(64, steps=2).images  # uint8 [64, 1, 8, 8]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import torch
 from .. import __version__
 from ..config.sections import CAPTIONS, READING
 from ..errors import ConfigError
+from ..formats.family import ConvertOptions
 from ..system.files import read_json
 from ..formats.opening import OpenedModel, open_model
 from ..models.build import AnyModel
 from ..models.config import ModelConfig, drawn_shape, kind_of
+from ..report.push import CONVERTED
 from .drawing import Plan
 from .prompts import prompts_sha256
 
@@ -25,6 +29,7 @@ FORMAT = 1
 # the model, number of images) has no influence on image i.
 DECIDING = {
     "model_sha256": "the model",
+    "read_as": "how the checkpoint is read",
     "steps": "steps",
     "sampler": "sampler",
     "grid": "grid",
@@ -55,14 +60,21 @@ class Origin:
     opened: OpenedModel | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, place: str | os.PathLike, ema: str | None = None) -> Origin:
-        """Finds the model that a MODEL argument means, as `mmgen.load` does, and hashes it. Raises ModelError."""
-        opened = open_model(place, ema)
+    def of(cls, place: str | os.PathLike, ema: str | None = None, options: ConvertOptions = ConvertOptions()) -> Origin:
+        """Finds the model that a MODEL argument means, as `mmgen.load` does, and hashes it. Raises ModelError and ConfigError.
+
+        options: what is said of another project's file."""
+        opened = open_model(place, ema, options=options)
         return cls(str(place), opened.file, opened.sha256, ema, opened)
 
     @property
     def config(self) -> ModelConfig:
         return self._opened().config
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is assumed of another project's file, and how sampling follows its code."""
+        return self.opened.notes if self.opened is not None else ()
 
     def load(self, device: str | torch.device = "cpu") -> AnyModel:
         return self._opened().build(device)
@@ -81,6 +93,7 @@ def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more:
         "model": origin.model,
         "model_file": str(origin.file.absolute()),
         "model_sha256": origin.sha256,
+        "read_as": _read_as(origin),
         "ema": origin.ema,
         "kind": kind_of(config),
         **training_data(config),
@@ -97,8 +110,8 @@ def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more:
         "s_tmax": None if churn is None else churn.s_tmax,
         "s_noise": None if churn is None else churn.s_noise,
         "stochasticity": None if chosen.stochasticity == 1 else chosen.stochasticity,
-        "notes": list(chosen.notes),
-        "assumed": config.training.get("converted", {}).get("assumed", []),  # of a converted model: what no file says
+        "notes": [*origin.notes, *chosen.notes],
+        "assumed": config.training.get(CONVERTED, {}).get("assumed", []),  # of a converted model: what no file says
         "guidance": chosen.guidance,
         "classes": chosen.classes if config.num_classes else None,
         "prompts": len(chosen.prompts) if config.text is not None else None,  # 0: captions of the training data at random
@@ -111,6 +124,14 @@ def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more:
         "device": str(model.device),
         **more,
     }
+
+
+def _read_as(origin: Origin) -> str | None:
+    """A digest of what a checkpoint of another project was taken for: options decide that. None for mmgen's own files."""
+    if origin.opened is None or origin.opened.state is None or CONVERTED not in origin.config.training:
+        return None
+    content = json.dumps({**asdict(origin.config), "training": None}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def training_data(config: ModelConfig) -> dict[str, Any]:
@@ -156,6 +177,8 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
             continue
         if key == "grid" and old.get("times") == new.get("times"):  # another name for the same times
             continue
+        if key == "read_as":
+            return "its checkpoint was read otherwise (--type, --preset, --heads, --num-classes or --guide-all)"
         if key == "model_sha256":
             before = f"{old.get('model')} ({str(old.get(key))[:8]})"
             return f"the model is {new['model']} (SHA-256 {new[key][:8]}), not {before}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ..method import Method, Option, Training
 
+_FACTS = "Teacher of another project (defaults: as its file says)"
+
 
 def _training() -> Training:
     from .method import TRAINING
@@ -48,6 +50,10 @@ DISTILLATION = Method(
         Option("noise_channels", "student.noise_channels", int, "Extra input channels of noise, for 1 or 2 steps."),
         Option("teacher_steps", "run.teacher_steps", int,
                "Teacher evaluations in the final comparison; 0 for none. Default: 256."),
+        Option("teacher_type", "teacher.type", str, "sit, dit or repa, where tensors do not tell.", group=_FACTS),
+        Option("teacher_preset", "teacher.preset", str, "ADM: the published flags.", group=_FACTS),
+        Option("teacher_heads", "teacher.heads", int, "DiT and its kin: attention heads.", group=_FACTS),
+        Option("teacher_num_classes", "teacher.num_classes", int, "DiT and its kin: classes, without the null.", group=_FACTS),
         Option("data", "data.name", str, "As for `mmgen train-teacher`. Default: what the teacher was trained on.", "DATA", group="Images"),
     ),
     without=("resolution", "channels", "conditional", "text"),

@@ -19,6 +19,7 @@ from ...models.denoiser import Denoiser
 from ...config.sections import CAPTIONS, READING, DataSettings
 from ...config.distill import DistillConfig, resolve, settled, student_denoiser, student_network, student_schedule
 from ...errors import ConfigError, MmgenError
+from ...formats.family import ConvertOptions
 from ...models.build import AnyModel
 from ...models.config import ModelConfig, SamplingSettings
 from ...models.files import find_model, read_config
@@ -47,7 +48,9 @@ DISTILLED = "distilled"  # entry of ModelConfig.training that says what a studen
 def find_teacher(config: DistillConfig, device: Any = "cpu") -> tuple[Teacher, DistillConfig]:
     """The teacher on the device, and the config with what follows from it. Raises ConfigError and ModelError."""
     _needs_teacher(config)
-    teacher = load_teacher(config.teacher.name, device)
+    said = config.teacher
+    options = ConvertOptions(type=said.type, preset=said.preset, heads=said.heads, num_classes=said.num_classes)
+    teacher = load_teacher(said.name, device, options=options)
     own = replace(teacher.model.config, data=_data_of(teacher.model.config))
     return teacher, settled(config, own, teacher.sha256, teacher.has_null_class)
 
@@ -297,6 +300,8 @@ def _check(start: Start) -> None:
 
 def _task(start: Start) -> Task:
     start.reporter.note(description(start.config, start.source))
+    for note in start.source.notes:
+        start.reporter.note(f"teacher: {note}")
     return distill_task(start.config, start.source, start.model_config, start.dataset, start.reporter, start.accelerator)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ...diffusion.preconditioning import DenoiserSettings, preconditioning
 from ...diffusion.schedules import ScheduleSettings, make_schedule
-from ...errors import ModelError
+from ...errors import ConfigError, ModelError
 from ...formats.family import ConvertOptions
 from ...formats.opening import open_model
 from ...models.denoiser import Denoiser
@@ -19,6 +20,7 @@ from ...models.guidance import knows_null
 from ...models.config import ModelConfig, is_conditional
 
 NEGLIGIBLE = 1e-3  # of a schedule's times: a part of it outside the trained range that is no longer is not worth a word
+_OPTION = re.compile(r"--(type|preset|heads|num-classes)\b")  # of `mmgen convert`, which for a teacher is --teacher-...
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Teacher:
     name: str  # as it was given
     sha256: str  # of its weights
     run: Path | None = None  # the run folder that it lies in, where it is one of `mmgen train-teacher`
+    notes: tuple[str, ...] = ()  # what is assumed of another project's file
 
     @property
     def has_null_class(self) -> bool:
@@ -47,13 +50,16 @@ def load_teacher(
 
     `weights` and `options` are those of `convert_file`, for the files of other projects; of a file with averaged weights these
     are taken. Raises ModelError, with one sentence, for what cannot be read, or gives no conditional means (a flow map, a
-    consistency model, a student), and ConfigError for an option that is missing, unknown or contradicts the file.
+    consistency model, a student), and ConfigError for an option that is missing, unknown or contradicts the file, by its name here.
     """
-    opened = open_model(place, weights=weights, options=options)
+    try:
+        opened = open_model(place, weights=weights, options=options)
+    except ConfigError as error:
+        raise ConfigError(_OPTION.sub(r"--teacher-\1", str(error))) from error
     _check(opened.config, place)
     folder = opened.file if opened.file.is_dir() else opened.file.parent
     run = folder if (folder / "checkpoints").is_dir() and (folder / "log.jsonl").is_file() else None
-    return Teacher(opened.build(device), str(place), opened.sha256, run)
+    return Teacher(opened.build(device), str(place), opened.sha256, run, opened.notes)
 
 
 def _check(config: ModelConfig, place: str | os.PathLike) -> None:
