@@ -33,7 +33,7 @@ class Run:
         self.optimizer = torch.optim.Adam(self.network.parameters())
         self.network(torch.ones(1, 3)).sum().backward()
         self.optimizer.step()
-        self.ema = EMA(self.network, {"0.5": 0.5})
+        self.ema = EMA(self.network, {"0.5": lambda images: 0.5})
         self.needed = file_names(["model"], self.ema)
         for number in range(1, count + 1):
             self.save(10 * number)

@@ -112,7 +112,7 @@ def test_later_tables_win_and_another_kind_of_network_replaces():
         ({"loss.mapping": "log_snr", "flow.t_min": 0.0}, "needs flow.t_min > 0"),
         ({"loss.mapping": "t", "loss.weighting": "elbo"}, "infinite at 1"),
         ({"train.ema_betas": [1.0]}, "between 0 and 1"),
-        ({"train.ema_betas": []}, "both empty"),
+        ({"train.ema_betas": []}, "all empty"),
         ({"run.eval_steps": [0]}, "more than 0"),
         ({"run.log_with": ["mlflow"]}, "tensorboard, wandb"),
         ({"optimizer.lr": float("nan")}, "must be a number"),

@@ -19,6 +19,10 @@ from tests.gpu.cases import TINY, Case, tiny_cases  # noqa: E402
 from mmgen.networks import ADMSettings, DiTSettings, TextSettings, UNetSettings, UViTSettings, build_network  # noqa: E402
 from mmgen.networks.conditions import Labels  # noqa: E402
 from mmgen.networks.text import byte_text  # noqa: E402
+from mmgen.training.ema import EMA  # noqa: E402
+from mmgen.training.numbers import MetricAccumulator  # noqa: E402
+from mmgen.training.optim import build_optimizer  # noqa: E402
+from mmgen.training.updates import LAG, Updates  # noqa: E402
 
 CASES = {case.name: case for case in tiny_cases()}
 
@@ -32,17 +36,24 @@ def passes(case: Case, monkeypatch: Any) -> dict[str, Pass]:
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, **options: [torch.zeros_like(value) for value in inputs])
     for name, part in trainer.task.parts.items():
         objective = part.objective
-        move(objective)
-        matching = getattr(objective, "matching", None)
-        if matching is not None:
-            for model in (matching.student, matching.teacher, *getattr(objective, "_others", ())):
-                move(model)
-            matching.inner_edges = on_device(matching.inner_edges)
+        matching = move_objective(objective)
         if part.rehearse is not None:
             objective.teacher.parameters = {key: value.detach() for key, value in matching.teacher.network.named_parameters()}
             found[f"{name}, prepare"] = record(lambda: part.rehearse(batch))
         found[name] = record(lambda: objective(batch))
     return found
+
+
+def move_objective(objective: Any) -> Any:
+    """All of it to the device; its matching, where it has one."""
+    move(objective)
+    matching = getattr(objective, "matching", None)
+    if matching is not None:
+        for model in (matching.student, matching.teacher, *getattr(objective, "_others", ())):
+            move(model)
+        if matching.inner_edges.device.type != "cuda":
+            matching.inner_edges = on_device(matching.inner_edges)
+    return matching
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -53,6 +64,43 @@ def test_a_pass_copies_nothing_and_waits_for_nothing(name, monkeypatch):
         assert found.faults == []
         for q, k, v in found.attention:
             assert [t.stride(-1) for t in (q, k, v)] == [1, 1, 1], "no fused attention takes such tensors"
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "unet" in name])
+@pytest.mark.parametrize("optimizer", ["radam", "adam"])
+def test_a_whole_step_waits_for_nothing(name, optimizer, monkeypatch):
+    """Passes, clipping, the update and whether it counts, averages, numbers for the log: all but the backward pass.
+
+    The one copy is that of loss and norm, into pinned memory; the host reads it when the device is steps further.
+    """
+    trainer = CASES[name].make("cpu", "tf32", 16)
+    trainer.optimizer = replace(trainer.optimizer, name=optimizer, grad_clip=1.0)
+    batch = next(iter(trainer._batches(0)))
+    batch = replace(batch, images=on_device(batch.images), condition=batch.condition.map(on_device), index=on_device(batch.index))
+    monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, **options: [torch.zeros_like(value) for value in inputs])
+    monkeypatch.setattr(trainer, "_batches", lambda first: iter([batch]))
+    updates, part = Updates(trainer.accelerator, str, str, lag=LAG), trainer.task.parts[trainer.task.turn(0)]
+    for each in trainer.task.parts.values():
+        move_objective(each.objective)
+    trainer.updates, part.prepare = updates, None
+    trainer.optimizers = {key: build_optimizer(trainer.optimizer, own.network.parameters()) for key, own in trainer.task.parts.items()}
+    trainer._prepared = {key: (own.objective, trainer.optimizers[key]) for key, own in trainer.task.parts.items()}
+    monkeypatch.setattr(trainer.accelerator, "unscale_gradients", lambda optimizer: None)
+    network = part.network
+    trainer.ema = EMA(network, trainer.ema.decays)
+
+    def backward(loss):
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(trainer.accelerator, "backward", backward)
+    trainer.numbers = MetricAccumulator(trainer.accelerator, single=True)
+    for _ in range(2):  # the second time with an optimiser that has moments
+        trainer.progress.images = 0
+        found = record(trainer._step)
+        assert found.waits == [] and found.mismatches == []
+        assert [copy.partition(":")[0] for copy in found.copies] == ["_to_copy at training/updates.py"]
+        assert "_fused_adam_" in found.operations or optimizer == "radam"
 
 
 def test_a_copy_a_wait_and_two_devices_are_seen():

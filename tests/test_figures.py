@@ -21,6 +21,7 @@ from mmgen.models.files import read_config
 from mmgen.system.processes import ProcessGroup
 from mmgen.training import loop
 from mmgen.training.figures import make_scorer
+from mmgen.training.model_files import BEST_FILE
 from mmgen.methods import IMM
 from mmgen.methods.run import train as train_method
 from mmgen.training.task import Reporter
@@ -79,7 +80,7 @@ def test_best_model_is_kept_by_the_first_number_of_steps(tmp_path, monkeypatch):
     wanted = iter([5.0, 3.0, 4.0, 3.0, 9.0])
     monkeypatch.setattr("mmgen.training.figures.Scorer.measure", lambda self, model, steps, seed: {2: next(wanted), 1: 1.0})
     train(tmp_path / "run")
-    best = read_config(tmp_path / "run" / loop.BEST_FILE).training
+    best = read_config(tmp_path / "run" / BEST_FILE).training
     assert best["images"] == 64 and best["figures"] == {"FD-pixels-40": {"2": 3.0, "1": 1.0}}
 
 
@@ -94,7 +95,7 @@ def test_best_model_is_there_once_its_figure_is_logged(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Trainer, "_log", killed)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run")
-    assert read_config(tmp_path / "run" / loop.BEST_FILE).training["images"] == 32
+    assert read_config(tmp_path / "run" / BEST_FILE).training["images"] == 32
 
 
 def test_best_is_remembered_when_a_run_is_resumed(tmp_path, monkeypatch):
@@ -103,7 +104,7 @@ def test_best_is_remembered_when_a_run_is_resumed(tmp_path, monkeypatch):
     train(tmp_path / "run", **{"train.max_images": 96})
     AcceleratorState._reset_state(reset_partial_state=True)
     train(tmp_path / "run")
-    assert read_config(tmp_path / "run" / loop.BEST_FILE).training["images"] == 64
+    assert read_config(tmp_path / "run" / BEST_FILE).training["images"] == 64
 
 
 def test_inception_where_its_weights_are(tmp_path, monkeypatch):

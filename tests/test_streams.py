@@ -47,6 +47,7 @@ COMMANDS = {
     "convert": (["dit.pt", "--type", "dit"], ""),
     "inspect": (["dit.pt", "--type", "dit"], None),
     "cache-latents": (["--data", "images", "--vae", "vae", *CPU, "--out"], "latents.json"),
+    "ema": (["--help"], None),
     "push": (["--help"], None),
     "--help": ([], None),
     "--version": ([], None),

@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..methods import METHODS
-from . import cache_latents, compare, convert, fid, neon, push, sample
+from . import cache_latents, compare, convert, ema, fid, neon, push, sample
 from .help import Command, Group
 from .training import training_command
 
@@ -42,7 +42,7 @@ def _mmgen(
 COMMANDS = {
     **{name: training_command(method) for name, method in METHODS.items()},
     "sample": sample.sample, "fid": fid.fid, "convert": convert.convert, "inspect": convert.inspect,
-    "cache-latents": cache_latents.cache_latents, "push": push.push, "compare": compare.compare,
+    "cache-latents": cache_latents.cache_latents, "ema": ema.ema, "push": push.push, "compare": compare.compare,
     "neon": neon.neon,
 }  # fmt: skip
 for name, function in COMMANDS.items():

@@ -113,6 +113,9 @@ def fid(
     s_noise: Annotated[float | None, _model(**NUMBER, help="heun only: S_noise.")] = None,
     stochasticity: Annotated[float | None, _model(**NUMBER, help="ancestral only: from 0 (as ddim) to 1.")] = None,
     ema: Annotated[str | None, _model(metavar="NAME", help="Another weight average of the run.")] = None,
+    ema_lengths: Annotated[
+        str | None, _model(metavar="LIST", help="Averages of these lengths, as `mmgen ema` makes them: a row each.")
+    ] = None,
     precision: Annotated[str | None, _model(**PRECISION)] = None,
     type: Annotated[str | None, _facts(**TYPE)] = None,
     preset: Annotated[str | None, _facts(**FLAGS)] = None,
@@ -146,6 +149,7 @@ def fid(
     drawing["steps"] = None if steps is None else numbers(steps, int, "--steps", "1,2,4,8")
     drawing["guidance"] = None if guidance is None else numbers(guidance, float, "--guidance", "1,1.5,3")
     drawing["etas"] = None if eta is None else tuple(numbers(eta, float, "--eta", "1.4"))
+    drawing["ema_lengths"] = None if ema_lengths is None else numbers(ema_lengths, float, "--ema-lengths", "0.05,0.1")
     drawing["classes"], drawing["precision"] = classes, precision
     drawing |= {"type": type, "preset": preset, "heads": heads, "num_classes": num_classes, "guide_all": guide_all or None}
     wanted = None if metrics == "all" else tuple(dict.fromkeys(name.strip() for name in metrics.split(",")))

@@ -52,7 +52,10 @@ def check(config: ImmConfig) -> None:
         "loss.distance_floor": loss.distance_floor, "loss.lognormal_std": loss.lognormal_std,
     })  # fmt: skip
     check_shared(config)
-    require(len(train.ema_betas) + len(train.ema_half_lives) > 0, "train.ema_betas and train.ema_half_lives are both empty")
+    require(
+        len(train.ema_betas) + len(train.ema_half_lives) + len(train.ema_lengths) > 0,
+        "train.ema_betas, train.ema_half_lives and train.ema_lengths are all empty",
+    )
     require(min(loss.min_gap, loss.a) >= 0, "loss.min_gap and loss.a cannot be negative")
     require(train.batch_size % loss.group_size == 0,
             f"train.batch_size {train.batch_size} must be a multiple of loss.group_size {loss.group_size}")  # fmt: skip

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ..errors import ConfigError, nearest, shortened
+from ..models.power_function import LONGEST
 from ..networks import NETWORKS, NetworkSettings, kinds_with
 from ..system.schema import flatten, from_dict
 
@@ -86,6 +87,7 @@ class TrainSettings:
     frozen_precision: Literal["full", "half"] = "full"
     ema_betas: tuple[float, ...] = (0.9999,)  # averages of the weights kept, by decay per step; none at all: the weights
     ema_half_lives: tuple[int, ...] = ()  # more averages, by half-life in images
+    ema_lengths: tuple[float, ...] = ()  # more, by a power function, as of EDM2: 0.05, 0.1; `mmgen ema` makes other lengths of them
     init: str = ""  # a model whose weights the training begins with; of a distillation, the student's
     init_sha256: str = ""  # of its file, filled in
     ema_rampup: float = 0.05  # at first no average has a half-life of more than this part of the images seen; 0: no such limit
@@ -102,6 +104,7 @@ class RunSettings:
     compile: bool = False  # torch.compile the network
     checkpoint_every: int = 2_000_000  # images between checkpoints
     keep_checkpoints: int = 2
+    snapshot_every: int | None = None  # images between snapshots of train.ema_lengths; unset: a 32nd of the run
     preview_every: int = 2_000_000  # images between sample grids
     eval_every: int = 10_000_000  # images between measurements
     eval_num: int = 10_000  # samples per measurement; 0: none
@@ -279,6 +282,7 @@ def check_shared(config: Any) -> None:
         "train.batch_size": train.batch_size, "train.max_images": train.max_images,
         "run.batch_per_device": 1 if run.batch_per_device == "auto" else run.batch_per_device,
         "run.checkpoint_every": run.checkpoint_every, "run.keep_checkpoints": run.keep_checkpoints, "run.preview_every": run.preview_every,
+        "run.snapshot_every": 1 if run.snapshot_every is None else run.snapshot_every,
         "run.eval_every": run.eval_every, "run.log_every": run.log_every,
         "optimizer.lr": optimizer.lr, "optimizer.eps": optimizer.eps,
         "run.eval_steps": min(run.eval_steps, default=0), "train.ema_half_lives": min(train.ema_half_lives, default=1),
@@ -295,11 +299,15 @@ def check_shared(config: Any) -> None:
     for name, entries in (
         ("train.ema_betas", train.ema_betas),
         ("train.ema_half_lives", train.ema_half_lives),
+        ("train.ema_lengths", train.ema_lengths),
         ("run.eval_steps", run.eval_steps),
     ):
         require(len(entries) <= MOST_ENTRIES, f"{name} has {len(entries):,} entries: at most {MOST_ENTRIES} make sense")
     for beta in train.ema_betas:
         require(0 < beta < 1, f"train.ema_betas must lie between 0 and 1, not {beta}")
+    for length in train.ema_lengths:
+        require(0 < length < LONGEST, f"train.ema_lengths must lie between 0 and {LONGEST:.4f}, not {length}")
+    require(len(set(train.ema_lengths)) == len(train.ema_lengths), "train.ema_lengths has one length twice")
     require(train.ema_rampup >= 0, f"train.ema_rampup must be 0, for no ramp-up, or more, not {train.ema_rampup}")
     require(run.threads == "auto" or 1 <= run.threads <= 1024, f"run.threads must be auto or 1 to 1024, not {run.threads}")
     require(run.eval_num >= 0, f"run.eval_num must be 0, for no figures, or a number of samples, not {run.eval_num}")

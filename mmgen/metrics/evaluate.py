@@ -12,6 +12,8 @@ import numpy as np
 
 from ..errors import ConfigError, ModelError, nearest
 from ..formats.family import ConvertOptions
+from ..models.post_hoc import make_average
+from ..models.power_function import post_hoc_name
 from ..system.files import at_home
 from ..system.processes import ProcessGroup
 from .captions import read_captions
@@ -157,7 +159,8 @@ def evaluate(
     subjects: list[Subject] = []
     for name, model in zip(samples, models, strict=True):
         if model:
-            subjects += _drawn(name, settings, protocol)
+            for one in _with_averages(name, settings, process_group):
+                subjects += _drawn(name, one, protocol)
         else:
             subjects += image_subjects(
                 name, split=settings.split or "train", image_column=settings.image_column, num=settings.num,
@@ -225,6 +228,21 @@ def _check_options(samples: Sequence[str], models: Sequence[bool], settings: Fid
         raise ConfigError("--follow-links is for folders, and neither samples nor reference is one: leave it out")
     if settings.repeat > 1 and not any(models) and settings.metrics is not None and "fid" not in settings.metrics:
         raise ConfigError("--repeat of given images is a bootstrap of the Fréchet distance: add fid to --metrics")
+
+
+def _with_averages(name: str, settings: FidSettings, process_group: ProcessGroup) -> list[FidSettings]:
+    """One for each average of --ema-lengths, which the main process makes."""
+    drawing = dict(settings.drawing)
+    lengths = drawing.pop("ema_lengths", None)
+    if lengths is None:
+        return [settings]
+    if drawing.get("ema") is not None:
+        raise ConfigError("--ema and --ema-lengths: give one of them")
+    if process_group.is_main:
+        for length in lengths:
+            make_average(at_home(name), length)
+    process_group.wait()
+    return [replace(settings, drawing=drawing | {"ema": post_hoc_name(length)}) for length in lengths]
 
 
 def _drawn(name: str, settings: FidSettings, protocol: Protocol | None) -> list[Subject]:

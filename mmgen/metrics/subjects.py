@@ -64,7 +64,7 @@ def model_subjects(
             drawn_images(model, chosen, num, name=origin.model, first=r * num, record=record, beside=beside)
             for r in range(repeat)
         ]
-        subjects.append(Subject(origin.model, draws))
+        subjects.append(Subject(origin.model if origin.ema is None else f"{origin.model}, {origin.ema}", draws))
     return subjects
 
 

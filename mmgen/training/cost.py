@@ -100,7 +100,7 @@ def estimate(
     shards = parts.processes if sharded else 1
     one = one or pass_cost(model_config, train.precision, checkpointing)
     parameters, back = one.parameters, 3 if checkpointing or has_checkpointing(model_config) else 2
-    averages = len(train.ema_betas) + len(train.ema_half_lives)
+    averages = len(train.ema_betas) + len(train.ema_half_lives) + len(train.ema_lengths)
     return Cost(
         parameters=parameters,
         macs_per_image=int(one.flops / 2),

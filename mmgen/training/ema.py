@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from ..config.sections import TrainSettings
+from ..models.power_function import average_name, power_decay
 from .sharding import own, put
 
 
-def ema_decays(train: TrainSettings) -> dict[str, float]:
-    """Name -> decay per step. A half-life of h images at batch size B decays by 0.5^(B / h) a step.
+Decay = Callable[[int], float]  # images seen -> the decay of the step that follows
+
+
+def ema_decays(train: TrainSettings) -> dict[str, Decay]:
+    """Name -> decay per step. A half-life of h images at batch size B decays by 0.5^(B / h) a step; a length is that of a power function.
 
     The first is the one that previews, figures and model.safetensors use; where there is none, they use the weights.
     """
-    decays = {f"{beta:g}": beta for beta in train.ema_betas}
-    decays |= {f"{images}img": 0.5 ** (train.batch_size / images) for images in train.ema_half_lives}
-    return decays
+    constant = {f"{beta:g}": beta for beta in train.ema_betas}
+    constant |= {f"{images}img": 0.5 ** (train.batch_size / images) for images in train.ema_half_lives}
+    decays: dict[str, Decay] = {name: partial(_ramped, train, decay) for name, decay in constant.items()}
+    return decays | {
+        average_name(length): partial(power_decay, length, batch_size=train.batch_size) for length in train.ema_lengths
+    }
+
+
+def _ramped(train: TrainSettings, decay: float, images: int) -> float:
+    return min(decay, ramp_up(train, images))
 
 
 def ramp_up(train: TrainSettings, images: int) -> float:
@@ -36,18 +50,18 @@ class EMA:
     Where a network is sharded, every process has the averages of its own pieces.
     """
 
-    def __init__(self, network: nn.Module, decays: dict[str, float]) -> None:
+    def __init__(self, network: nn.Module, decays: dict[str, Decay]) -> None:
         self.decays = decays
         self.parameters = dict(network.named_parameters())
         self.network = network
         self.averages = {name: {k: p.detach().clone() for k, p in self.parameters.items()} for name in decays}
 
     @torch.no_grad()
-    def update(self, at_most: float = 1.0) -> None:
-        """at_most: of the decays, now: see `ramp_up`."""
+    def update(self, images: int) -> None:
+        """After the step that follows `images` images."""
         current = own(self.parameters.values())
         for name, decay in self.decays.items():
-            torch._foreach_lerp_(own(self.averages[name].values()), current, 1 - min(decay, at_most))
+            torch._foreach_lerp_(own(self.averages[name].values()), current, 1 - decay(images))
 
     @property
     def first(self) -> str | None:

@@ -23,9 +23,7 @@ from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import TrainingError
 from ..metrics.frechet import halves_distance
-from ..models.build import AnyModel, build_model
-from ..models.config import ModelConfig
-from ..models.files import MODEL_FILE
+from ..models.build import AnyModel
 from ..networks import checkpoint_blocks
 from ..system.process import keep_large_blocks
 from ..system.processes import process_group_of
@@ -34,22 +32,21 @@ from .auto_batch import describe, find_size
 from .batches import Batch, Parts, crossed, fetch, part_sizes, share_batch
 from .checkpoint import Progress, file_names, list_checkpoints, load_checkpoint, newest_whole, remove_old, save_checkpoint
 from .compute import compile_network, set_precision
-from .ema import EMA, ema_decays, ramp_up
+from .ema import EMA, ema_decays
 from .figures import make_scorer
 from .gradients import measure_and_clip
+from .model_files import ModelFiles, snapshots_every
 from .numbers import MetricAccumulator
 from .optim import build_optimizer, learning_rate
 from .run_folder import RunFolder
 from .run_log import RunLog
-from .sharding import gathered, is_sharded, shard, synchronise_gradients
+from .sharding import is_sharded, shard, synchronise_gradients
 from .stopping import StopRequest
 from .task import Outcome, TrainedNetwork, Reporter, Task
 from .threads import choice
 from .updates import Updates, with_its_gradient
 
-__all__ = ["BEST_FILE", "Outcome", "TrainedNetwork", "Reporter", "Task", "Trainer"]
-
-BEST_FILE = "model-best.safetensors"  # the averaged weights with the best score so far, at the first of run.eval_steps
+__all__ = ["Outcome", "TrainedNetwork", "Reporter", "Task", "Trainer"]
 
 
 class Trainer:
@@ -109,6 +106,8 @@ class Trainer:
         self.numbers = MetricAccumulator(accelerator, single=len(self.task.parts) == 1)
         self.updates = Updates(accelerator, reporter.note, self._remedy)
         self.process_group = process_group_of(accelerator)
+        about = {"config": config, "data": dataset.identity}
+        self.files = ModelFiles(folder.path, self.task, self.ema, about, self.process_group)
         if run.batch_per_device == "auto":
             self.parts = self._parts_that_fit()
             run = replace(run, batch_per_device=self.parts.size)
@@ -156,6 +155,8 @@ class Trainer:
                     self._log(self._flush() | {"images_per_second": round(rate, 2)} | ({"threads": from_image} if changes else {}))
                     logged_at = (now, images)
                 self.reporter.advance(images)
+                if crossed(before, images, snapshots_every(self.train, run)) or done:
+                    self.files.keep_snapshots(images, self.train.ema_lengths)
                 ends = done or self._should_end(stop, time.monotonic() - started, step)
                 if ends or crossed(before, images, run.checkpoint_every):
                     self._save()
@@ -214,15 +215,12 @@ class Trainer:
             total = total + loss.detach()
             found.append(numbers)
         norm = measure_and_clip(part.network, optimizer, self.optimizer.grad_clip, accelerator)
-        made = self.updates.make(name, optimizer, total, norm, first // self.train.batch_size + 1)
+        self.updates.make(name, self.optimizers[name], total, norm, first // self.train.batch_size + 1)
         optimizer.zero_grad()
         self.progress.images = first + self.train.batch_size
-        if not made:
-            self.numbers.skip_step(name)
-            return
-        self.ema.update(ramp_up(self.train, first))  # whatever part was updated: decays are per step
+        self.ema.update(first)  # whatever part was updated, and whether it was: decays are per step
         for numbers in found:
-            self.numbers.add(numbers)
+            self.numbers.add(numbers, norm)
         self.numbers.add_step(name, total, norm)
 
     def _gradients_travel(self, part: TrainedNetwork, objective: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
@@ -254,6 +252,7 @@ class Trainer:
 
     def _flush(self) -> dict[str, Any]:
         """Losses and numbers since the last call."""
+        self.updates.read_all()
         numbers = self.numbers.flush()
         if not numbers:
             return {}
@@ -269,12 +268,12 @@ class Trainer:
         """The figure for the configured numbers of steps, into the log; all processes share the work. The best is kept."""
         if self.scorer is None:
             return
-        model, steps = self._averaged_model(), self.run_settings.eval_steps
+        model, steps = self.files.averaged(self.accelerator.device), self.run_settings.eval_steps
         values = {str(count): value for count, value in self.scorer.measure(model, steps, self.train.seed).items()}
         deciding, name = str(steps[0]), self.scorer.name
         best = values[deciding] < min(self.history.values_of(name, deciding), default=math.inf)
         if self.process_group.gather(best)[0]:  # only the main process has the log
-            self._save_model(self.folder.path / BEST_FILE, self.ema.first, figures={name: values})
+            self.files.save_best(self.progress.images, {name: values})
         # After the model: were it logged before and the run killed between, no later figure would count as better
         self._log({"figure": name, "values": values, "num": self.run_settings.eval_num, **self._watched(self.scorer.variance)})
 
@@ -297,6 +296,7 @@ class Trainer:
                 raise TrainingError(f"{self.folder.path} has seen {seen} images, more than {wanted}: choose another --out")
             note(f"resuming from {newest}: {self.progress.images:,} images seen")
         self.history.rewind(self.progress.images)
+        self.files.forget_snapshots(self.progress.images)
         if changed := self.folder.changed:
             note("changed since the run began: " + ", ".join(f"{key} = {now}, was {was}" for key, (was, now) in changed.items()))
             self._log({"changed": changed})
@@ -308,26 +308,17 @@ class Trainer:
         if numbers and main:
             self._log(numbers)
         # Before the checkpoint: were they after it and the run killed between, they would stay those of the one before
-        for name in self.ema.decays or [None]:
-            file = MODEL_FILE if name == self.ema.first else f"model-ema-{name}.safetensors"
-            self._save_model(self.folder.path / file, name)
+        self.files.save(self.progress.images)
         save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.scalers, self.progress, self.process_group)
         if main:
             remove_old(folder, self.run_settings.keep_checkpoints)
             curves = evaluation.curves(self.history.lines, levels=self.task.levels)
             evaluation.keep(self.folder.path / "curves.png", curves, self.reporter.note)
 
-    def _save_model(self, file: Path, name: str | None, **more: Any) -> None:
-        """One model file, by the main process; all give it their pieces, and wait for it."""
-        state = gathered(self.ema.state_dict(name), keep=self.process_group.is_main)
-        if self.process_group.is_main:
-            self.task.save(file, self._model_config(name, **more), state)
-        self.process_group.wait()
-
     def _preview(self) -> None:
         if not (self.shows or self.sharded):
             return
-        variance = self._picture(self._averaged_model(), self._preview_file())
+        variance = self._picture(self.files.averaged(self.accelerator.device), self._preview_file())
         if variance:
             self._log(self._watched(variance))
 
@@ -361,7 +352,7 @@ class Trainer:
             return results
         if not measured:
             self._measure()
-        model = self._averaged_model()
+        model = self.files.averaged(self.accelerator.device)
         more = None if self.task.finish is None else self.task.finish(model, self.folder.path, self.scorer)
         if not main:
             return None
@@ -385,16 +376,3 @@ class Trainer:
         }
         self.folder.write_results(results)
         return results
-
-    def _model_config(self, name: str | None, **more: Any) -> ModelConfig:
-        training = {"config": self.config, "images": self.progress.images, "ema": name, "data": self.dataset.identity, **more}
-        return replace(self.task.model_config, training={**self.task.model_config.training, **training})
-
-    def _averaged_model(self) -> AnyModel:
-        """The model with the (first) averaged weights, whole, in evaluation mode. To be called in all processes."""
-        state = gathered(self.ema.state_dict(self.ema.first))
-        if self.task.averaged is not None:
-            return self.task.averaged(state)
-        model = build_model(self.task.model_config).to(self.accelerator.device)
-        model.network.load_state_dict(state)
-        return model.eval().requires_grad_(False)

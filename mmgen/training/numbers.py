@@ -17,22 +17,20 @@ class MetricAccumulator:
         self.accelerator, self.single = accelerator, single
         self._losses: list[tuple[str, Tensor]] = []
         self._norms: list[Tensor] = []  # of the same steps
-        self._skipped: list[str] = []  # the part of each step that was left out
         self._sums: dict[str, Tensor] = {}  # float64 [2, K], sums and counts
 
     def add_step(self, part: str, loss: Tensor, gradient_norm: Tensor) -> None:
-        """A step's loss (a scalar, the mean over this process's share of the batch) and the norm of its whole gradient."""
+        """A step's loss (a scalar, the mean over this process's share of the batch) and the norm of its whole gradient.
+
+        Of a step that was left out the norm is not finite, in all processes: it is counted, and nothing else of it.
+        """
         self._losses.append((part, loss))
         self._norms.append(gradient_norm)
 
-    def skip_step(self, part: str) -> None:
-        """A step that was left out, in all processes: it is counted, and nothing else of it."""
-        self._skipped.append(part)
-
-    def add(self, numbers: dict[str, Tensor]) -> None:
-        """name -> [2, K], sums and counts."""
+    def add(self, numbers: dict[str, Tensor], gradient_norm: Tensor) -> None:
+        """name -> [2, K], sums and counts, of a step with that norm."""
         for name, value in numbers.items():
-            exact = value.detach().double()
+            exact = torch.where(torch.isfinite(gradient_norm), value.detach().double(), 0.0)
             self._sums[name] = self._sums[name] + exact if name in self._sums else exact
 
     def flush(self) -> dict[str, Any]:
@@ -44,39 +42,37 @@ class MetricAccumulator:
 
         each of the last two for each part. To be called in all processes, which made the same steps.
         """
-        if not self._losses and not self._skipped:
+        if not self._losses:
             return {}
-        losses = torch.stack([loss for _, loss in self._losses]) if self._losses else torch.zeros(0)
-        if self.accelerator.num_processes > 1 and self._losses:
-            losses = self.accelerator.reduce(losses, reduction="mean")
-        parts, values = [part for part, _ in self._losses], losses.tolist()
-        norms = torch.stack([norm.double() for norm in self._norms]).tolist() if self._norms else []
+        losses, norms = torch.stack([loss.double() for _, loss in self._losses]), torch.stack([norm.double() for norm in self._norms])
+        sums = torch.cat(list(self._sums.values()), dim=1) if self._sums else losses.new_zeros(2, 0)
+        if self.accelerator.num_processes > 1:  # all at once
+            flat = self.accelerator.reduce(torch.cat([losses, sums.flatten()]), reduction="sum")
+            losses, sums = flat[: len(losses)] / self.accelerator.num_processes, flat[len(losses) :].view_as(sums)
+        values = torch.cat([losses, norms, sums.flatten()]).tolist()  # the device is asked once
+        count, parts = len(self._losses), [part for part, _ in self._losses]
         found: dict[str, Any] = {}
-        for part in dict.fromkeys(parts + self._skipped):
+        for part in dict.fromkeys(parts):
             name = "" if self.single else f"{part}_"
-            own = [value for of, value in zip(parts, values, strict=True) if of == part]
-            taken = [norm for of, norm in zip(parts, norms, strict=True) if of == part]
+            steps = [(values[i], values[count + i]) for i in range(count) if parts[i] == part]
+            made = [(loss, norm) for loss, norm in steps if math.isfinite(norm)]
+            own = [loss for loss, _ in made]
             found |= {f"{name}loss": sum(own) / len(own) if own else None, f"{name}loss_max": max(own, default=None)}
-            found[f"{name}gradient_norm"] = sum(taken) / len(taken) if taken else None
-            skipped = self._skipped.count(part)
-            if skipped or self.accelerator.scaler is not None:
-                found[f"{name}skipped_steps"] = skipped
+            found[f"{name}gradient_norm"] = sum(norm for _, norm in made) / len(made) if made else None
+            if len(made) < len(steps) or self.accelerator.scaler is not None:
+                found[f"{name}skipped_steps"] = len(steps) - len(made)
+        found |= self._means(values[2 * count :])
         self._losses.clear()
         self._norms.clear()
-        self._skipped.clear()
-        return found | self._flush_sums()
-
-    def _flush_sums(self) -> dict[str, Any]:
-        if not self._sums:
-            return {}
-        widths = [value.shape[1] for value in self._sums.values()]
-        everything = torch.cat(list(self._sums.values()), dim=1)
-        if self.accelerator.num_processes > 1:
-            everything = self.accelerator.reduce(everything, reduction="sum")
-        names = list(self._sums)
         self._sums.clear()
-        found: dict[str, Any] = {}
-        for name, (sums, counts) in zip(names, everything.cpu().split(widths, dim=1), strict=True):
-            means = [s / c if c and math.isfinite(s) else None for s, c in zip(sums.tolist(), counts.tolist(), strict=True)]
-            found[name] = means[0] if len(means) == 1 else means
+        return found
+
+    def _means(self, values: list[float]) -> dict[str, Any]:
+        """Of the sums, then the counts, of all numbers one after the other."""
+        found, start, width = {}, 0, len(values) // 2
+        for name, value in self._sums.items():
+            end = start + value.shape[1]
+            pairs = zip(values[start:end], values[width + start : width + end], strict=True)
+            means = [s / c if c and math.isfinite(s) else None for s, c in pairs]
+            found[name], start = means[0] if len(means) == 1 else means, end
         return found
