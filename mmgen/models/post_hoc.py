@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from .files import check_state, read_config, save_model
 from .power_function import LONGEST, coefficients, post_hoc_name
 
 FOLDER = "snapshots"  # of a run
+_NAME = re.compile(r"\d+-length[0-9.e-]+\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Snapshot:
 
 def find_snapshots(run: Path) -> list[Snapshot]:
     """Those of a run, the oldest first. Raises ModelError where there are none, or one is damaged."""
-    files = sorted((run / FOLDER).glob("[0-9]*.safetensors"))
+    files = sorted(file for file in (run / FOLDER).glob("*.safetensors") if _NAME.fullmatch(file.name))
     if not files:
         raise ModelError(f"{run} has no snapshots to average: train with --set train.ema_lengths=[0.05,0.1]")
     found = []
