@@ -19,7 +19,7 @@ from .files import check_state, read_config, save_model
 from .power_function import LONGEST, coefficients, post_hoc_name
 
 FOLDER = "snapshots"  # of a run
-_NAME = re.compile(r"\d+-length[0-9.e-]+\.safetensors")
+_NAME = re.compile(r"model-\d+-length[0-9.e-]+\.safetensors")
 
 
 @dataclass(frozen=True)

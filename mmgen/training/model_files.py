@@ -52,13 +52,13 @@ class ModelFiles:
         """One file for each length: what `models.post_hoc` makes other lengths of."""
         for length in lengths:
             name = average_name(length)
-            self._write(self.folder / FOLDER / f"{images:012d}-{name}.safetensors", name, images, length=length)
+            self._write(self.folder / FOLDER / f"model-{images:012d}-{name}.safetensors", name, images, length=length)
 
     def forget_snapshots(self, after: int) -> None:
         """Those of more images: the run goes on from before them, perhaps with other settings."""
         if self.process_group.is_main:
-            for file in (self.folder / FOLDER).glob("[0-9]*.safetensors"):
-                if int(file.name.partition("-")[0]) > after:
+            for file in (self.folder / FOLDER).glob("*-[0-9]*-*.safetensors"):
+                if int(file.name.split("-")[1]) > after:
                     file.unlink()
         self.process_group.wait()
 

@@ -7,7 +7,7 @@ checkpoints/             to resume from
 model.safetensors        the (first) averaged weights at the last checkpoint, or the weights where nothing is averaged
 model-ema-NAME.safetensors  the other averages
 model-best.safetensors   the weights with the best score so far, at the first of run.eval_steps
-snapshots/               IMAGES-NAME.safetensors: the averages of train.ema_lengths over the training, for `mmgen ema`
+snapshots/               model-IMAGES-NAME.safetensors: the averages of train.ema_lengths over the training, for `mmgen ema`
 previews/, curves.png    sample grids over training; loss and scores over training
 samples.png, results.json   at the end: 1, 2, 4, 8 steps above real images, and the table
 .lock                    keeps a second run out while one is at work
