@@ -29,7 +29,9 @@ from mmgen.sampling.folder import write_png
 from mmgen.sampling.record import Origin
 from mmgen.sampling.drawing import SampleSettings
 from mmgen.system.tensor_files import save_array, save_tensors, save_torch
+from mmgen.models.files import read_config
 from mmgen.training import checkpoint
+from mmgen.training.figures import Scorer
 from mmgen.training.run_folder import RunFolder
 from mmgen.methods import IMM
 from mmgen.methods.run import train
@@ -146,7 +148,8 @@ def test_a_full_disk_while_training_leaves_the_last_checkpoint(tmp_path, monkeyp
         original(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_tensors", runs_full)
-    with pytest.raises(MmgenError, match=r"cannot write .*000000000064: No space left on device: make room"):
+    with pytest.raises(MmgenError, match=r"cannot write .*000000000064: No space left on device: make room there, then run the same "
+                       r"command again \(stopped at 64 images: it goes on from .*000000000032\)$"):
         train(IMM, tiny(), tmp_path / "run", Quiet(), device="cpu")
     monkeypatch.undo()
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [f"{32:012d}"]
@@ -154,6 +157,45 @@ def test_a_full_disk_while_training_leaves_the_last_checkpoint(tmp_path, monkeyp
     reporter = Quiet()
     assert train(IMM, tiny(**{"train.max_images": 64}), tmp_path / "run", reporter, device="cpu").finished
     assert any("resuming" in note and f"{32:012d}" in note for note in reporter.notes)
+
+
+@pytest.mark.parametrize("name", ["model-best.safetensors", "results.json", "curves.png", "samples.png", "previews", "log.jsonl", "snapshots"])
+def test_what_nothing_is_resumed_from_ends_no_training(name, tmp_path, monkeypatch):
+    """Said once, however often it cannot be written."""
+    plain = tempfile.mkstemp
+
+    def full(prefix="", dir=None, **more):
+        return fails() if prefix == f".tmp-{name}-" or Path(dir).name == name else plain(prefix=prefix, dir=dir, **more)
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    if name == "log.jsonl":
+        monkeypatch.setattr(RunFolder, "log", fails)
+        monkeypatch.setattr(tempfile, "mkstemp", plain)
+    config = tiny(**{"train.max_images": 128, "run.eval_num": 16, "run.eval_every": 32, "run.preview_every": 32,
+                     "train.ema_lengths": [0.05, 0.1], "run.snapshot_every": 32})  # fmt: skip
+    reporter = Quiet()
+    outcome = train(IMM, config, tmp_path / "run", reporter, device="cpu")
+    assert outcome.finished and outcome.results["values"]
+    (note,) = [note for note in reporter.notes if "cannot be written" in note]
+    assert note == f"{name} cannot be written (No space left on device): training goes on without"
+    there = everything(tmp_path / "run")
+    assert f"checkpoints/{128:012d}/state.json" in there and "model.safetensors" in there and not any(name in file for file in there if name != "log.jsonl")
+
+
+def test_the_next_best_model_is_kept_where_the_best_was_lost(tmp_path, monkeypatch):
+    """A figure whose model could not be written is none to beat."""
+    values, plain, calls = iter([0.3, 0.1, 0.2, 0.25]), tempfile.mkstemp, []
+
+    def full(prefix="", dir=None, **more):
+        calls.append(prefix)
+        return fails() if calls.count(".tmp-model-best.safetensors-") == 2 and "best" in prefix else plain(prefix=prefix, dir=dir, **more)
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    monkeypatch.setattr(Scorer, "measure", lambda self, model, steps, *_: dict.fromkeys(steps, next(values)))
+    config = tiny(**{"train.max_images": 128, "run.eval_num": 16, "run.eval_every": 32})
+    assert train(IMM, config, tmp_path / "run", Quiet(), device="cpu").finished
+    figures = read_config(tmp_path / "run/model-best.safetensors").training["figures"]
+    assert calls.count(".tmp-model-best.safetensors-") == 3 and set(next(iter(figures.values())).values()) == {0.2}
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

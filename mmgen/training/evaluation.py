@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from ..report.charts import Panel, line_chart
 from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import MmgenError
-from ..report.images import labelled_rows, save_png
+from ..report.images import labelled_rows
 from ..models.build import AnyModel
 from ..models.config import ModelConfig
 from ..sampling.drawing import SampleSettings, draw
@@ -124,14 +123,6 @@ def real_images(model: AnyModel, dataset: Dataset | LatentDataset, chosen: np.nd
     latents = model.config.latents
     means = torch.from_numpy(dataset.moments[chosen][:, : dataset.channels]).to(model.device)
     return "real, decoded", decoder(latents, model.device)(normalise(means, latents)).cpu()
-
-
-def keep(file: Path, image: Image.Image, note: Callable[[str], None]) -> None:
-    """Writes a picture. One that cannot be written ends no training: it is said."""
-    try:
-        save_png(file, image)
-    except MmgenError as error:
-        note(f"{file} cannot be written ({getattr(error.__cause__, 'strerror', error)}): training goes on without")
 
 
 def curves(log: Sequence[dict[str, Any]], halves: float | None = None, levels: Sequence[float] = ()) -> Image.Image:

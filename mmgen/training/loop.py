@@ -21,7 +21,7 @@ from torch import nn
 from ..config.sections import OptimizerSettings, RunSettings, TrainSettings
 from ..data import Dataset
 from ..data.latents import LatentDataset
-from ..errors import TrainingError
+from ..errors import MmgenError, TrainingError
 from ..metrics.frechet import halves_distance
 from ..models.build import AnyModel
 from ..networks import checkpoint_blocks
@@ -35,7 +35,7 @@ from .compute import compile_network, set_precision
 from .ema import EMA, ema_decays
 from .figures import make_scorer
 from .gradients import measure_and_clip
-from .model_files import ModelFiles, snapshots_every
+from .model_files import BEST_FILE, ModelFiles, snapshots_every
 from .numbers import MetricAccumulator
 from .optim import build_optimizer, learning_rate
 from .run_folder import RunFolder
@@ -107,7 +107,7 @@ class Trainer:
         self.updates = Updates(accelerator, reporter.note, self._remedy)
         self.process_group = process_group_of(accelerator)
         about = {"config": config, "data": dataset.identity}
-        self.files = ModelFiles(folder.path, self.task, self.ema, about, self.process_group)
+        self.files = ModelFiles(folder.path, self.task, self.ema, about, self.process_group, self.history)
         if run.batch_per_device == "auto":
             self.parts = self._parts_that_fit()
             run = replace(run, batch_per_device=self.parts.size)
@@ -246,15 +246,16 @@ class Trainer:
     # ------------------------------------------------------------------ numbers
 
     def _remedy(self) -> str:
+        return f"the same command with a lower optimizer.lr, optimizer.grad_clip=1 or train.precision=tf32 {self._goes_on()}"
+
+    def _goes_on(self) -> str:
         good = list_checkpoints(self.folder.checkpoints)
-        last = f"goes on from {good[-1]}" if good else "begins anew, as there is no checkpoint yet"
-        return f"the same command with a lower optimizer.lr, optimizer.grad_clip=1 or train.precision=tf32 {last}"
+        return f"goes on from {good[-1]}" if good else "begins anew, as there is no checkpoint yet"
 
     def _flush(self) -> dict[str, Any]:
         """Losses and numbers since the last call."""
         self.updates.read_all()
-        numbers = self.numbers.flush()
-        if not numbers:
+        if not (numbers := self.numbers.flush()):
             return {}
         before = self.progress.images - self.train.batch_size  # the step that was made last
         return numbers | {"learning_rate": learning_rate(self.optimizer, before, self.train.max_images)}
@@ -275,7 +276,8 @@ class Trainer:
         if self.process_group.gather(best)[0]:  # only the main process has the log
             self.files.save_best(self.progress.images, {name: values})
         # After the model: were it logged before and the run killed between, no later figure would count as better
-        self._log({"figure": name, "values": values, "num": self.run_settings.eval_num, **self._watched(self.scorer.variance)})
+        lost = {"unwritten": BEST_FILE} if BEST_FILE in self.history.lost else {}
+        self._log({"figure": name, "values": values, "num": self.run_settings.eval_num, **lost, **self._watched(self.scorer.variance)})
 
     def _watched(self, variance: dict[str, float]) -> dict[str, Any]:
         """What the log says of the samples' variance; a warning is shown, too."""
@@ -303,23 +305,24 @@ class Trainer:
         self.process_group.wait()
 
     def _save(self) -> None:
-        """The model files and a checkpoint."""
+        """The model files and a checkpoint. Raises MmgenError where they cannot be written, saying what there is to go on from."""
         numbers, main, folder = self._flush(), self.process_group.is_main, self.folder.checkpoints
         if numbers and main:
             self._log(numbers)
-        # Before the checkpoint: were they after it and the run killed between, they would stay those of the one before
-        self.files.save(self.progress.images)
-        save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.scalers, self.progress, self.process_group)
+        try:
+            # Before the checkpoint: were they after it and the run killed between, they would stay those of the one before
+            self.files.save(self.progress.images)
+            save_checkpoint(folder, self.networks, self.optimizers, self.ema, self.scalers, self.progress, self.process_group)
+        except MmgenError as error:
+            raise type(error)(f"{error} (stopped at {self.progress.images:,} images: it {self._goes_on()})") from error
         if main:
             remove_old(folder, self.run_settings.keep_checkpoints)
-            curves = evaluation.curves(self.history.lines, levels=self.task.levels)
-            evaluation.keep(self.folder.path / "curves.png", curves, self.reporter.note)
+            self.history.keep(self.folder.path / "curves.png", evaluation.curves(self.history.lines, levels=self.task.levels))
 
     def _preview(self) -> None:
         if not (self.shows or self.sharded):
             return
-        variance = self._picture(self.files.averaged(self.accelerator.device), self._preview_file())
-        if variance:
+        if variance := self._picture(self.files.averaged(self.accelerator.device), self._preview_file()):
             self._log(self._watched(variance))
 
     def _preview_file(self) -> Path:
@@ -338,16 +341,15 @@ class Trainer:
                 model, self.dataset, self.run_settings.eval_steps, self.train.seed, scores, self.reporter.work
             )
         if image is not None:
-            evaluation.keep(file, image, self.reporter.note)
+            self.history.keep(file, image)
         return variance
 
     def _finish(self, anew: bool) -> dict[str, Any] | None:
         """The picture and the table at the end: once for every number of images. `anew`: those that are there are outdated."""
         images, main = self.progress.images, self.accelerator.is_main_process
         results = self.folder.read_results(images) if main and not anew else None
-        done = results is not None
-        measured = bool(self.history.figures_at(self.progress.images))
-        done, measured = self.process_group.gather((done, measured))[0]  # the main process decides: only it has the log
+        there = results is not None, bool(self.history.figures_at(images))
+        done, measured = self.process_group.gather(there)[0]  # the main process decides: only it has the log
         if done:
             return results
         if not measured:
@@ -357,22 +359,19 @@ class Trainer:
         if not main:
             return None
         self._picture(model, self.folder.path / "samples.png")
-        halves = None
-        if self.scorer is not None and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4:
-            halves = halves_distance(self.dataset.images)
-        curves = evaluation.curves(self.history.lines, halves, self.task.levels)
-        evaluation.keep(self.folder.path / "curves.png", curves, self.reporter.note)
-        last = self.history.figures_at(self.progress.images)
+        pixels = self.scorer is not None and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4
+        halves = halves_distance(self.dataset.images) if pixels else None
+        self.history.keep(self.folder.path / "curves.png", evaluation.curves(self.history.lines, halves, self.task.levels))
+        last = self.history.figures_at(images)
         results = {
             "images": images,
             "seconds": round(self.progress.seconds, 1),
-            "figure": last.get("figure"),
-            "values": last.get("values"),
-            "num": last.get("num"),
+            **{key: last.get(key) for key in ("figure", "values", "num")},
             "reference": len(self.dataset),
             "data": self.dataset.identity,
             "between_halves": halves,
             **(more or {}),
         }
-        self.folder.write_results(results)
+        with self.history.going_on("results.json"):
+            self.folder.write_results(results)
         return results

@@ -15,6 +15,7 @@ from ..models.post_hoc import FOLDER
 from ..models.power_function import average_name
 from ..system.processes import ProcessGroup
 from .ema import EMA
+from .run_log import RunLog
 from .sharding import gathered
 from .task import Task
 
@@ -25,10 +26,11 @@ class ModelFiles:
     """Every process has one and calls all of its methods; the main one writes."""
 
     def __init__(
-        self, folder: Path, task: Task, ema: EMA, about: dict[str, Any], process_group: ProcessGroup
+        self, folder: Path, task: Task, ema: EMA, about: dict[str, Any], process_group: ProcessGroup, history: RunLog
     ) -> None:
-        """about: what every file says of its training."""
+        """about: what every file says of its training. history: tells what cannot be written and ends no run."""
         self.folder, self.task, self.ema, self.about, self.process_group = folder, task, ema, about, process_group
+        self.history = history
 
     def save(self, images: int) -> None:
         """All averages; the weights themselves where nothing is averaged."""
@@ -37,7 +39,8 @@ class ModelFiles:
             self._write(self.folder / file, name, images)
 
     def save_best(self, images: int, figures: dict[str, Any]) -> None:
-        self._write(self.folder / BEST_FILE, self.ema.first, images, figures=figures)
+        with self.history.going_on(BEST_FILE):
+            self._write(self.folder / BEST_FILE, self.ema.first, images, figures=figures)
 
     def averaged(self, device: torch.device) -> AnyModel:
         """The model with the (first) averaged weights, whole, in evaluation mode."""
@@ -52,7 +55,8 @@ class ModelFiles:
         """One file for each length: what `models.post_hoc` makes other lengths of."""
         for length in lengths:
             name = average_name(length)
-            self._write(self.folder / FOLDER / f"model-{images:012d}-{name}.safetensors", name, images, length=length)
+            with self.history.going_on(FOLDER):
+                self._write(self.folder / FOLDER / f"model-{images:012d}-{name}.safetensors", name, images, length=length)
 
     def forget_snapshots(self, after: int) -> None:
         """Those of more images: the run goes on from before them, perhaps with other settings."""
@@ -64,12 +68,14 @@ class ModelFiles:
 
     def _write(self, file: Path, name: str | None, images: int, **more: Any) -> None:
         state = gathered(self.ema.state_dict(name), keep=self.process_group.is_main)
-        if self.process_group.is_main:
-            file.parent.mkdir(exist_ok=True)
-            config = self.task.model_config
-            training = {**config.training, **self.about, "images": images, "ema": name, **more}
-            self.task.save(file, replace(config, training=training), state)
-        self.process_group.wait()
+        try:
+            if self.process_group.is_main:
+                file.parent.mkdir(exist_ok=True)
+                config = self.task.model_config
+                training = {**config.training, **self.about, "images": images, "ema": name, **more}
+                self.task.save(file, replace(config, training=training), state)
+        finally:  # where a file may be missing, training goes on in all processes
+            self.process_group.wait()
 
 
 def snapshots_every(train: TrainSettings, run: RunSettings) -> int:

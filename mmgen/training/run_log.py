@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ..errors import MmgenError
+from ..report.images import save_png
 from .run_folder import RunFolder
 from .task import Reporter
 
@@ -17,7 +21,7 @@ class RunLog:
     def __init__(self, folder: RunFolder, reporter: Reporter, accelerator: Any) -> None:
         self.folder, self.reporter, self.accelerator = folder, reporter, accelerator
         self.lines: list[dict[str, Any]] = []
-        self._told: set[str] = set()  # what cannot be written, so that it is said once
+        self.lost: set[str] = set()  # what cannot be written at present, which was said once
 
     def rewind(self, images: int) -> None:
         """Back to what was logged when so many images were seen: training resumes there."""
@@ -28,23 +32,28 @@ class RunLog:
         """line: "images", "step" and "seconds" and what there is to tell."""
         self.lines.append(line)
         if self.accelerator.is_main_process:
-            with self._going_on("log.jsonl"):
+            with self.going_on("log.jsonl"):
                 self.folder.log(line)
             self.reporter.log(line)
-        with self._going_on("the trackers"):
+        with self.going_on("the trackers"):
             self.accelerator.log(scalars_of(line), step=line["images"])
 
     @contextlib.contextmanager
-    def _going_on(self, what: str) -> Iterator[None]:
-        """A log that cannot be written ends no training: it is said once, until it can be written again."""
+    def going_on(self, what: str) -> Iterator[None]:
+        """What cannot be written ends no training, unless a run is resumed from it: it is said once, until it can be written again."""
         try:
             yield
-            self._told.discard(what)
+            self.lost.discard(what)
         except (MmgenError, OSError) as error:
-            if what not in self._told:
+            if what not in self.lost:
                 reason = getattr(error.__cause__ or error, "strerror", None) or error
                 self.reporter.note(f"{what} cannot be written ({reason}): training goes on without")
-            self._told.add(what)
+            self.lost.add(what)
+
+    def keep(self, file: Path, image: Image.Image) -> None:
+        """Writes a picture, if it can be written."""
+        with self.going_on(file.parent.name if file.stem.isdigit() else file.name):
+            save_png(file, image)
 
     def figures_at(self, images: int) -> dict[str, Any]:
         """The line that holds figures of this number of images, empty where there is none."""
@@ -52,8 +61,8 @@ class RunLog:
         return next((line for line in lines if line["images"] == images), {})
 
     def values_of(self, figure: str, count: str) -> list[float]:
-        """All values so far of a figure at one number of steps."""
-        lines = [line for line in self.lines if line.get("figure") == figure]
+        """All values so far of a figure at one number of steps, but for those whose model could not be written."""
+        lines = [line for line in self.lines if line.get("figure") == figure and "unwritten" not in line]
         return [line["values"][count] for line in lines if count in line["values"]]
 
 
