@@ -211,6 +211,8 @@ CHANGES = {
     "a UViT": setting(None, "network", {"kind": "uvit", "num_blocks": [10**9]}), "an ADM": setting(None, "network", {"kind": "adm", "channels_per_group": 0}),
     "an ADM without heads": setting(None, "network", {"kind": "adm", "channels_per_head": 0}), "EDM2": setting(None, "network", {"kind": "edm2", "noise_channels": -1}),
     "a UNet2DModel": setting(None, "network", {"kind": "diffusers_unet2d", "config": '{"block_out_channels": [1000000000]}'}),
+    **{f"a pipeline's network {i}": setting(None, "network", {"kind": "diffusers_text", "model": "SD3Transformer2DModel", "image_resolution": 8, "config": one})
+       for i, one in enumerate(("[" * 100_000, "[]", '{"num_layers": 1000000000}', '{"num_layers": "x"}', '{"num_attention_heads": 1000000000}'))},
     "a UNet2DModel of brackets": setting(None, "network", {"kind": "diffusers_unet2d", "config": "[" * 100_000}),
     "no flow": setting(None, "flow", None), "both": setting(None, "denoiser", {}), "no times": setting("flow", "t_max", None),
     "time beyond": setting("flow", "t_max", 1e300), "sigma_data 0": setting("flow", "sigma_data", 0), "time_scale nan": setting("flow", "time_scale", float("nan")),

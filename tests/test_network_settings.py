@@ -12,11 +12,12 @@ from torch import nn
 
 from mmgen.errors import ConfigError
 from mmgen.networks import NETWORKS, build_network, kinds_with
+from mmgen.networks.diffusers_text import DiffusersTextSettings
 from mmgen.networks.diffusers_unet import DiffusersUNetSettings
 from mmgen.networks.limits import WIDTH, check_sizes
 from mmgen.system.schema import from_dict
 
-OWN = [settings for settings in NETWORKS if settings is not DiffusersUNetSettings]
+OWN = [settings for settings in NETWORKS if settings not in (DiffusersUNetSettings, DiffusersTextSettings)]
 
 
 @pytest.mark.parametrize("settings", OWN, ids=lambda settings: settings.kind)

@@ -38,7 +38,7 @@ def latent_side(kind: str) -> int:
 
 def call_options(kind: str) -> dict[str, Any]:
     side = 2 * latent_side(kind)
-    binning = {"use_resolution_binning": False} if kind.startswith(("pixart", "sana")) else {}
+    binning = {"use_resolution_binning": False, "clean_caption": False} if kind.startswith(("pixart", "sana")) else {}
     return {"height": side, "width": side, **binning}
 
 

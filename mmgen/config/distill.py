@@ -15,6 +15,7 @@ from ..errors import ConfigError
 from ..losses.moment_matching import MomentSettings
 from ..models.config import ModelConfig, is_conditional
 from ..networks import NetworkSettings
+from ..networks.diffusers_text import told_guidance
 from ..diffusion.schedules import ScheduleSettings
 from ..system.schema import from_dict
 
@@ -52,6 +53,9 @@ class StudentSettings:
     lora: int = 0  # rank of the adapters that are trained in place of all weights (LoRA); 0: all weights
     lora_auxiliary: int = 0  # of the auxiliary's, or of the directions of the instant method; 0: as lora
     lora_targets: tuple[str, ...] = ()  # ends of the names of the layers that get adapters; none: see networks/lora.py
+    # (least, largest) w that the student is told, one drawn for each image and given to the teacher, in place of teacher.guidance;
+    # Stable Diffusion and SDXL only. None given: w is fixed
+    guidance_range: tuple[float, ...] = ()
     stochasticity: float | None = None  # when sampling, 1 DDPM's, 0 DDIM's; unset: that of its training, loss.stochasticity
 
 
@@ -104,6 +108,12 @@ def check(config: DistillConfig) -> None:
         loss.posterior == "conditional" or loss.stochasticity == 1,
         "loss.posterior unconditional has no stochasticity: leave loss.stochasticity at 1",
     )
+    if ends := student.guidance_range:
+        require(
+            len(ends) == 2 and 0 < ends[0] < ends[1] < math.inf,
+            f"student.guidance_range is the least and the largest w, such as [1, 8], not {list(ends)}",
+        )
+        require(config.teacher.guidance == 1, "student.guidance_range takes the place of teacher.guidance: leave one of them out")
     require(student.noise_channels >= 0, f"student.noise_channels cannot be negative, and is {student.noise_channels}")
     require(0 <= student.dropout < 1, f"student.dropout must be at least 0 and less than 1, not {student.dropout}")
     require(0 <= student.rollouts <= 1, f"student.rollouts must be from 0 to 1, not {student.rollouts}")
@@ -137,7 +147,7 @@ def _check_lora(config: DistillConfig) -> None:
         return
     for name, used in (
         ("student.noise_channels", student.noise_channels > 0), ("student.dropout", student.dropout > 0),
-        ("train.init", bool(config.train.init)), ("run.compile", config.run.compile),
+        ("student.guidance_range", bool(student.guidance_range)), ("train.init", bool(config.train.init)), ("run.compile", config.run.compile),
     ):  # fmt: skip
         require(not used, f"{name} and student.lora exclude each other: leave one of them out")
 
@@ -159,6 +169,13 @@ def settled(config: DistillConfig, teacher: ModelConfig, sha256: str, has_null_c
     if guidance != 1:
         require(is_conditional(teacher), f"teacher.guidance {guidance:g} needs a class-conditional teacher or one of text, and this is neither")
         require(has_null_class, f"teacher.guidance {guidance:g} needs a teacher that knows images without a class or text too")
+    if config.student.guidance_range:
+        require(
+            hasattr(teacher.network, "takes_guidance"),
+            "student.guidance_range is for pipelines of Stable Diffusion and SDXL, and the teacher is none: give teacher.guidance",
+        )
+        require(has_null_class, "student.guidance_range needs a teacher that knows images without a text too")
+        student_network(config.student, teacher.network)  # which refuses where it must
     if data.label_dropout > 0:
         require(
             teacher.num_classes == 0 or has_null_class, "data.label_dropout needs a teacher that knows images without a class"
@@ -182,17 +199,24 @@ def _as_the_teacher(data: DataSettings, teacher: ModelConfig) -> DataSettings:
     return dataclasses.replace(data, **{key: getattr(own, key) for key in unsaid})
 
 
-def student_schedule(student: StudentSettings, teacher: DenoiserSettings) -> ScheduleSettings:
-    """The schedule that a student is trained and sampled on; `discrete` has the teacher's timesteps where it has any."""
+def student_schedule(
+    student: StudentSettings, teacher: DenoiserSettings, usual: ScheduleSettings | None = None
+) -> ScheduleSettings:
+    """The schedule that a student is trained and sampled on; `discrete` has the teacher's timesteps where it has any.
+
+    usual: the one that the teacher is sampled on where that is another than its process, as flows with a shift are.
+    """
     process = preconditioning(teacher).process
-    schedule = student.schedule or process
+    schedule = student.schedule or usual or process
     if schedule.name == process.name == "discrete":
         schedule = dataclasses.replace(process, shift=schedule.shift)
     return dataclasses.replace(schedule, shift=schedule.shift * student.shift)
 
 
 def student_network(student: StudentSettings, network: NetworkSettings) -> NetworkSettings:
-    """The teacher's network with the student's dropout, where it has any."""
+    """The teacher's network with the student's dropout, where it has any, and an input for w where it is told one."""
+    if student.guidance_range:
+        return told_guidance(network)
     return dataclasses.replace(network, dropout=student.dropout) if hasattr(network, "dropout") else network
 
 

@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 Betas = Literal["linear", "scaled_linear", "cosine"]
+PURE_NOISE = 1e8  # sigma / alpha where there is no signal: z is noise to the last digit of float32
 
 
 @lru_cache(maxsize=32)
-def sigma_table(kind: Betas, start: float, end: float, steps: int, device: torch.device) -> Tensor:
+def sigma_table(kind: Betas, start: float, end: float, steps: int, device: torch.device, zero_snr: bool = False) -> Tensor:
     """sigma / alpha of timesteps 0 to steps - 1, ascending, float64 [steps]: sqrt((1 - alpha-bar) / alpha-bar).
 
     linear: Ho et al., arXiv:2006.11239, section 4. scaled_linear: evenly spaced square roots of beta (latent diffusion,
     arXiv:2112.10752). cosine: Nichol & Dhariwal, arXiv:2102.09672, eq. 17, which has no use for `start` and `end`.
+    zero_snr: sqrt(alpha-bar) is shifted and scaled so that the last is 0 and the first as it was (Lin et al., arXiv:2305.08891,
+    algorithm 1); the last sigma / alpha, which would be infinite, is 1e8.
     """
     if kind == "linear":
         betas = np.linspace(start, end, steps)
@@ -27,6 +30,10 @@ def sigma_table(kind: Betas, start: float, end: float, steps: int, device: torch
         bar = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
     bar = np.cumprod(1 - betas)
+    if zero_snr:
+        root = np.sqrt(bar)
+        bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+        bar[-1] = 1 / (1 + PURE_NOISE**2)
     return torch.tensor(np.sqrt((1 - bar) / bar), dtype=torch.float64, device=device)
 
 

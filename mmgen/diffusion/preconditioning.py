@@ -23,12 +23,12 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import betas
-from .betas import position
+from .betas import PURE_NOISE, position
 from .schedules import ScheduleSettings, make_schedule
 
 BETA_D, BETA_MIN = 19.9, 0.1  # of `vp`
 TIMESTEPS = 1000  # M of `vp` and `iddpm`
-FLOW_START = 1e8  # sigma of `flow` at time 0, where it is infinite: z is noise to the last digit of float32
+_WHOLE = 1e-9  # what rounding may have taken from a whole time
 EDM_RANGE = 0.002, 80.0  # of sigma, from which EDM samples the models that know more: vp, ve and iddpm
 
 
@@ -47,8 +47,11 @@ class DenoiserSettings:
     betas: Literal["linear", "scaled_linear", "cosine"] = "linear"  # discrete only
     beta_start: float = 1e-4  # discrete with linear and scaled_linear
     beta_end: float = 0.02
+    zero_snr: bool = False  # discrete: betas rescaled so that the last timestep is pure noise
     num_timesteps: int = 1000  # discrete
-    round_time: bool = False  # discrete: the nearest timestep; else between two, linear in log sigma
+    # discrete: the nearest timestep; else between two, linear in log sigma. schedule: the network's time is rounded down to a
+    # whole one, as diffusers' DPMSolverMultistepScheduler has it
+    round_time: bool = False
     clip: bool = False  # x_hat to [-1, 1]
     clip_eps: bool = True  # ddim with clip: the noise is computed from the clipped x_hat (guided-diffusion), else not (diffusers)
     guided_channels: int | None = None  # guidance acts on the first so many channels only (DiT's and SiT's code: 3); None: on all
@@ -246,7 +249,7 @@ class Discrete(IDDPM):
     def table(self, device: torch.device) -> Tensor:
         """sigma of each timestep, ascending, float64 [num_timesteps]."""
         given = self.settings
-        return betas.sigma_table(given.betas, given.beta_start, given.beta_end, given.num_timesteps, device)
+        return betas.sigma_table(given.betas, given.beta_start, given.beta_end, given.num_timesteps, device, given.zero_snr)
 
     def time(self, sigma: Tensor) -> Tensor:
         """Between two timesteps linear in log sigma."""
@@ -267,7 +270,7 @@ class Discrete(IDDPM):
         given = self.settings
         return ScheduleSettings(
             "discrete", betas=given.betas, beta_start=given.beta_start, beta_end=given.beta_end,
-            num_timesteps=given.num_timesteps,
+            num_timesteps=given.num_timesteps, zero_snr=given.zero_snr,
         )  # fmt: skip
 
     def even_times(self, count: int, high: float, low: float) -> Tensor:
@@ -288,11 +291,11 @@ class Flow(Preconditioning):
         return 1 / (1 + sigma)
 
     def sigma(self, time: Tensor) -> Tensor:
-        return ((1 - time) / time).clamp(max=FLOW_START)
+        return ((1 - time) / time).clamp(max=PURE_NOISE)
 
     @cached_property
     def range(self) -> tuple[float, float]:
-        return 0.0, FLOW_START
+        return 0.0, PURE_NOISE
 
     @property
     def process(self) -> ScheduleSettings:
@@ -310,6 +313,10 @@ class Process(Preconditioning):
     """
 
     sampler, grid = "ddim", "uniform"
+
+    @property
+    def edm_range(self) -> tuple[float, float]:
+        return self.settings.sigma_min, min(self.settings.sigma_max, EDM_RANGE[1])
 
     @property
     def process(self) -> ScheduleSettings:
@@ -335,7 +342,8 @@ class Process(Preconditioning):
         return q * a / determinant, -s / determinant, a
 
     def time(self, sigma: Tensor) -> Tensor:
-        return self.settings.time_scale * make_schedule(self.process).eta_inverse(sigma)
+        time = self.settings.time_scale * make_schedule(self.process).eta_inverse(sigma)
+        return (time + _WHOLE).floor() if self.settings.round_time else time
 
     def sigma(self, time: Tensor) -> Tensor:
         return make_schedule(self.process).eta(time / self.settings.time_scale)
@@ -381,6 +389,11 @@ def check_settings(settings: DenoiserSettings) -> None:
         )
     if settings.prediction == "velocity" and settings.precondition != "schedule":
         raise ConfigError("denoiser.prediction 'velocity' needs denoiser.precondition 'schedule'")
+    if settings.zero_snr and (settings.precondition != "discrete" or settings.prediction == "eps"):
+        raise ConfigError(
+            "denoiser.zero_snr needs denoiser.precondition 'discrete' and prediction 'v' or 'x': where there is no signal, the "
+            "noise (eps) says nothing of the image"
+        )
     if settings.noise_channels < 0:
         raise ConfigError(f"denoiser.noise_channels cannot be negative: {settings.noise_channels}")
     if settings.time_scale <= 0:

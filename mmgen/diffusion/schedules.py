@@ -96,6 +96,7 @@ class ScheduleSettings:
     beta_start: float = 1e-4
     beta_end: float = 0.02
     num_timesteps: int = 1000
+    zero_snr: bool = False  # rescaled so that the last timestep is pure noise
 
 
 @lru_cache(maxsize=64)
@@ -154,7 +155,8 @@ def _discrete(settings: ScheduleSettings) -> Schedule:
         )
 
     def table(t: Tensor) -> Tensor:
-        return sigma_table(settings.betas, settings.beta_start, settings.beta_end, settings.num_timesteps, t.device)
+        given = settings
+        return sigma_table(given.betas, given.beta_start, given.beta_end, given.num_timesteps, t.device, given.zero_snr)
 
     def eta(t: Tensor) -> Tensor:
         return table_eta(table(t), t)

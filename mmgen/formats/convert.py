@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 
+from . import pipelines
+from .diffusers import write_diffusers
 from .family import Converted, ConvertOptions
+from .pipeline_export import write_pipeline
 from .reading import Found, read
-from .recognise import FAMILIES, convert, family_of, provenance
+from .recognise import FAMILIES, complete, convert, family_of, provenance
 from ..errors import ConfigError, ModelError, nearest
 from ..system.files import remove_leftovers, replacing
 from ..report.model_card import model_card
@@ -66,7 +69,7 @@ def convert_file(
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists: choose another name, or replace it with --overwrite")
     found = read(place, weights=weights)
-    converted = _own(found, to) if family_of(found) == "mmgen" else _checked(found, convert(found, options), weights)
+    converted = _own(found, to) if family_of(found) == "mmgen" else _checked(found, complete(convert(found, options)), weights)
     for written in (out, out.with_suffix(".md")):
         remove_leftovers(written.parent, written.name)
     if to == "mmgen":
@@ -80,9 +83,10 @@ def convert_file(
         with replacing(out) as temporary:
             save_torch(state, temporary)
         return _written(out, None, converted, found)
-    from .diffusers import write_diffusers
-
-    write_diffusers(converted.config, converted.state, out)
+    if converted.family == pipelines.NAME:
+        write_pipeline(converted.config, converted.state, out)
+    else:
+        write_diffusers(converted.config, converted.state, out)
     return _written(out, None, converted, found)
 
 
@@ -103,7 +107,7 @@ def _own(found: Found, to: str) -> Converted:
             f"{found.path} is a model of mmgen's already: give --to diffusers or --to pt, or sample from it as it is"
         )
     config = read_config(found.path)
-    if config.text is not None:
+    if config.text is not None and not config.text.pipeline:
         raise ConfigError(f"{found.path} takes text by layers of mmgen's own, which no other project's network has: sample from it as it is")
     return Converted(config, found.tensors, {}, _family(config, to, found.path))
 
@@ -112,6 +116,8 @@ def _family(config: ModelConfig, to: str, path: Path) -> str:
     """The family whose names a model of mmgen's has: that of what it was converted from, also through its teacher."""
     if config.flow is not None:
         return "imm"
+    if config.network.kind == "diffusers_text":
+        return pipelines.NAME
     if config.network.kind == "diffusers_unet2d":
         return "diffusers-unet2d"
     teacher = config.training.get("distilled", {})

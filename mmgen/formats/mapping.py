@@ -45,7 +45,7 @@ def expected_state(config: ModelConfig) -> dict[str, Tensor]:
         with without_weights():
             network = build_network(
                 config.network, resolution=config.resolution, channels=config.channels, num_classes=config.num_classes,
-                augment_dim=config.augment_dim, second_time=config.flow is not None,
+                augment_dim=config.augment_dim, second_time=config.flow is not None, text=config.text,
             )  # fmt: skip
     except (ConfigError, RuntimeError, ValueError, TypeError, ArithmeticError) as error:
         raise ModelError(f"no network can be built of these settings: {config.network}: {error}") from error

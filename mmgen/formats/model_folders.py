@@ -17,6 +17,7 @@ from ..models.places import missing_run
 COMPONENTS = ("unet", "transformer")
 _STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")
 _ENDINGS = ("safetensors", "safetensors.index.json", "bin", "bin.index.json", "fp16.safetensors", "fp16.bin")
+BESIDE = re.compile(r"\.(fp16|non_ema)\.|\.(bin|msgpack|h5|onnx|onnx_data|bin\.index\.json)$")  # weights a second time
 _SINGLE = (".pkl", ".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
@@ -59,7 +60,7 @@ def model_folder(folder: Path) -> Folder:
         place = inner[0] if inner else folder
         for name, kind in pipeline.items():
             if isinstance(kind, list) and name not in (place.name, "scheduler") and (folder / name).is_dir():
-                left_out[name] = "decodes latents: give it as --vae" if name == "vae" else "another part of the pipeline"
+                left_out[name] = _role(name, any(str(part).startswith("text_encoder") for part in pipeline))
     config = _json(place / "config.json")
     name = weights_file({path.name for path in place.iterdir()})
     if name is None:
@@ -75,6 +76,13 @@ def model_folder(folder: Path) -> Folder:
         return Folder([place / name], arguments, left_out)
     weight_map = _weight_map(place / name)
     return Folder([place / shard for shard in sorted(set(weight_map.values()))], arguments, left_out, weight_map)
+
+
+def _role(part: str, by_text: bool) -> str:
+    """What a part of a pipeline beside the network is for."""
+    if by_text and part.startswith(("vae", "text_encoder", "tokenizer")):
+        return f"{'decodes latents' if part == 'vae' else 'encodes texts'}: used where it is"
+    return "decodes latents: give it as --vae" if part == "vae" else "another part of the pipeline"
 
 
 def _has_pipeline(folder: Path) -> bool:
@@ -173,7 +181,11 @@ def _wanted(names: list[str], repository: str) -> list[str]:
         ending = weights.removesuffix(".index.json")
         shards = [n for n in here if n.endswith(Path(ending).suffix) and "-of-" in n] if weights != ending else []
         settings = ("model_index.json", "config.json", "scheduler_config.json", "scheduler/scheduler_config.json")
-        return [prefix + weights, *(prefix + n for n in shards), *{n for n in names if n in (*settings, prefix + "config.json")}]
+        others = [n for n in names if n.startswith(("text_encoder", "tokenizer", "vae/")) and not BESIDE.search(n)]
+        others = others if any(n.startswith("text_encoder") for n in others) else []  # of a pipeline of texts: all its parts
+        return [
+            prefix + weights, *(prefix + n for n in shards), *others, *{n for n in names if n in (*settings, prefix + "config.json")}
+        ]  # fmt: skip
     single = [name for name in names if name.endswith(_SINGLE)]
     if len(single) == 1:
         return single

@@ -20,7 +20,7 @@ from ..report.push import CONVERTED
 from ..system.files import sha256_of
 from .family import ConvertOptions, words_of
 from .reading import read
-from .recognise import convert, family_of, provenance
+from .recognise import complete, convert, family_of, provenance
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def open_model(
             raise refusal
         file = found.path if found.path.is_file() else found.path / MODEL_FILE
         return OpenedModel(file, found.sha256, read_config(file), found.tensors)
-    converted = convert(found, options)
+    converted = complete(convert(found, options))
     training = {**converted.config.training, CONVERTED: provenance(found, converted, weights)}
     notes = tuple(f"assumed: {sentence}" for sentence in converted.assumed) + converted.sampled
     return OpenedModel(found.path, found.sha256, replace(converted.config, training=training), converted.state, notes)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..errors import ConfigError, ModelError, nearest
-from . import adm, diffusers, dit, edm, edm2, imm
+from . import adm, diffusers, dit, edm, edm2, imm, pipelines
 from .family import Converted, ConvertOptions
 from .reading import Found
 
@@ -25,6 +25,7 @@ FAMILIES = {  # by name, which is also Converted.family
     "imm": Family("Inductive Moment Matching (lumaai/imm)", imm, ("heads", "num_classes")),
     "edm2": Family("EDM2 (NVlabs/edm2)", edm2),
     "edm": Family("EDM (NVlabs/edm)", edm),
+    "diffusers-text": Family("text-to-image pipeline of diffusers", pipelines),
     "diffusers-unet2d": Family("UNet2DModel of diffusers", diffusers),
     "diffusers-dit": Family("DiT of diffusers", diffusers),
     "dit": Family("DiT (facebookresearch/DiT)", dit, ("guide_all", "heads", "num_classes")),
@@ -78,6 +79,11 @@ def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Convert
         raise ModelError(
             f"{found.path} says of its network what {FAMILIES[family].title} never does ({type(error).__name__}: {str(error)[:100]})"
         ) from error
+
+
+def complete(converted: Converted) -> Converted:
+    """With what of its state other parts than the network have to make, which `convert` leaves at 0: a pipeline's null."""
+    return pipelines.with_null(converted) if converted.family == pipelines.NAME else converted
 
 
 def provenance(found: Found, converted: Converted, weights: str) -> dict[str, Any]:
@@ -153,11 +159,15 @@ def _shape(config: dict[str, Any]) -> dict[str, Any]:
 
 def _abilities(converted: Converted) -> list[str]:
     from .diffusers import pipeline_of
+    from .pipeline_export import scheduler_of
 
     kind = "a flow map" if converted.config.denoiser is None else "a denoiser"
     able = [f"convert it to {kind}, and sample from that: mmgen convert, mmgen sample"]
     try:
-        pipeline_of(converted.config, converted.state)
+        if converted.family == pipelines.NAME:
+            scheduler_of(converted.config)
+        else:
+            pipeline_of(converted.config, converted.state)
         able.append("write it as a folder of diffusers: mmgen convert --to diffusers")
     except ConfigError as error:
         able.append(f"not write it for diffusers: {error}")

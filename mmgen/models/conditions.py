@@ -19,5 +19,7 @@ def example(config: ModelConfig, count: int, device: str | torch.device) -> Cond
     if text.encoder == BYTES:
         return byte_text([""] * count, text.length)[0].to(device)
     zeros = torch.zeros(count, text.length, text.width, device="cpu")
-    mask, pooled = torch.ones(count, text.length, dtype=torch.bool, device="cpu"), torch.zeros(count, text.pooled, device="cpu")
-    return Text(zeros, mask, pooled, empty=Text(zeros[:1], mask[:1], pooled[:1])).to(device)
+    mask = torch.ones(count, text.length, dtype=torch.bool, device="cpu")
+    pooled = torch.zeros(count, text.pooled, device="cpu") if text.pooled else None
+    found = Text(zeros, mask, pooled)
+    return Text(zeros, mask, pooled, empty=found[:1]).to(device)

@@ -25,15 +25,17 @@ class SamplingSettings:
 
     sampler: Literal["default", "pushforward", "restart", "ddim", "ancestral", "heun"] = "default"
     # How times are spaced: see `sampling.flow_map_samplers` and `sigma_grids`; `schedule`: evenly in the time of `schedule` below
-    grid: Literal["default", "uniform", "edm", "schedule", "linspace", "leading"] = "default"
+    grid: Literal["default", "uniform", "edm", "schedule", "linspace", "leading", "flow"] = "default"
     guidance: float = 1.0  # w of classifier-free guidance; 1 is none
     steps: int | None = None
     churn: float = 0.0  # heun only, this and what follows: S_churn of Karras et al., arXiv:2206.00364, algorithm 2
     s_tmin: float = 0.0  # sigma below which nothing is churned
     s_tmax: float | None = None  # and above which; None: no limit
     s_noise: float = 1.0  # standard deviation of the noise added
-    schedule: ScheduleSettings | None = None  # a student's: the process that it was distilled on, and so that of its grid
+    # A student's: the process that it was distilled on, and so that of its grid. A teacher's: what its students take
+    schedule: ScheduleSettings | None = None
     stochasticity: float = 1.0  # ancestral only: 1 is DDPM, 0 is DDIM: see `diffusion.posterior`
+    guidance_range: tuple[float, ...] = ()  # of a student that is told w: the least and largest that it learned
     student_steps: int | None = None  # how many steps a student was distilled for; None: it is none
 
 

@@ -49,14 +49,14 @@ class Denoiser(Model):
         y: Tensor,
         sigma: Tensor | float,
         condition: Condition | None = None,
-        guidance: float = 1.0,
+        guidance: float | Tensor = 1.0,
         noise: Tensor | None = None,
         *,
         clip: bool = True,
     ) -> Tensor:
         """x_hat of y = x + sigma e, in y's dtype. `clip` False: not clipped, whatever the settings say.
 
-        y float [N, C, H, W]; sigma positive, float64 [N] or one number for all images. `guidance` w other than 0 and 1 costs two evaluations. Outside `range`
+        y float [N, C, H, W]; sigma positive, float64 [N] or one number for all images. `guidance` w, one number or float64 [N], other than 0 and 1 costs two evaluations. Outside `range`
         the formulas are continued, but timesteps and `schedule` end.
         noise: int64 [N], keys (`random.keys`) of a student's own randomness, one per image, the same for both evaluations of
         guidance. A model with such randomness raises ValueError without them, others do not look at them.
@@ -86,7 +86,7 @@ class Denoiser(Model):
         t: Tensor | float,
         schedule: Schedule,
         condition: Condition | None = None,
-        guidance: float = 1.0,
+        guidance: float | Tensor = 1.0,
         noise: Tensor | None = None,
     ) -> Tensor:
         """x_hat of z = alpha_t x + sigma_t e, of any schedule, in z's dtype. z float [N, C, H, W], t float64 [N] or
@@ -104,7 +104,7 @@ class Denoiser(Model):
         alpha: Tensor,
         sigma: Tensor,
         condition: Condition | None = None,
-        guidance: float = 1.0,
+        guidance: float | Tensor = 1.0,
         noise: Tensor | None = None,
         *,
         clip: bool = True,

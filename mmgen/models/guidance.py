@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.process import per_image
 from ..networks.conditions import Condition, concatenate
 
 if TYPE_CHECKING:
@@ -14,33 +15,42 @@ if TYPE_CHECKING:
 
 
 def guided(
-    network: nn.Module, x: Tensor, t: Tensor, s: Tensor | None, condition: Condition | None, guidance: float,
+    network: nn.Module, x: Tensor, t: Tensor, s: Tensor | None, condition: Condition | None, guidance: float | Tensor,
     channels: int | None = None, guided_channels: int | None = None,
 ) -> Tensor:  # fmt: skip
     """G_w = G(null) + w (G(condition) - G(null)) (IMM, eqs. 14, 85, 86).
 
-    x [N, C, H, W] and t, s float64 [N] as the network takes them. Both passes are one batch. With w = 1 the null is not
+    x [N, C, H, W] and t, s float64 [N] as the network takes them; w one number, or one for each image, [N]. Both passes are one batch. With w = 1 the null is not
     evaluated; with w = 0 it alone is. Of the output's channels the first `channels` are kept: the others are learned variances. With
     `guided_channels` only the first so many are guided, and the rest is G(condition), as the code published for DiT and SiT has
     it. Returns float32 [N, channels, H, W], float64 where x is.
     """
-    if condition is None or guidance == 1:
+    each = isinstance(guidance, Tensor)
+    if condition is None or (not each and guidance == 1):
         return _precise(network(x, t, s, condition)[:, :channels], x)
     null = condition.null()
-    if guidance == 0 and guided_channels is None:
+    if not each and guidance == 0 and guided_channels is None:
         return _precise(network(x, t, s, null)[:, :channels], x)
     both_s = None if s is None else torch.cat([s] * 2)
     both = network(torch.cat([x] * 2), torch.cat([t] * 2), both_s, concatenate([null, condition]))[:, :channels]
     unconditional, conditional = _precise(both, x).chunk(2)
-    result = unconditional + guidance * (conditional - unconditional)
+    w = per_image(guidance, unconditional) if each else guidance
+    result = unconditional + w * (conditional - unconditional)
     if guided_channels is not None:
         result[:, guided_channels:] = conditional[:, guided_channels:]
     return result
 
 
-def is_single(condition: Condition | None, guidance: float, guided_channels: int | None = None) -> bool:
+def is_single(condition: Condition | None, guidance: float | Tensor, guided_channels: int | None = None) -> bool:
     """Whether `guided` gives the network the images as they are, and not twice."""
+    if isinstance(guidance, Tensor):
+        return condition is None
     return condition is None or guidance == 1 or (guidance == 0 and guided_channels is None)
+
+
+def is_told(config: ModelConfig) -> bool:
+    """Whether the network itself is told w and learned what guidance makes of it, so that a pass without a null is all."""
+    return getattr(config.network, "takes_guidance", False)
 
 
 def _precise(output: Tensor, x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .adm import ADM, ADMSettings
+from .diffusers_text import DiffusersText, DiffusersTextSettings
 from .diffusers_unet import DiffusersUNet, DiffusersUNetSettings
 from .dit import DiT, DiTSettings
 from .edm2 import EDM2, EDM2Settings
@@ -26,7 +27,7 @@ from .uvit import UViT, UViTSettings
 # settings, by `limits`, `check` and `null_class`, which sizes it can have and whether it can do without a class.
 NETWORKS: dict[type, type[nn.Module]] = {
     UNetSettings: UNet, DiTSettings: DiT, ADMSettings: ADM, EDM2Settings: EDM2, DiffusersUNetSettings: DiffusersUNet,
-    UViTSettings: UViT,
+    UViTSettings: UViT, DiffusersTextSettings: DiffusersText,
 }  # fmt: skip
 _LACKS = {
     "augment_dim": "takes no augmentation label",
@@ -75,6 +76,7 @@ def build_network(
 
 def blocks(network: nn.Module) -> list[nn.Module]:
     """What the network is a sequence of: the modules in the lists and tables that it has."""
+    network = network.model if isinstance(network, DiffusersText) else network
     containers = [child for child in network.children() if isinstance(child, nn.ModuleList | nn.ModuleDict)]
     inside = [block for container in containers for block in container.children()]
     return [b for b in inside if not isinstance(b, nn.ModuleList | nn.ModuleDict) and any(True for _ in b.parameters())]

@@ -98,10 +98,11 @@ class Text(Condition):
     mask: Tensor  # bool [N, L]: where there is a token
     pooled: Tensor | None = None  # [N, P], a vector for the whole text
     sizes: Tensor | None = None  # SDXL's [N, 6]: height and width, top and left of the crop, target's height and width
+    guidance: Tensor | None = None  # float [N]: w, of a student that is told it
     empty: Text | None = None  # one row: what the null is, the encoding of "" or of a negative prompt, without sizes
 
     def null(self) -> Text:
-        """`empty` in every row. The sizes stay: they are of the image, not of the text. Raises ValueError without one."""
+        """`empty` in every row. Sizes and guidance stay: they are not of the text. Raises ValueError without one."""
         if self.empty is None:
             raise ValueError("these texts have no null: `empty` is not set")
         rows = self.empty[torch.zeros(len(self), dtype=torch.int64, device=self.empty.tokens.device)].to(self.tokens.device)

@@ -84,7 +84,7 @@ def _summary(config: ModelConfig, family: str | None) -> str:
 
 def _sampling(config: ModelConfig, name: str) -> str:
     install = (
-        "pip install 'mmgen[latents]'" if config.latents or config.network.kind == "diffusers_unet2d" else "pip install mmgen"
+        "pip install 'mmgen[latents]'" if config.latents or config.network.kind.startswith("diffusers") else "pip install mmgen"
     )
     if config.flow:
         options, python = "--steps 1,2,4", "steps=2"

@@ -139,11 +139,16 @@ def most_steps(settings: DenoiserSettings) -> float:
     return preconditioning(settings).num_timesteps or math.inf
 
 
-def start(settings: DenoiserSettings, sigma: float, noise: Tensor, schedule: ScheduleSettings | None = None) -> Tensor:
+def start(
+    settings: DenoiserSettings, sigma: float, noise: Tensor, schedule: ScheduleSettings | None = None, grid: str = "default"
+) -> Tensor:
     """y at the first sigma, of standard normal noise [N, C, H, W]: sigma noise, the data being lost in it.
 
     Models with timesteps are sampled from z = noise, which has the variance 1 that their z has: then y = sqrt(1 + sigma^2)
-    noise. So are those of a variance-preserving schedule: their own, or a student's, `schedule`.
+    noise. So are those of a variance-preserving schedule: their own, or a student's, `schedule`. The grid `flow` begins a little
+    before the noise is all, and from z = noise nonetheless: z = y / (1 + sigma).
     """
+    if grid == "flow":
+        return (1 + sigma) * noise
     preserving = make_schedule(schedule).keeps == "variance" if schedule else preconditioning(settings).variance_preserving
     return (math.sqrt(1 + sigma**2) if preserving else sigma) * noise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import denoiser_samplers as diffusion
 from ..models.denoiser import Denoiser
-from ..models.guidance import knows_null
+from ..models.guidance import is_told, knows_null
 from .classes import class_numbers, random_labels, with_images
 from .types import check_types
 from .denoiser_samplers import Churn
@@ -108,7 +108,10 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         if classes != "random":
             raise ConfigError("classes cannot be chosen: this model is unconditional")
         guidance = 1.0
-    null = knows_null(config)
+    null = None if is_told(config) else knows_null(config)
+    ends = config.sampling.guidance_range
+    if is_told(config) and ends and not ends[0] <= guidance <= ends[1]:
+        raise ConfigError(f"guidance {guidance:g} is outside what this student learned: {ends[0]:g} to {ends[1]:g}")
     if settings.negative and guidance == 1:
         raise ConfigError("a negative prompt needs guidance: give --guidance 3, say")
     if guidance != 1 and null is False and config.text is not None:
@@ -143,7 +146,7 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         stochasticity=_stochasticity(config, settings, sampler),
         prompts=settings.prompts,
         negative=settings.negative,
-        notes=_notes(config, steps, sampler, grid, guidance if null is None else 1.0) + _cut_note(config, settings.prompts),
+        notes=_notes(config, steps, sampler, grid, guidance if null is None and not is_told(config) else 1.0) + _cut_note(config, settings.prompts),
         precision=check_precision(settings.precision),
     )
 
@@ -172,7 +175,7 @@ def _cut_note(config: ModelConfig, prompts: tuple[str, ...]) -> tuple[str, ...]:
 
 def _single(config: ModelConfig, guidance: float) -> bool:
     """Whether a step evaluates the network once, and not once more without a class."""
-    return guidance == 1 or (guidance == 0 and getattr(config.denoiser, "guided_channels", None) is None)
+    return is_told(config) or guidance == 1 or (guidance == 0 and getattr(config.denoiser, "guided_channels", None) is None)
 
 
 def samplers_of(config: ModelConfig) -> dict[str, Callable]:
@@ -251,8 +254,8 @@ def _notes(config: ModelConfig, steps: int, sampler: str, grid: str, doubtful: f
         notes.append(f"this student was distilled for {own} step{'s' * (own > 1)}, and its images of {steps} may be worse")
     if sampler != "ancestral":
         notes.append(f"this student was distilled for the sampler ancestral, and its images by {sampler} may be worse")
-    elif grid not in ("default", "schedule"):
-        notes.append(f"this student was distilled for the grid schedule, and its images on the grid {grid} may be worse")
+    elif grid not in ("default", config.sampling.grid, "schedule"):
+        notes.append(f"this student was distilled for the grid {config.sampling.grid}, and its images on the grid {grid} may be worse")
     return tuple(notes)
 
 
@@ -312,7 +315,7 @@ def _telling(model: AnyModel, chosen: Plan, done: int, count: int, tell: Tell | 
     if tell is None:
         yield
         return
-    calls = chosen.nfe / (1 if chosen.guidance in (0, 1) else 2)  # both passes of guidance are one batch
+    calls = chosen.nfe / (1 if _single(model.config, chosen.guidance) else 2)  # both passes of guidance are one batch
     made = 0
 
     def after(*_: object) -> None:
@@ -332,7 +335,10 @@ def draw_condition(config: ModelConfig, chosen: Plan, index: Tensor) -> Conditio
     """For images number `index` [N]; None for an unconditional model."""
     if config.text is not None:
         texts = texts_of(config, chosen.prompts, chosen.seed, index)
-        return text_condition(config, texts, chosen.negative, index.device)
+        text = text_condition(config, texts, chosen.negative, index.device)
+        if is_told(config):
+            text = replace(text, guidance=torch.full((len(index),), chosen.guidance, dtype=torch.float64, device=index.device))
+        return text
     return Labels(_classes(config, chosen, index), config.num_classes) if config.num_classes else None
 
 
@@ -363,10 +369,10 @@ def _draw_batch(model: AnyModel, chosen: Plan, index: Tensor, condition: Conditi
     if config.denoiser is None:
         return sampler(model, config.flow.sigma_data * noise(0), chosen.times, condition, chosen.guidance, noise)
     schedule = config.sampling.schedule
-    x = diffusion.start(config.denoiser, chosen.times[0], noise(0), schedule)
+    x = diffusion.start(config.denoiser, chosen.times[0], noise(0), schedule, chosen.grid)
     ours = schedule is not None or config.denoiser.schedule is not None or model.is_random
     denoiser = _Bound(model, chosen.seed, index) if ours else model
-    return sampler(denoiser, x, chosen.times, condition, chosen.guidance, noise)
+    return sampler(denoiser, x, chosen.times, condition, 1.0 if is_told(config) else chosen.guidance, noise)
 
 
 class _Bound:

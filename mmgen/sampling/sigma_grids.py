@@ -15,7 +15,8 @@ from ..errors import ConfigError
 
 RHO = 7  # of the grid `edm`
 PURE_NOISE = 1e12  # sigma of a schedule's t = 1 where it is infinite or more than this: the data are lost in float64 too
-RESPACED = ("linspace", "leading")  # grids of timesteps, by the way in which other projects space them
+# Grids by the way in which other projects space them, and the kinds of model that they are for
+RESPACED = {"linspace": ("discrete", "schedule"), "leading": ("discrete",), "flow": ("schedule",)}
 
 
 def edm(kind: Preconditioning, count: int) -> list[float]:
@@ -62,6 +63,21 @@ def evenly_in(schedule: ScheduleSettings, count: int) -> list[float]:
     return make_schedule(schedule).eta(t).clamp(max=PURE_NOISE).tolist()
 
 
+def both_ends(schedule: ScheduleSettings, count: int, first: float) -> list[float]:
+    """sigma at n times from 1 to the one at which flow matching has its `first` timestep, evenly spaced, both included: diffusers'
+    FlowMatchEulerDiscreteScheduler, which shifts its ends and then all times between them once more."""
+    made = make_schedule(schedule)
+    last = made.sigma(torch.tensor(first, dtype=torch.float64))
+    t = 1 - (1 - last) * torch.arange(count, dtype=torch.float64) / max(count - 1, 1)
+    return made.eta(t).clamp(max=PURE_NOISE).tolist()
+
+
+def flow(schedule: ScheduleSettings, count: int, first: float) -> list[float]:
+    """sigma at j/n of the time 1 - `first`, a timestep before the end: diffusers' DPMSolverMultistepScheduler with flow sigmas."""
+    t = (1 - first) * (1 - torch.arange(count, dtype=torch.float64) / count)
+    return make_schedule(schedule).eta(t).tolist()
+
+
 def given(kind: Preconditioning, steps: int, etas: Sequence[float]) -> list[float]:
     """The values `etas`, descending, steps - 1 of them, after sigma_max."""
     low, high = kind.range
@@ -95,6 +111,9 @@ def sigma_grid(
         raise ConfigError(f"this model has {total} timesteps, so that {steps} steps cannot be: take at most {total}")
     if name == "schedule":
         return [*evenly_in(schedule, steps), 0.0]
+    if name in RESPACED and kind.settings.precondition == "schedule":
+        spaced = {"linspace": both_ends, "flow": flow}[name]
+        return [*spaced(schedule or kind.process, steps, 1 / kind.settings.time_scale), 0.0]
     count = steps + kind.is_consistency  # its last one, sigma_min, is the end and not evaluated
     if name == "eta":
         sigmas = given(kind, steps, etas)
@@ -112,13 +131,15 @@ def _named(
     name = grid
     if name == "default":
         name = "edm" if sampler == "heun" else "schedule" if schedule else kind.grid
-    if name in RESPACED and kind.settings.precondition != "discrete":
-        raise ConfigError(f"the grid {name} is for models with timesteps, and this one has none: take uniform or edm")
+    own = kind.settings.precondition
+    if name in RESPACED and (own not in RESPACED[name] or (own == "schedule" and kind.process.name != "fm")):
+        which = " or ".join({"discrete": "models with timesteps", "schedule": "flows (fm)"}[one] for one in RESPACED[name])
+        raise ConfigError(f"the grid {name} is for {which}, and this model is none: take uniform or edm")
     if name == "schedule" and schedule is None:
         raise ConfigError("the grid schedule is for students, and this model is none: take uniform or edm")
     if name == "uniform" and kind.settings.schedule is not None:
         name, schedule = "schedule", kind.settings.schedule
-    far = kind.far if name in ("uniform", *RESPACED) else name == "schedule" and schedule.name != "edm"
+    far = kind.far or own == "schedule" if name in ("uniform", *RESPACED) else name == "schedule" and schedule.name != "edm"
     if far and sampler == "heun":  # the mean of two slopes, of which one is far away
         raise ConfigError(
             f"heun cannot take the first step of this model's {grid} grid, where sigma falls too far: use the grid edm"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ...training.inputs import Inputs
 from .rollouts import Rollouts
 
 # Purposes of random numbers, drawn with the seed and the number of the image.
-_NOISE, _TIME, _TARGET, _OWN, _MOMENT_NOISE, _MOMENT_TIME = range(140, 146)
+_NOISE, _TIME, _TARGET, _OWN, _MOMENT_NOISE, _MOMENT_TIME, _GUIDANCE = range(140, 147)
 
 LEVELS = 8  # noise levels that numbers are logged for
 _LOWEST, _HIGHEST = 0.002, 80.0  # the levels lie between these, or the ends of the teacher's range that are within
@@ -46,17 +46,19 @@ class Matching:
     def __init__(
         self, student: Denoiser, teacher: Denoiser, schedule: ScheduleSettings, loss: MomentSettings, inputs: Inputs, *,
         steps: int, guidance: float, seed: int, half_teacher: bool = False, rollouts: Rollouts | None = None,
+        guidance_range: tuple[float, ...] = (),
     ) -> None:  # fmt: skip
         """steps: k. guidance: w of the teacher's classifier-free guidance, which the student learns to do without.
 
         half_teacher: it may be evaluated under autocast where no small difference is taken.
         rollouts: some images begin at states of the student's own.
+        guidance_range: the least and largest w of a student that is told it, in place of `guidance`.
         """
         self.student, self.teacher, self.schedule, self.loss, self.inputs = (
             student, teacher, make_schedule(schedule), loss, inputs
         )  # fmt: skip
         self.steps, self.guidance, self.seed, self.half_teacher = steps, guidance, seed, half_teacher
-        self.rollouts = rollouts
+        self.rollouts, self.guidance_range = rollouts, guidance_range
         self.edges = level_edges(teacher)
         self.inner_edges = self.edges[1:-1].to(teacher.device)
         self.weighting = DenoisingSettings(loss.weighting, loss.sigma_data, loss.sigmoid_bias, loss.min_snr_gamma)
@@ -67,7 +69,7 @@ class Matching:
     def noised(self, batch: Batch) -> Noised:
         """z_t of the images of a batch, each at times of its own."""
         x, _ = self.inputs.images(batch)
-        condition = self.inputs.condition(batch)
+        condition = self._told(self.inputs.condition(batch), batch.index)
         s, t = draw_times(self.steps, keys(self.seed, batch.index, _TIME))
         noise = normal(keys(self.seed, batch.index, _NOISE), x.shape[1:], torch.float64)
         noised = Noised(diffuse(self.schedule, x.double(), noise, t), t, s, condition, batch.index)
@@ -81,6 +83,17 @@ class Matching:
         condition = self.inputs.condition(batch)
         return Noised(diffuse(self.schedule, x.double(), noise, s), s, s, condition, batch.index), x.double()
 
+    def _told(self, condition: Condition | None, index: Tensor) -> Condition | None:
+        """With w for each image, uniform in `guidance_range`, which student and auxiliary are told and the teacher follows."""
+        if not self.guidance_range:
+            return condition
+        low, high = self.guidance_range
+        return replace(condition, guidance=low + (high - low) * uniform(keys(self.seed, index, _GUIDANCE)))
+
+    def guidance_of(self, condition: Condition | None) -> float | Tensor:
+        """w of the teacher: one for all, or that of each image."""
+        return condition.guidance if self.guidance_range else self.guidance
+
     def student_x(self, noised: Noised) -> Tensor:
         """x~ = g_eta(z_t), the student's."""
         own = keys(self.seed, noised.index, _OWN) if self.student.is_random else None
@@ -93,7 +106,7 @@ class Matching:
 
     def teacher_x(self, z_s: Tensor, noised: Noised) -> Tensor:
         """g_theta(z_s), the teacher's x_hat, with its guidance."""
-        return self.teacher.x_hat(z_s, noised.s, self.schedule, noised.condition, self.guidance)
+        return self.teacher.x_hat(z_s, noised.s, self.schedule, noised.condition, self.guidance_of(noised.condition))
 
     def weight(self, s: Tensor) -> Tensor:
         """w(s), float64 [N], at the noise that the teacher is asked at: within its trained range.

@@ -24,6 +24,7 @@ from ...models.build import AnyModel
 from ...models.config import ModelConfig, SamplingSettings
 from ...models.files import find_model, read_config
 from ...networks import checkpoint_blocks, widen_input, without_augment
+from ...networks.diffusers_text import with_guidance_input
 from ...report.push import CONVERTED
 from ...sampling.drawing import check_defaults
 from .teachers import Teacher, adam_second_moments, load_teacher, range_note
@@ -112,25 +113,31 @@ def student_model_config(config: DistillConfig, teacher: Teacher, shape: DataSha
         names, counts = names or shape.class_names, counts or shape.class_counts
     origin = {
         "teacher": teacher.name, "sha256": teacher.sha256, "method": loss.method, "steps": student.steps,
-        "guidance": config.teacher.guidance,
+        "guidance": config.teacher.guidance, **({"guidance_range": list(student.guidance_range)} if student.guidance_range else {}),
     }  # fmt: skip
     if student.lora:
         origin["lora"] = student.lora
     if CONVERTED in own.training:
         origin[CONVERTED] = own.training[CONVERTED]
+    schedule, denoiser = student_schedule(student, own.denoiser, own.sampling.schedule), student_denoiser(student, own.denoiser)
+    grid, ends = "schedule", student.guidance_range
+    if own.text is not None and own.text.pipeline and denoiser.precondition == "schedule" and schedule.name == "fm":
+        grid, denoiser = "flow", replace(denoiser, round_time=True)  # the times of the scheduler that samples it in diffusers
     model_config = replace(
         own,
         augment_dim=0,  # a student draws images as they are
         network=student_network(student, own.network),
-        denoiser=student_denoiser(student, own.denoiser),
+        denoiser=denoiser,
         class_names=names,
         class_counts=counts,
         data=config.data.name,
         sampling=SamplingSettings(
             sampler="ancestral",
-            grid="schedule",
+            grid=grid,
+            guidance=student_guidance(config, own) if ends else 1.0,
+            guidance_range=ends,
             steps=student.steps,
-            schedule=student_schedule(student, own.denoiser),
+            schedule=schedule,
             stochasticity=loss.stochasticity if student.stochasticity is None else student.stochasticity,
             student_steps=student.steps,
         ),
@@ -138,6 +145,12 @@ def student_model_config(config: DistillConfig, teacher: Teacher, shape: DataSha
     )
     check_defaults(model_config)
     return model_config
+
+
+def student_guidance(config: DistillConfig, teacher: ModelConfig) -> float:
+    """w of the teacher that the student's images are compared with; of a student that is told w the teacher's usual one."""
+    ends = config.student.guidance_range
+    return min(max(teacher.sampling.guidance, ends[0]), ends[1]) if ends else config.teacher.guidance
 
 
 def copy_of(teacher: Denoiser, config: ModelConfig) -> Denoiser:
@@ -149,7 +162,7 @@ def copy_of(teacher: Denoiser, config: ModelConfig) -> Denoiser:
     state = teacher.network.state_dict()
     if not config.augment_dim:
         state = without_augment(state)
-    model.network.load_state_dict(widen_input(state, model.network))
+    model.network.load_state_dict(with_guidance_input(widen_input(state, model.network), model.network))
     return model.eval()  # torch's own dropout stays off; a student's, which has keys, does not look at the mode
 
 
@@ -183,7 +196,7 @@ def distill_task(
     matching = Matching(
         student, frozen, schedule, config.loss, Inputs(config.data, config.train.seed, own.latents),
         steps=config.student.steps, guidance=config.teacher.guidance, seed=config.train.seed,
-        half_teacher=config.train.frozen_precision == "half", rollouts=_rollouts(config, model_config),
+        half_teacher=config.train.frozen_precision == "half", guidance_range=config.student.guidance_range, rollouts=_rollouts(config, model_config),
     )  # fmt: skip
     comparison = Comparison(teacher, config, schedule, dataset, reporter, accelerator.device)
     shown = {
@@ -237,10 +250,13 @@ def second_moments(
 
 def description(config: DistillConfig, teacher: Teacher) -> str:
     """What is about to be done, and what of it the teacher was not trained for."""
-    steps, schedule = config.student.steps, student_schedule(config.student, teacher.model.settings)
+    own = teacher.model.config
+    steps, schedule = config.student.steps, student_schedule(config.student, own.denoiser, own.sampling.schedule)
     shifted = "" if schedule.shift == 1 else f", shifted by {schedule.shift:g}"
     text = f"teacher: {teacher.name} (sha256 {teacher.sha256[:12]}); student: {steps} step{'s' * (steps > 1)} on {schedule.name}"
     text += shifted
+    if ends := config.student.guidance_range:
+        text += f", guidance {ends[0]:g} to {ends[1]:g} learned"
     if config.teacher.guidance != 1:
         text += f", guidance {config.teacher.guidance:g} learned"
     outside = range_note(teacher.model.settings, schedule)
@@ -253,7 +269,7 @@ class Comparison:
     def __init__(self, teacher, config, schedule, dataset, reporter, device) -> None:
         self.network, self.teacher, self.device = teacher.model.network, teacher.sha256, device
         teacher_steps = config.run.teacher_steps
-        steps, guidance = config.student.steps, config.teacher.guidance
+        steps, guidance = config.student.steps, student_guidance(config, teacher.model.config)
         self.dataset, self.work, self.seed, self.steps = dataset, reporter.work, config.train.seed, steps
         self.few = report.few_step_ways(teacher.model, schedule, steps, guidance)
         self.many = report.many_step_ways(teacher.model, schedule, teacher_steps, guidance) if teacher_steps else []
