@@ -178,7 +178,7 @@ def test_draws_are_all_different(place):
     used = task.parts["student"].objective.matching
     noised = used.noised(digits())
     purposes = {v for k, v in vars(matching).items() if k.startswith("_") and k.isupper() and isinstance(v, int)}
-    assert len(purposes) == 6 and not purposes & {100, 101, 102, 105, 120, 121}
+    assert len(purposes) == 7 and not purposes & {100, 101, 102, 105, 120, 121}
     zero = replace(noised, z_t=torch.zeros_like(noised.z_t))
     first = used.target(zero, torch.zeros_like(noised.z_t))
     assert not torch.allclose(first, noised.z_t) and not first.requires_grad
