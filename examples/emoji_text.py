@@ -144,7 +144,7 @@ def score(arguments: argparse.Namespace) -> None:
         weight, began = float(w[0]) if w else 1.0, time.monotonic()
         images = mmgen.load(place, device="cpu").sample(
             len(captions), steps=int(steps), guidance=weight, prompts=captions, seed=arguments.seed
-        ).images
+        ).images.numpy()
         folder = arguments.samples / f"{Path(place).name}-{steps}-w{weight:g}-seed{arguments.seed}"
         keep(folder, images, captions)
         found = mmgen.fid(

@@ -215,8 +215,8 @@ def test_retrieval_by_towers_of_ones_own(towers, tmp_path):
     images = pictures(tmp_path / "a", 14, 0, [(20, 20), (24, 17)])
     text = run(fid, "a", "--metrics", "retrieval", "--clip", towers, "--device", "cpu", "--batch-size", 3)
     (entry,) = scores(tmp_path / "a" / "scores.json")
-    encoder = frozen_encoder(str(towers / "encoder"))
-    vectors = [encoder([caption], 6)[2][0, :3].numpy().astype(float) for caption in CAPTIONS]
+    encoder = frozen_encoder(str(towers / "encoder"), 6)
+    vectors = [encoder([caption])[2][0, :3].numpy().astype(float) for caption in CAPTIONS]
     ranks, cosines = [], []
     for i, image in enumerate(images):
         colour = np.asarray(image).reshape(-1, 3).mean(0) / 255 - 0.5

@@ -161,7 +161,7 @@ def show_cost(method: Method, config: Any) -> None:
     from ..training.start import expected_shape, load_data
 
     training = method.training()
-    source, config = training.find(config, "cpu")
+    source, config = (training.dry_find or training.find)(config, "cpu")
     work, group_size = training.work(config)
     try:
         with progress_bar("decoding", 1) as progress:

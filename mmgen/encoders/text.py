@@ -135,6 +135,13 @@ def described(settings: TextSettings) -> TextSettings:
     return replace(settings, encoder=folder, **sizes, depth=0, sha256=encoder.sha256)
 
 
+def sizes_of(settings: TextSettings) -> TextSettings:
+    """As `described`; of an encoder that is not there with the sizes that are set, for a dry run."""
+    if settings.encoder == BYTES or at_home(settings.encoder).exists():
+        return described(settings)
+    return replace(settings, depth=0)
+
+
 @lru_cache(maxsize=1)
 def frozen_encoder(place: str, length: int) -> FrozenEncoder:
     """The text model in a folder of transformers: BERT's kind, the encoder of T5's kind, the text tower of CLIP's.

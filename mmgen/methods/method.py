@@ -53,6 +53,7 @@ class Training:
     task: Callable[[Start], Task]  # networks with fresh weights, and objectives
     work: Callable[[Any], tuple[Work, int]]  # config -> what a step costs, and how many images stay together in a pass
     find: Callable[[Any, Any], tuple[Any, Any]] = lambda config, device: (None, config)  # the source, and the config settled by it
+    dry_find: Callable[[Any, Any], tuple[Any, Any]] | None = None  # `find` for a dry run, where it needs less; None: the same
     data: Callable[[Any], DataSettings] = lambda config: config.data  # how the data are loaded
     check: Callable[[Start], None] = lambda start: None  # whether data and source go together; raises ConfigError
     notes: Callable[[Any], Sequence[str]] = lambda config: ()  # what to know of a config; raises ConfigError for an unfinished one

@@ -38,7 +38,7 @@ def build_towers(place: str, device: torch.device | str = "cpu") -> Towers:
 def _own(folder: Path, device: torch.device | str) -> Towers:
     encoder, length = _settings(folder / OWN)
     networks = {name: load_torchscript(_there(folder / f"{name}.pt"), device) for name in ("images", "texts")}
-    embed = frozen_encoder(str(encoder), str(device))
+    embed = frozen_encoder(str(encoder), length)
 
     @torch.no_grad()
     def images(batch: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def _own(folder: Path, device: torch.device | str) -> Towers:
 
     @torch.no_grad()
     def texts(batch: list[str]) -> Tensor:
-        pooled = embed(batch, length)[2].to(device)
+        pooled = embed(batch, str(device))[2].to(device)
         with refusing(folder / "texts.pt", pooled):
             return _checked(networks["texts"](pooled), len(batch), folder / "texts.pt")
 

@@ -11,7 +11,7 @@ from ...data import DataShape
 from ...models.denoiser import Denoiser
 from ...diffusion.preconditioning import preconditioning
 from ...diffusion.process import per_image
-from ...encoders.text import described
+from ...encoders.text import described, sizes_of
 from ...networks.conditions import Text
 from ...networks.text import BYTES
 from ...models.latents import LatentSettings
@@ -32,7 +32,7 @@ _NOISE, _TIME = 120, 121  # purposes of random numbers, drawn with the seed and 
 
 def teacher_model_config(config: TeacherConfig, shape: DataShape) -> ModelConfig:
     """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
-    text = described(config.text) if config.data.text else None
+    text = sizes_of(config.text) if config.data.text else None
     latents_std = preconditioning(config.denoiser).data_std  # EDM's coefficients are for data of this one, those of a process for 1
     return fresh_model_config(config, shape, latents_std, flow=None, denoiser=config.denoiser, text=text, captions=shape.captions)
 
@@ -102,6 +102,11 @@ def _find(config: TeacherConfig, device: object) -> tuple[None, TeacherConfig]:
     return None, replace(config, text=described(config.text)) if config.data.text else config
 
 
+def _find_sizes(config: TeacherConfig, device: object) -> tuple[None, TeacherConfig]:
+    """For a dry run: of an encoder that is not there, the sizes that are set."""
+    return None, replace(config, text=sizes_of(config.text)) if config.data.text else config
+
+
 def _task(start: Start) -> Task:
     texts = getattr(start.dataset, "texts", None)
     return teacher_task(start.config, start.model_config, None if texts is None else texts.null())
@@ -113,5 +118,6 @@ TRAINING = Training(
     model_config=lambda config, shape, source: teacher_model_config(config, shape),
     task=_task,
     find=_find,
+    dry_find=_find_sizes,
     work=lambda config: (DENOISING, 1),
 )
