@@ -92,6 +92,9 @@ def test_a_dry_run_tells_memory_and_trains_nothing(tmp_path, place, monkeypatch,
     result = invoke("--teacher", place, "--method", method, "--dry-run")
     assert result.exit_code == 0, result.exception
     assert sets in result.output and "memory per device" in result.output and "digits-distill" in result.output
+    assert result.output.count("LoRA of rank 64") == 2 and result.output.count("all weights") == 2  # with and without checkpointing
+    by_lora = invoke("--teacher", place, "--method", method, "--lora", "3", "--dry-run").output
+    assert by_lora.index("LoRA of rank 3") < by_lora.index("all weights") and "1 frozen, shared" in by_lora
     assert not (tmp_path / "runs").exists()
 
 

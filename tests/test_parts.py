@@ -217,7 +217,12 @@ def test_costs_of_the_methods():
     assert unit == pytest.approx(2 * costs[DENOISING].macs_per_image * 16, rel=1e-6)
     assert [cost.flops_per_step / unit for cost in costs.values()] == pytest.approx([3, 4, 5, 4.5])
     size = 4 * costs[IMM].parameters
-    assert [(cost.weights / size, cost.optimizer / size) for cost in costs.values()] == [(2, 2), (2, 2), (5, 4), (5, 2)]
+    assert [(cost.weights / size, cost.optimizer / size) for cost in costs.values()] == [(2, 2), (2, 2), (4, 4), (5, 2)]  # one gradient at a time
+    without = estimate(train, model_config(), parts, ALTERNATING, moments=1)
+    assert (without.weights / size, without.optimizer / size) == (4, 2)
+    two = share_batch(16, 1, 2, 8)  # DistributedDataParallel keeps a copy of every gradient
+    assert estimate(train, model_config(), two, ALTERNATING).weights / size == 6
+    assert estimate(train, model_config(), two, ALTERNATING, sharded=True).weights / size == 2
     assert all(cost.averages == 0 for cost in costs.values())
 
 

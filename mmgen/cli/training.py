@@ -15,7 +15,9 @@ from ..methods.method import Method
 from ..methods.times import seconds_of
 from . import training_options as option
 from ..system.devices import check_device
+from .dry_run import show_cost
 from .progress import progress_bar
+from .tables import show, table_of
 from .training_report import TrainingReport
 
 if TYPE_CHECKING:
@@ -82,26 +84,6 @@ def run(method: Method, chosen: Chosen, *, device: str, max_seconds: float) -> N
         raise typer.Exit(128 + outcome.signal)
 
 
-def table_of(*columns: str) -> Any:
-    """An empty table, its first column to the left, the others to the right."""
-    from rich.table import Table
-
-    table = Table()
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    return table
-
-
-def show(content: Any, stderr: bool = False) -> None:
-    """Prints a table or a text; where the output goes to a file, lines are not broken."""
-    import sys
-
-    from rich.console import Console
-
-    stream = sys.stderr if stderr else sys.stdout
-    Console(stderr=stderr, width=None if stream.isatty() else 200).print(content, highlight=False, markup=False, soft_wrap=isinstance(content, str))
-
-
 def show_config(chosen: Chosen, whole: bool = False) -> None:
     """What will be trained, in a few lines; `whole`: all settings, a row per section, those that differ from the preset marked."""
     from ..methods.choosing import differences
@@ -148,56 +130,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def show_cost(method: Method, config: Any) -> None:
-    """The table of a dry run: the data, what a step costs, the memory of a device."""
-    from rich.table import Column, Table
-
-    from ..errors import DataError
-    from ..training.batches import share_batch
-    from ..training.cost import estimate
-    from ..training.sharding import asks_for_shards
-    from ..training.start import expected_shape, load_data
-
-    training = method.training()
-    source, config = (training.dry_find or training.find)(config, "cpu")
-    work, group_size = training.work(config)
-    try:
-        with progress_bar("decoding", 1) as progress:
-            dataset = load_data(config.data, progress)
-        shape, description = dataset.shape, dataset.description
-    except DataError as error:
-        shape, description = expected_shape(config.data), f"not here ({error})"
-        if shape is None:
-            raise
-    processes, train = int(os.environ.get("WORLD_SIZE", "1")), config.train
-    auto, checkpointing = config.run.batch_per_device == "auto", config.run.gradient_checkpointing
-    # auto is found on the devices when the run begins; here it is shown for one group in a pass, which is the least
-    parts = share_batch(train.batch_size, group_size, processes, group_size if auto else config.run.batch_per_device)
-    model_config = training.model_config(config, shape, source)
-    sharded = processes > 1 and asks_for_shards()
-    cost = estimate(train, model_config, parts, work, sharded, checkpointing)
-    gib, size, networks = 1024**3, shape.resolution, work.trained + work.frozen + work.whole
-    used = "captions" if model_config.text is not None else f"{model_config.num_classes or 'no'} classes"
-    table = Table("dry run", Column(overflow="fold"), title_justify="left")
-    for name, value in (
-        ("data", description),
-        ("images", f"{size} x {size} x {shape.channels}, {used} used"),
-        ("parameters", f"{cost.parameters:,}"),
-        *([("sets of parameters", f"{work.trained} trained, {work.frozen + work.whole} frozen")] if networks > 1 else []),
-        ("one pass of the network", f"{cost.macs_per_image / 1e9:.3f} G multiply-adds per image"),
-        ("one step", f"{cost.flops_per_step / 1e12:,.3f} TFLOP: {work}, {train.batch_size} images"),
-        ("the whole run", f"{train.max_images // train.batch_size:,} steps, {train.max_images:,} images, "
-                          f"{cost.flops_per_step * train.max_images / train.batch_size:.3g} FLOP"),
-        ("passes per step", f"{parts} images" + ", the least: auto finds more when the run begins" * auto),
-        ("memory per device" + ", sharded" * sharded,
-                              f"about {cost.total / gib:.2f} GiB: weights and gradients {cost.weights / gib:.2f}, "
-                              f"optimiser {cost.optimizer / gib:.2f}, averages {cost.averages / gib:.2f}, "
-                              f"activations {cost.activations / gib:.2f}"),
-    ):  # fmt: skip
-        table.add_row(name, value)
-    show(table)
 
 
 def show_outcome(outcome: Outcome, chosen: Chosen, method: Method) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..data import Dataset, DataShape
     from ..data.latents import LatentDataset
     from ..models.config import ModelConfig
-    from ..training.cost import Work
+    from ..training.cost import Adapters, Work
     from ..training.task import Reporter, Task
 
 
@@ -52,6 +52,8 @@ class Training:
     model_config: Callable[[Any, DataShape, Any], ModelConfig]  # of (config, shape of the data, source)
     task: Callable[[Start], Task]  # networks with fresh weights, and objectives
     work: Callable[[Any], tuple[Work, int]]  # config -> what a step costs, and how many images stay together in a pass
+    # config -> what can be trained, by name, the chosen first: all weights (None) or adapters
+    trains: Callable[[Any], Sequence[tuple[str, Adapters | None]]] = lambda config: [("all weights", None)]
     find: Callable[[Any, Any], tuple[Any, Any]] = lambda config, device: (None, config)  # the source, and the config settled by it
     dry_find: Callable[[Any, Any], tuple[Any, Any]] | None = None  # `find` for a dry run, where it needs less; None: the same
     data: Callable[[Any], DataSettings] = lambda config: config.data  # how the data are loaded

@@ -17,6 +17,7 @@ from ..networks import blocks, checkpoint_blocks
 from ..models.conditions import example
 from ..networks.conditions import Condition
 from ..networks.empty import without_weights
+from ..networks.lora import LoraBase
 from .batches import Parts
 
 
@@ -43,20 +44,30 @@ INSTANT = Work(forward=2.5, backward=1, whole=3)
 
 
 @dataclass(frozen=True)
+class Adapters:
+    """LoRA in place of networks of their own: the rank of each that is trained, and the layers (`networks.lora.target_names`)."""
+
+    ranks: tuple[int, ...]
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Cost:
     """Bytes are for one device."""
 
     parameters: int  # of one network
+    trained: int  # of them, or of adapters, in all networks that are trained
     macs_per_image: int  # multiply-adds of one forward pass; papers on DiT call them FLOPs
     flops_per_step: float  # of the whole batch
     weights: int  # bytes: weights and gradients of what is trained, weights of what is frozen
     optimizer: int  # bytes
     averages: int  # bytes: all EMA
+    copies: int  # bytes: weights in half precision, which autocast keeps for the time of a pass
     activations: int  # bytes kept for the backward pass, for one round
 
     @property
     def total(self) -> int:
-        return self.weights + self.optimizer + self.averages + self.activations
+        return self.weights + self.optimizer + self.averages + self.copies + self.activations
 
 
 @dataclass(frozen=True)
@@ -66,20 +77,39 @@ class PassCost:
     parameters: int
     flops: float  # forward: two to a multiply-add
     bytes: float  # activations that autograd keeps for the backward pass
+    adapters: tuple[int, ...] = ()  # parameters of each adapter
 
 
-def pass_cost(model_config: ModelConfig, precision: str, checkpointing: bool = False) -> PassCost:
-    """checkpointing: run.gradient_checkpointing; the network's own setting counts as well."""
+def pass_cost(model_config: ModelConfig, precision: str, checkpointing: bool = False, adapters: Adapters | None = None) -> PassCost:
+    """checkpointing: run.gradient_checkpointing; the network's own setting counts as well. adapters: the pass is of the first.
+
+    Raises ConfigError for a network that has no place for adapters.
+    """
     with without_weights():
         network = build_model(model_config).network.to("meta")  # its constants are on the CPU
+        parameters = sum(p.numel() for p in network.parameters())
+        called, views = network, []
+        if adapters is not None:
+            base = LoraBase(network, adapters.targets)
+            views = [base.add(str(number), rank) for number, rank in enumerate(adapters.ranks)]
+            called = views[0]
     probe = 2
     checkpointing = checkpointing or has_checkpointing(model_config)
     if checkpointing:
         checkpoint_blocks(network)  # which refuses where it must
         network.settings = replace(network.settings, gradient_checkpointing=False)  # so that all tensors are seen
-    saved = _saved_bytes(network, model_config, precision, probe, checkpointing)
-    flops = _forward_flops(network, model_config, probe)
-    return PassCost(sum(p.numel() for p in network.parameters()), flops / probe, saved / probe)
+    saved = _saved_bytes(called, recomputed(network) if checkpointing else [], model_config, precision, probe)
+    flops = _forward_flops(called, model_config, probe)
+    sizes = tuple(sum(p.numel() for p in view.parameters()) for view in views)
+    return PassCost(parameters, flops / probe, saved / probe, sizes)
+
+
+def recomputed(network: nn.Module) -> list[nn.Module]:
+    """The modules that gradient checkpointing computes again: our blocks; of diffusers' networks what it does it to itself."""
+    if not network.settings.kind.startswith("diffusers"):
+        return blocks(network)
+    lists = [m for name, m in network.named_modules() if name.rpartition(".")[2] in ("resnets", "transformer_blocks")]
+    return [block for one in lists for block in one.children()]
 
 
 def has_checkpointing(model_config: ModelConfig) -> bool:
@@ -89,25 +119,38 @@ def has_checkpointing(model_config: ModelConfig) -> bool:
 
 def estimate(
     train: TrainSettings, model_config: ModelConfig, parts: Parts, work: Work, sharded: bool = False,
-    checkpointing: bool = False, one: PassCost | None = None,
+    checkpointing: bool = False, one: PassCost | None = None, *, moments: int = 2, adapters: Adapters | None = None,
 ) -> Cost:  # fmt: skip
     """Costs of a training step. Activations are those that autograd keeps, for float32 or for half precision.
 
     sharded: weights, gradients, optimiser states and averages are spread over the devices; what a block needs whole for a moment
     is not counted. checkpointing: blocks are computed again in the backward pass, which costs a third forward pass. one:
-    of `pass_cost`, where it is known already.
+    of `pass_cost`, where it is known already. moments: numbers that the optimiser keeps for each parameter (`optim.moments`).
+    adapters: there is one set of weights, frozen, whose gradient costs nothing.
+
+    Networks take turns, so that the gradient of one at a time is there; DistributedDataParallel keeps a copy of each network's.
     """
     shards = parts.processes if sharded else 1
-    one = one or pass_cost(model_config, train.precision, checkpointing)
-    parameters, back = one.parameters, 3 if checkpointing or has_checkpointing(model_config) else 2
+    one = one or pass_cost(model_config, train.precision, checkpointing, adapters)
+    again = checkpointing or has_checkpointing(model_config)
+    trained = one.adapters if adapters is not None else (one.parameters,) * work.trained
+    frozen = one.parameters * (1 if adapters is not None else work.frozen)
+    gradients = max(trained) + (sum(trained) if parts.processes > 1 and not sharded else 0)
+    # of the instant method's teacher, its gradient and the direction; by adapters the last two are of one
+    whole = (work.whole - 1) * trained[-1] if adapters is not None and work.whole else work.whole * one.parameters
+    half = train.precision in ("fp16", "bf16") and not sharded
+    copied = sum(trained) if adapters is None else 0 if again else one.parameters
     averages = len(train.ema_betas) + len(train.ema_half_lives) + len(train.ema_lengths)
+    back = (1 if adapters is not None else 2) + again
     return Cost(
-        parameters=parameters,
+        parameters=one.parameters,
+        trained=sum(trained),
         macs_per_image=int(one.flops / 2),
         flops_per_step=(work.forward + back * work.backward) * one.flops * train.batch_size,
-        weights=((2 * work.trained + work.frozen) * 4 * parameters) // shards + work.whole * 4 * parameters,
-        optimizer=2 * work.trained * 4 * parameters // shards,
-        averages=averages * 4 * parameters // shards,
+        weights=4 * (sum(trained) + gradients + frozen) // shards + 4 * whole,
+        optimizer=4 * moments * sum(trained[: work.trained]) // shards,
+        averages=4 * averages * trained[0] // shards,
+        copies=2 * copied if half else 0,
         activations=int(one.bytes * parts.size),
     )
 
@@ -129,21 +172,19 @@ def _forward_flops(network: nn.Module, config: ModelConfig, count: int) -> int:
     return counter.get_total_flops()
 
 
-def _saved_bytes(network: nn.Module, config: ModelConfig, precision: str, count: int, checkpointing: bool = False) -> int:
+def _saved_bytes(network: nn.Module, again: list[nn.Module], config: ModelConfig, precision: str, count: int) -> int:
     """Bytes of all different tensors that a forward pass keeps for the backward pass, parameters aside.
 
-    checkpointing: of each block what goes into it, and of one at a time, the largest, what is inside.
+    again: blocks that are computed again: of each what goes into it, and of one at a time, the largest, what is inside.
     """
-    parameters = {id(p) for p in network.parameters()}
     kept: dict[int, torch.Tensor] = {}  # by storage; the tensors are held so that no id is used twice
     inside: list[dict[int, torch.Tensor]] = []  # of each block
     places = [kept]
 
     def put(tensor: torch.Tensor, place: dict[int, torch.Tensor]) -> None:
-        if id(tensor) not in parameters and not isinstance(tensor, nn.Parameter):
-            base = tensor._base if tensor._base is not None else tensor
-            if id(base) not in parameters:
-                place[id(base)] = base
+        base = tensor._base if tensor._base is not None else tensor
+        if not isinstance(base, nn.Parameter):
+            place[id(base)] = base
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         put(tensor, places[-1])
@@ -158,7 +199,7 @@ def _saved_bytes(network: nn.Module, config: ModelConfig, precision: str, count:
     def leave(*_: object) -> None:
         places.pop()
 
-    for block in blocks(network) if checkpointing else ():
+    for block in again:
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave)
     with saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -21,9 +21,10 @@ from mmgen.models.denoiser import DenoiserSettings
 from mmgen.models.config import ModelConfig
 from mmgen.networks import ADMSettings
 from mmgen.training.batches import split_batch
-from mmgen.training.cost import ALTERNATING, DENOISING, IMM, INSTANT, Cost, PassCost, Work, estimate, pass_cost
+from mmgen.training.optim import moments
+from mmgen.training.cost import DENOISING, IMM, Cost, PassCost, Work, estimate, pass_cost
 from mmgen.methods.imm.objective import imm_model_config
-from mmgen.methods.distill.instant import GROUP
+from mmgen.methods.distill.method import TRAINING as DISTILLATION
 from mmgen.training.start import expected_shape
 from mmgen.methods.teacher.objective import teacher_model_config
 
@@ -66,8 +67,7 @@ def recipe(name: str) -> Recipe:
         model = ModelConfig(
             network=ADMSettings(), flow=None, denoiser=DenoiserSettings(), resolution=64, channels=3, num_classes=1000
         )
-    alternating = config.loss.method == "alternating"
-    return Recipe(config, model, ALTERNATING if alternating else INSTANT, 1 if alternating else GROUP)
+    return Recipe(config, model, *DISTILLATION.work(config))
 
 
 def shape_of(config) -> DataShape:
@@ -81,7 +81,8 @@ def costs(chosen: Recipe, gpus: int, sharded: bool, checkpointing: bool, one: Pa
     """None where so many GPUs cannot share the batch."""
     train, run = chosen.config.train, chosen.config.run
     parts = split_batch(train.batch_size, chosen.group_size, gpus, run.batch_per_device)
-    return None if parts is None else estimate(train, chosen.model, parts, chosen.work, sharded, checkpointing, one)
+    return None if parts is None else estimate(train, chosen.model, parts, chosen.work, sharded, checkpointing, one,
+                                             moments=moments(chosen.config.optimizer.beta1))  # fmt: skip
 
 
 def step_seconds(chosen: Recipe, cost: Cost, gpu: dict[str, float], utilisation: float, gpus: int) -> float:

@@ -36,13 +36,14 @@ from .instant import GROUP, MOMENT_BATCHES, MOMENT_PASS, choose_derivative, data
 from .lora import LoraNetworks
 from .matching import Matching
 from ...training.sharding import is_sharded
-from ...training.cost import ALTERNATING, INSTANT
+from ...training.cost import ALTERNATING, INSTANT, Adapters, Work
 from ...training.task import Reporter, Task
 from ..method import Start, Training
 
 if TYPE_CHECKING:
     from ...training.figures import Scorer
 
+USUAL_RANK = 64  # of LoRA, where the dry run shows what it would take
 DISTILLED = "distilled"  # entry of ModelConfig.training that says what a student is a student of
 
 
@@ -330,12 +331,30 @@ def _data_of_teacher(table: dict[str, Any]) -> tuple[str, int | None]:
     return model.data + " with captions" * (model.text is not None), model.resolution
 
 
+def _work(config: DistillConfig) -> tuple[Work, int]:
+    """A teacher with guidance is evaluated twice."""
+    alternating, guided = config.loss.method == "alternating", config.teacher.guidance not in (0, 1)
+    work = ALTERNATING if alternating else INSTANT
+    if guided:
+        forward, backward = (1.0, 0.0) if alternating else (1.5, 0.5)  # what `cost` counts for the teacher
+        work = replace(work, forward=work.forward + forward, backward=work.backward + backward)
+    return work, 1 if alternating else GROUP
+
+
+def _trains(config: DistillConfig) -> list[tuple[str, Adapters | None]]:
+    rank = config.student.lora or USUAL_RANK
+    lora = (f"LoRA of rank {rank}", Adapters((rank, config.student.lora_auxiliary or rank), config.student.lora_targets))
+    ways = [("all weights", None), lora]
+    return ways[::-1] if config.student.lora else ways
+
+
 TRAINING = Training(
     config=DistillConfig,
     resolve=resolve,
     model_config=lambda config, shape, source: student_model_config(config, source, shape),
     task=_task,
-    work=lambda config: (ALTERNATING, 1) if config.loss.method == "alternating" else (INSTANT, GROUP),
+    work=_work,
+    trains=_trains,
     find=find_teacher,
     data=lambda config: replace(config.data, num_classes=None),  # `check_data` compares the classes with the teacher's
     check=_check,

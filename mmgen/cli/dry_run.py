@@ -1,0 +1,98 @@
+"""--dry-run of the training commands: what a step costs in arithmetic and memory."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ..methods.method import Method
+from .progress import progress_bar
+from .tables import show, table_of
+
+if TYPE_CHECKING:
+    from ..training.cost import Cost
+
+GIB = 1024**3
+
+
+def show_cost(method: Method, config: Any) -> None:
+    """The table of a dry run: the data, what a step costs, the memory of a device; where a method can train in several ways, all."""
+    from rich.table import Column, Table
+
+    from ..errors import DataError
+    from ..training.batches import share_batch
+    from ..training.cost import estimate
+    from ..training.optim import moments
+    from ..training.sharding import asks_for_shards
+    from ..training.start import expected_shape, load_data
+
+    training = method.training()
+    source, config = (training.dry_find or training.find)(config, "cpu")
+    work, group_size = training.work(config)
+    try:
+        with progress_bar("decoding", 1) as progress:
+            dataset = load_data(config.data, progress)
+        shape, description = dataset.shape, dataset.description
+    except DataError as error:
+        shape, description = expected_shape(config.data), f"not here ({error})"
+        if shape is None:
+            raise
+    processes, train = int(os.environ.get("WORLD_SIZE", "1")), config.train
+    auto, checkpointing = config.run.batch_per_device == "auto", config.run.gradient_checkpointing
+    # auto is found on the devices when the run begins; here it is shown for one group in a pass, which is the least
+    parts = share_batch(train.batch_size, group_size, processes, group_size if auto else config.run.batch_per_device)
+    model_config = training.model_config(config, shape, source)
+    sharded = processes > 1 and asks_for_shards()
+
+    def cost_of(adapters: Any, checkpointing: bool) -> Cost:
+        kept = moments(config.optimizer.beta1)
+        return estimate(train, model_config, parts, work, sharded, checkpointing, moments=kept, adapters=adapters)
+
+    (chosen, adapters), *others = training.trains(config)
+    cost = cost_of(adapters, checkpointing)
+    size, networks = shape.resolution, work.trained + work.frozen + work.whole
+    sets = f"{work.trained} trained, {work.frozen + work.whole} frozen" if adapters is None else f"1 frozen, shared; {cost.trained:,} trained"
+    used = "captions" if model_config.text is not None else f"{model_config.num_classes or 'no'} classes"
+    table = Table("dry run", Column(overflow="fold"), title_justify="left")
+    for name, value in (
+        ("data", description),
+        ("images", f"{size} x {size} x {shape.channels}, {used} used"),
+        ("parameters", f"{cost.parameters:,}"),
+        *([("sets of parameters", sets)] if networks > 1 else []),
+        ("one pass of the network", f"{cost.macs_per_image / 1e9:.3f} G multiply-adds per image"),
+        ("one step", f"{cost.flops_per_step / 1e12:,.3f} TFLOP: {work}, {train.batch_size} images"),
+        ("the whole run", f"{train.max_images // train.batch_size:,} steps, {train.max_images:,} images, "
+                          f"{cost.flops_per_step * train.max_images / train.batch_size:.3g} FLOP"),
+        ("passes per step", f"{parts} images" + ", the least: auto finds more when the run begins" * auto),
+        ("memory per device" + ", sharded" * sharded,
+                              f"about {cost.total / GIB:.2f} GiB: weights and gradients {cost.weights / GIB:.2f}, "
+                              f"optimiser {cost.optimizer / GIB:.2f}, averages {cost.averages / GIB:.2f}, "
+                              + f"half-precision copies {cost.copies / GIB:.2f}, " * (cost.copies > 0)
+                              + f"activations {cost.activations / GIB:.2f}"),
+    ):  # fmt: skip
+        table.add_row(name, value)
+    show(table)
+    if others:
+        show(_ways([(chosen, adapters), *others], cost_of, parts.size))
+
+
+def _ways(ways: list[tuple[str, Any]], cost_of: Any, images: int) -> Any:
+    """Memory of each way to train, with and without gradient checkpointing; a way that the network has not is left out."""
+    from ..errors import ConfigError
+
+    table = table_of(
+        "what is trained", "parameters trained", "weights, gradients", "optimiser, averages", "an image", f"{images} images in a pass",
+        title="memory per device in GiB, computed",
+    )  # fmt: skip
+    for name, adapters in ways:
+        for checkpointing in (False, True):
+            try:
+                cost = cost_of(adapters, checkpointing)
+            except ConfigError:
+                continue
+            table.add_row(
+                name + ", gradient checkpointing" * checkpointing, f"{cost.trained / 1e6:,.1f}M",
+                f"{(cost.weights + cost.copies) / GIB:.2f}", f"{(cost.optimizer + cost.averages) / GIB:.2f}",
+                f"{cost.activations / images / GIB:.3f}", f"{cost.total / GIB:.2f}",
+            )  # fmt: skip
+    return table
