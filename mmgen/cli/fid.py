@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import COUNT, DEVICE, FLAGS, GUIDE_ALL, HEADS, NUM_CLASSES, NUMBER, PRECISION, TYPE, home, numbers
+from .options import COUNT, DEVICE, FLAGS, GUIDE_ALL, HEADS, NUM_CLASSES, NUMBER, PRECISION, TYPE, home, numbers, sigma_interval
 from ..system.devices import check_device, find_device
 from .progress import progress_bar
 
@@ -104,6 +104,9 @@ def fid(
     guidance: Annotated[
         str | None, _model(metavar="LIST", help="Weights of classifier-free guidance, such as 1,1.5,3: a row each.")
     ] = None,
+    guidance_interval: Annotated[
+        str | None, _model(metavar="LOW,HIGH", help="With guidance: only where sigma/alpha is between these.")
+    ] = None,
     sampler: Annotated[str | None, _model(metavar="NAME", help="pushforward, restart, ddim, ancestral or heun.")] = None,
     grid: Annotated[str | None, _model(metavar="NAME", help="Times of the steps: uniform, edm, schedule or eta.")] = None,
     eta: Annotated[str | None, _model(metavar="LIST", help="Intermediate times as sigma/alpha.")] = None,
@@ -148,6 +151,7 @@ def fid(
     drawing |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}
     drawing["steps"] = None if steps is None else numbers(steps, int, "--steps", "1,2,4,8")
     drawing["guidance"] = None if guidance is None else numbers(guidance, float, "--guidance", "1,1.5,3")
+    drawing["guidance_interval"] = sigma_interval(guidance_interval, "--guidance-interval")
     drawing["etas"] = None if eta is None else tuple(numbers(eta, float, "--eta", "1.4"))
     drawing["ema_lengths"] = None if ema_lengths is None else numbers(ema_lengths, float, "--ema-lengths", "0.05,0.1")
     drawing["classes"], drawing["precision"] = classes, precision

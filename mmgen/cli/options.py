@@ -60,6 +60,11 @@ def numbers(text: str, kind: type, option: str, example: str) -> list:
         raise ConfigError(f"{option} must be {what} separated by commas, such as {example}, not {shortened(text)}") from None
 
 
+def sigma_interval(text: str | None, option: str) -> tuple[float, ...] | None:
+    """LOW,HIGH as two numbers; None where it is not given. Raises ConfigError."""
+    return None if text is None else tuple(numbers(text, float, option, "0.3,5"))
+
+
 def home(place: Place) -> Place:
     """A name or path with ~ at its start read as the home folder: shells leave it as it is in --option=~/file."""
     if place is None or not str(place).startswith("~"):

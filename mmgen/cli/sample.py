@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import ConfigError, nearest
-from .options import COUNT, DEVICE, FLAGS, GUIDE_ALL, HEADS, NUM_CLASSES, NUMBER, PRECISION, TYPE, numbers
+from .options import COUNT, DEVICE, FLAGS, GUIDE_ALL, HEADS, NUM_CLASSES, NUMBER, PRECISION, TYPE, numbers, sigma_interval
 from ..system.devices import check_device, find_device
 from .progress import progress_bar
 
@@ -54,6 +54,9 @@ Stochasticity = Annotated[
 ]
 Guidance = Annotated[
     float | None, _sampler(**NUMBER, help="Weight w of classifier-free guidance; 1 is none, others double the cost.")
+]
+GuidanceInterval = Annotated[
+    str | None, _sampler(metavar="LOW,HIGH", help="With guidance: only where sigma/alpha is between these (arXiv:2404.07724).")
 ]
 Ema = Annotated[str | None, _sampler(metavar="NAME", help="Another weight average of the run, such as 0.9999.")]
 
@@ -97,6 +100,7 @@ def sample(
         ),
     ] = None,
     guidance: Guidance = None,
+    guidance_interval: GuidanceInterval = None,
     sampler: Sampler = None,
     grid: Grid = None,
     eta: Eta = None,
@@ -144,6 +148,7 @@ def sample(
         origin = Origin.of(model, ema, ConvertOptions(type, preset, None, heads, num_classes, guide_all))
         config = origin.config
         common = {"prompts": texts, "negative": (negative_prompt or "").strip()}
+        common |= {"guidance_interval": sigma_interval(guidance_interval, "--guidance-interval")}
         common |= {"seed": seed, "classes": classes, "guidance": guidance, "sampler": sampler}
         common |= {"precision": precision, "grid": grid, "etas": etas, "batch_size": batch_size}
         common |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}

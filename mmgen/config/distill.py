@@ -34,6 +34,7 @@ class TeacherChoice:
     name: str = ""  # file, run folder or hub repository, as on the command line
     sha256: str = ""  # of its file, filled in: a run goes on with the same teacher only
     guidance: float = 1.0  # w of its classifier-free guidance, which the student learns to do without; 1: none
+    guidance_interval: tuple[float, ...] = ()  # LOW, HIGH: the sigma at which it acts (2404.07724); none: everywhere
     # Of another project's file, what it does not say, as for `mmgen convert`
     type: str | None = None
     preset: str | None = None
@@ -98,6 +99,13 @@ def check(config: DistillConfig) -> None:
         "loss.min_snr_gamma": loss.min_snr_gamma, "loss.stochasticity": loss.stochasticity,
     })  # fmt: skip
     check_shared(config)
+    ends = config.teacher.guidance_interval
+    require(
+        not ends or (len(ends) == 2 and 0 <= ends[0] < ends[1]),
+        f"teacher.guidance_interval must be [LOW, HIGH] with 0 <= LOW < HIGH (sigma), not {list(ends)}",
+    )
+    guides = config.teacher.guidance != 1 or student.guidance_range
+    require(not ends or guides, "teacher.guidance_interval needs teacher.guidance: set both, or leave it out")
     require(math.isfinite(config.teacher.guidance), f"teacher.guidance must be a number, not {config.teacher.guidance}")
     require(
         config.data.augment == 0,

@@ -262,7 +262,11 @@ def _drawn(name: str, settings: FidSettings, protocol: Protocol | None) -> list[
     if protocol is not None:
         num = _number_of_captions(name, settings.num, given.get("prompts", ()), protocol)
         given["prompts"] = given["prompts"][:num]
-    each = [SampleSettings(steps=count, guidance=w, batch_size=settings.batch_size, **given) for count in steps for w in weights]
+    plain = {**given, "guidance_interval": None} if len(weights) > 1 else given  # in a sweep, the row without guidance has no interval
+    each = [
+        SampleSettings(steps=count, guidance=w, batch_size=settings.batch_size, **(plain if w == 1 else given))
+        for count in steps for w in weights
+    ]  # fmt: skip
     for one in each:  # before anything is loaded
         plan(config, one)
     return model_subjects(origin.load(settings.device), origin, each, num, settings.repeat)

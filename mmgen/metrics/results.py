@@ -26,7 +26,7 @@ from .subjects import Subject
 FORMAT = 1
 _MADE = (
     "model", "model_file", "model_sha256", "ema", "data", "data_place", "data_fingerprint", "data_content", "vae", "steps",
-    "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax", "s_noise", "stochasticity", "guidance", "classes", "prompts", "prompts_sha256", "seed", "precision",
+    "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax", "s_noise", "stochasticity", "guidance", "guidance_interval", "classes", "prompts", "prompts_sha256", "seed", "precision",
 )  # fmt: skip
 
 

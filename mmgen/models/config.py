@@ -35,6 +35,7 @@ class SamplingSettings:
     # A student's: the process that it was distilled on, and so that of its grid. A teacher's: what its students take
     schedule: ScheduleSettings | None = None
     stochasticity: float = 1.0  # ancestral only: 1 is DDPM, 0 is DDIM: see `diffusion.posterior`
+    guidance_interval: tuple[float, ...] = ()  # the sigma between which guidance acts; none: everywhere
     guidance_range: tuple[float, ...] = ()  # of a student that is told w: the least and largest that it learned
     student_steps: int | None = None  # how many steps a student was distilled for; None: it is none
 

@@ -4,7 +4,7 @@
     y         float64 [N, C, H, W], x + sigma e at sigmas[0]: see `start`
     sigmas    descending floats, the last 0 (for `restart` sigma_min): len(sigmas) - 1 steps
     condition a `Condition` or None
-    guidance  w of classifier-free guidance; other than 1 costs two evaluations instead of one
+    guidance  w of classifier-free guidance, or w(sigma); other than 1 costs two evaluations instead of one
     noise     noise(i) -> standard normal like y, for step i; only samplers that add noise call it
 
 All state is y = x + sigma e in float64. A model trained on z = a x + s e has y = z / a and sigma = s / a; in these
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..diffusion.preconditioning import DenoiserSettings, preconditioning
 from ..networks.conditions import Condition
-from .flow_map_samplers import Noise, full
+from .flow_map_samplers import Noise, Weight, at, full
 from ..diffusion.schedules import ScheduleSettings, make_schedule
 
 
@@ -41,15 +41,15 @@ class Churn:
         return min(self.amount / steps, math.sqrt(2) - 1) if inside else 0.0
 
 
-def ddim(model, y: Tensor, sigmas: Sequence[float], condition: Condition | None, guidance: float, noise: Noise) -> Tensor:
+def ddim(model, y: Tensor, sigmas: Sequence[float], condition: Condition | None, guidance: Weight, noise: Noise) -> Tensor:
     """Song et al., arXiv:2010.02502, eq. 12 with no noise: Euler's method for the ODE. Also that of a flow's own ODE."""
     own_eps = model.settings.clip and not model.settings.clip_eps
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         if own_eps:  # diffusers' scheduler: x_hat is clipped, and the noise is the network's
-            raw = model.denoise(y, full(y, sigma), condition, guidance, clip=False)
+            raw = model.denoise(y, full(y, sigma), condition, at(guidance, sigma), clip=False)
             y = raw.clamp(-1, 1) + following / sigma * (y - raw)
             continue
-        x = model.denoise(y, full(y, sigma), condition, guidance)
+        x = model.denoise(y, full(y, sigma), condition, at(guidance, sigma))
         y = x + following / sigma * (y - x)
     return y
 
@@ -59,7 +59,7 @@ def ancestral(
     y: Tensor,
     sigmas: Sequence[float],
     condition: Condition | None,
-    guidance: float,
+    guidance: Weight,
     noise: Noise,
     stochasticity: float = 1.0,
 ) -> Tensor:
@@ -70,7 +70,7 @@ def ancestral(
     that y has keeps the rest of the variance: 0 is `ddim` (see `diffusion.posterior`).
     """
     for i, (sigma, following) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        x = model.denoise(y, full(y, sigma), condition, guidance)
+        x = model.denoise(y, full(y, sigma), condition, at(guidance, sigma))
         ratio = (following / sigma) ** 2
         kept = ratio if stochasticity == 1 else following / sigma * math.sqrt(1 - stochasticity**2 * (1 - ratio))
         y = x + kept * (y - x)
@@ -84,7 +84,7 @@ def heun(
     y: Tensor,
     sigmas: Sequence[float],
     condition: Condition | None,
-    guidance: float,
+    guidance: Weight,
     noise: Noise,
     churn: Churn = Churn(),
 ) -> Tensor:
@@ -96,21 +96,21 @@ def heun(
             y = y + math.sqrt(raised**2 - sigma**2) * churn.s_noise * noise(i + 1)
         else:
             raised = sigma
-        x = model.denoise(y, full(y, raised), condition, guidance)
+        x = model.denoise(y, full(y, raised), condition, at(guidance, raised))
         euler = x + following / raised * (y - x)
         if following == 0:
             return euler
         slope = (y - x) / raised
-        corrected = (euler - model.denoise(euler, full(y, following), condition, guidance)) / following
+        corrected = (euler - model.denoise(euler, full(y, following), condition, at(guidance, following))) / following
         y = y + (following - raised) * 0.5 * (slope + corrected)
     return y
 
 
-def restart(model, y: Tensor, sigmas: Sequence[float], condition: Condition | None, guidance: float, noise: Noise) -> Tensor:
+def restart(model, y: Tensor, sigmas: Sequence[float], condition: Condition | None, guidance: Weight, noise: Noise) -> Tensor:
     """Of a consistency model: from each sigma jump to the end, then go back to the next with fresh noise (Song et al.,
     arXiv:2303.01469, algorithm 1)."""
     for i, sigma in enumerate(sigmas[:-1]):
-        x = model.denoise(y, full(y, sigma), condition, guidance)
+        x = model.denoise(y, full(y, sigma), condition, at(guidance, sigma))
         if i < len(sigmas) - 2:
             y = x + math.sqrt(sigmas[i + 1] ** 2 - sigmas[-1] ** 2) * noise(i + 1)
     return x
@@ -127,11 +127,6 @@ def samplers_of(settings: DenoiserSettings) -> dict:
     if kind.is_consistency:
         return CONSISTENCY_SAMPLERS
     return {kind.sampler: SAMPLERS[kind.sampler], **SAMPLERS}
-
-
-def evaluations(sampler: str, steps: int) -> int:
-    """Evaluations of the denoiser in so many steps."""
-    return 2 * steps - 1 if sampler == "heun" else steps
 
 
 def most_steps(settings: DenoiserSettings) -> float:

@@ -28,7 +28,8 @@ from ..models.precision import check_precision, computed_in
 from ..networks.conditions import Condition, Labels
 from ..networks.text import BYTES
 from ..system.random import keys, normal, uniform
-from .flow_map_samplers import GRIDS, SAMPLERS, time_grid
+from .flow_map_samplers import GRIDS, SAMPLERS, at, time_grid
+from .guidance_interval import check_interval, visited, weights
 
 _LABEL, _NOISE = 1, 2  # purposes of random numbers; the noise of step i has _NOISE + i
 _OWN = 10_000  # what a student draws itself in evaluation c has _OWN + c
@@ -44,6 +45,7 @@ class SampleSettings:
     prompts: tuple[str, ...] = ()  # of a text model: image i has prompt i mod P; none: captions of the training data at random
     negative: str = ""  # of a text model with guidance: what it is led away from
     guidance: float | None = None  # w of classifier-free guidance; 1: none
+    guidance_interval: tuple[float, ...] | None = None  # LOW, HIGH: the sigma / alpha at which guidance acts; (): everywhere
     sampler: str | None = None  # of a flow map pushforward or restart, of a denoiser ddim, ancestral or heun
     grid: str | None = None  # default, uniform, edm, eta or schedule: see `time_grid`, `sigma_grids`
     etas: tuple[float, ...] = ()  # intermediate eta values of the grid `eta`
@@ -74,6 +76,7 @@ class Plan:
     churn: Churn | None  # None: nothing is churned
     batch_size: int
     stochasticity: float = 1.0
+    guidance_interval: tuple[float, ...] = ()
     prompts: tuple[str, ...] = ()
     negative: str = ""
     notes: tuple[str, ...] = ()  # what a person should know, a sentence each
@@ -96,6 +99,7 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
     grids = (*grids, *RESPACED) if config.denoiser is not None else grids
     if grid not in grids:
         raise ConfigError(f"unknown grid {grid!r}: {nearest(grid, grids)}")
+    interval = config.sampling.guidance_interval if settings.guidance_interval is None else settings.guidance_interval
     if not math.isfinite(guidance):
         raise ConfigError(f"guidance must be a finite number, not {guidance}")
     if settings.batch_size < 1:
@@ -128,10 +132,14 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
     if steps is None:
         steps = len(settings.etas) + 1 if grid == "eta" else _default_steps(config, sampler)
     if config.denoiser is None:
-        times, calls = time_grid(config.flow, steps, grid, settings.etas), steps
+        times = time_grid(config.flow, steps, grid, settings.etas)
     else:
         times = sigma_grid(config.denoiser, steps, grid, settings.etas, sampler, config.sampling.schedule)
-        calls = diffusion.evaluations(sampler, steps)
+    interval = interval if guidance != 1 or settings.guidance_interval else ()
+    if interval and is_told(config):
+        raise ConfigError("this student was told its guidance in training, so an interval has no effect: leave guidance_interval out")
+    check_interval(interval, guidance)
+    weight = weights(interval, guidance, config.flow)
     return Plan(
         steps=steps,
         seed=settings.seed,
@@ -140,9 +148,10 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         sampler=sampler,
         grid=grid,
         times=times,
-        nfe=calls * (1 if _single(config, guidance) else 2),
+        nfe=sum(1 if _single(config, at(weight, t)) else 2 for t in visited(sampler, times)),
         churn=_churn(config.sampling, settings, sampler),
         batch_size=settings.batch_size,
+        guidance_interval=interval,
         stochasticity=_stochasticity(config, settings, sampler),
         prompts=settings.prompts,
         negative=settings.negative,
@@ -315,7 +324,7 @@ def _telling(model: AnyModel, chosen: Plan, done: int, count: int, tell: Tell | 
     if tell is None:
         yield
         return
-    calls = chosen.nfe / (1 if _single(model.config, chosen.guidance) else 2)  # both passes of guidance are one batch
+    calls = len(visited(chosen.sampler, chosen.times))  # both passes of guidance are one batch
     made = 0
 
     def after(*_: object) -> None:
@@ -362,17 +371,18 @@ def _draw_batch(model: AnyModel, chosen: Plan, index: Tensor, condition: Conditi
         return normal(keys(chosen.seed, index, _NOISE + step), model.image_shape, torch.float64)
 
     config, sampler = model.config, samplers_of(model.config)[chosen.sampler]
+    weight = weights(chosen.guidance_interval, 1.0 if is_told(config) else chosen.guidance, config.flow)
     if chosen.churn is not None:
         sampler = partial(sampler, churn=chosen.churn)
     if chosen.sampler == "ancestral":
         sampler = partial(sampler, stochasticity=chosen.stochasticity)
     if config.denoiser is None:
-        return sampler(model, config.flow.sigma_data * noise(0), chosen.times, condition, chosen.guidance, noise)
+        return sampler(model, config.flow.sigma_data * noise(0), chosen.times, condition, weight, noise)
     schedule = config.sampling.schedule
     x = diffusion.start(config.denoiser, chosen.times[0], noise(0), schedule, chosen.grid)
     ours = schedule is not None or config.denoiser.schedule is not None or model.is_random
     denoiser = _Bound(model, chosen.seed, index) if ours else model
-    return sampler(denoiser, x, chosen.times, condition, 1.0 if is_told(config) else chosen.guidance, noise)
+    return sampler(denoiser, x, chosen.times, condition, weight, noise)
 
 
 class _Bound:

@@ -5,7 +5,7 @@ times[-1].
     x         float64 [N, C, H, W], noise of standard deviation sigma_data at times[0]
     times     descending floats, times[0] = T to times[-1] = epsilon: len(times) - 1 evaluations
     condition a `Condition` or None
-    guidance  w of classifier-free guidance; other than 1 costs two evaluations a step
+    guidance  w of classifier-free guidance, or w(t) of a step's time; other than 1 costs two evaluations a step
     noise     noise(i) -> standard normal like x, for step i; only samplers that add noise call it
 
 Zhou et al., "Inductive Moment Matching", arXiv:2503.07565, algorithms 4 and 5. x stays in float64 between steps.
@@ -24,28 +24,33 @@ from ..diffusion.flow_map import FlowMapSettings
 from ..networks.conditions import Condition
 
 Noise = Callable[[int], Tensor]
+Weight = float | Callable[[float], float]
 
 TWO_STEP_ETA = 1.4  # eta of the intermediate time of two-step sampling (IMM, section 6)
 
 
-def pushforward(model, x: Tensor, times: Sequence[float], condition: Condition | None, guidance: float, noise: Noise) -> Tensor:
+def pushforward(model, x: Tensor, times: Sequence[float], condition: Condition | None, guidance: Weight, noise: Noise) -> Tensor:
     """Algorithm 4: jump from each time to the next. Nothing random after the start."""
     for t, s in zip(times[:-1], times[1:], strict=True):
-        x = model.f(x, full(x, s), full(x, t), condition, guidance)
+        x = model.f(x, full(x, s), full(x, t), condition, at(guidance, t))
     return x
 
 
-def restart(model, x: Tensor, times: Sequence[float], condition: Condition | None, guidance: float, noise: Noise) -> Tensor:
+def restart(model, x: Tensor, times: Sequence[float], condition: Condition | None, guidance: Weight, noise: Noise) -> Tensor:
     """Algorithm 5: from each time jump to the end, then go back to the next time with fresh noise."""
     flow = model.config.flow
     for i, t in enumerate(times[:-1]):
-        clean = model.f(x, full(x, times[-1]), full(x, t), condition, guidance)
+        clean = model.f(x, full(x, times[-1]), full(x, t), condition, at(guidance, t))
         if i < len(times) - 2:
             x = diffuse(flow.get_schedule(), clean, flow.sigma_data * noise(i + 1), full(x, times[i + 1]))
     return clean
 
 
 SAMPLERS = {"pushforward": pushforward, "restart": restart}
+
+
+def at(guidance: Weight, t: float) -> float:
+    return guidance(t) if callable(guidance) else guidance
 
 
 def full(x: Tensor, t: float) -> Tensor:

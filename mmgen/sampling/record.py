@@ -40,6 +40,7 @@ DECIDING = {
     "s_noise": "s_noise",
     "stochasticity": "stochasticity",
     "guidance": "guidance",
+    "guidance_interval": "the guidance interval",
     "classes": "classes",
     "prompts_sha256": "prompts",
     "negative_prompt": "the negative prompt",
@@ -113,6 +114,7 @@ def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more:
         "notes": [*origin.notes, *chosen.notes],
         "assumed": config.training.get(CONVERTED, {}).get("assumed", []),  # of a converted model: what no file says
         "guidance": chosen.guidance,
+        "guidance_interval": list(chosen.guidance_interval) or None,
         "classes": chosen.classes if config.num_classes else None,
         "prompts": len(chosen.prompts) if config.text is not None else None,  # 0: captions of the training data at random
         "prompts_sha256": prompts_sha256(chosen.prompts),

@@ -21,7 +21,7 @@ def check_types(settings: Any) -> None:
         (_WHOLE, operator.index, "a whole number"),
         (_NUMBERS, float, "a number"),
         (_WORDS, _word, "a word"),
-        (("etas",), lambda etas: tuple(map(float, etas)), "a list of numbers"),
+        (("etas", "guidance_interval"), lambda values: tuple(map(float, values)), "a list of numbers"),
         (("classes",), _classes, "names or numbers of classes"),
         (("prompts",), _texts, "a text or a list of texts"),
     ):

@@ -13,6 +13,7 @@ from ...data import Dataset
 from ...data.latents import LatentDataset
 from ...models.denoiser import Denoiser
 from ...sampling.denoiser_samplers import most_steps, samplers_of
+from ...sampling.guidance_interval import Interval
 from ...report.images import labelled_rows
 from ...models.config import SamplingSettings
 from ...sampling.drawing import SampleSettings, draw, plan
@@ -50,7 +51,7 @@ class Row:
     value: float  # of the figure
 
 
-def many_step_ways(teacher: Denoiser, schedule: ScheduleSettings, steps: int, guidance: float) -> list[Drawn]:
+def many_step_ways(teacher: Denoiser, schedule: ScheduleSettings, steps: int, guidance: float, interval: Interval = ()) -> list[Drawn]:
     """How a teacher is sampled at its best, in about `steps` evaluations: by the ancestral sampler, and by the better of the
     deterministic ones that suit it, which is heun where EDM trained it, in half as many steps, and else ddim.
 
@@ -60,21 +61,21 @@ def many_step_ways(teacher: Denoiser, schedule: ScheduleSettings, steps: int, gu
     steps = int(min(steps, most_steps(teacher.settings)))
     usual = next(iter(samplers_of(teacher.settings)))
     deterministic = ("heun", max(steps // 2, 1)) if usual == "heun" else ("ddim", steps)
-    return [_ancestral(teacher, schedule, steps, guidance), _own(teacher, *deterministic, guidance)]
+    return [_ancestral(teacher, schedule, steps, guidance, interval), _own(teacher, *deterministic, guidance, interval)]
 
 
-def few_step_ways(teacher: Denoiser, schedule: ScheduleSettings, steps: int, guidance: float) -> list[Drawn]:
+def few_step_ways(teacher: Denoiser, schedule: ScheduleSettings, steps: int, guidance: float, interval: Interval = ()) -> list[Drawn]:
     """How it is sampled in k steps: as the student is, and by ddim."""
-    ways = [_ancestral(teacher, schedule, steps, guidance)]
-    return ways + ([_own(teacher, "ddim", steps, guidance)] if steps <= most_steps(teacher.settings) else [])
+    ways = [_ancestral(teacher, schedule, steps, guidance, interval)]
+    return ways + ([_own(teacher, "ddim", steps, guidance, interval)] if steps <= most_steps(teacher.settings) else [])
 
 
-def _ancestral(teacher: Denoiser, schedule: ScheduleSettings, steps: int, guidance: float) -> Drawn:
-    return _drawn(teacher, SamplingSettings("ancestral", "schedule", guidance, steps, schedule=schedule), steps)
+def _ancestral(teacher: Denoiser, schedule: ScheduleSettings, steps: int, guidance: float, interval: Interval) -> Drawn:
+    return _drawn(teacher, SamplingSettings("ancestral", "schedule", guidance, steps, schedule=schedule, guidance_interval=interval), steps)
 
 
-def _own(teacher: Denoiser, sampler: str, steps: int, guidance: float) -> Drawn:
-    return _drawn(teacher, SamplingSettings(sampler, "default", guidance, steps), steps)
+def _own(teacher: Denoiser, sampler: str, steps: int, guidance: float, interval: Interval) -> Drawn:
+    return _drawn(teacher, SamplingSettings(sampler, "default", guidance, steps, guidance_interval=interval), steps)
 
 
 def _drawn(teacher: Denoiser, sampling: SamplingSettings, steps: int) -> Drawn:

@@ -104,7 +104,7 @@ class TeacherFunction:
 
     def at(self, z_s: Tensor, noised: Noised, guidance: float | None = None) -> Function:
         """parameters -> g_theta(z_s). guidance: another than that of the distillation."""
-        guidance = self.matching.guidance_of(noised.condition) if guidance is None else guidance
+        guidance = self.matching.guidance_of(noised) if guidance is None else guidance
         arguments = z_s, noised.s, self.matching.schedule, noised.condition, guidance
         return lambda parameters: functional_call(
             self.module, {f"denoiser.network.{name}": value for name, value in parameters.items()}, arguments

@@ -46,19 +46,20 @@ class Matching:
     def __init__(
         self, student: Denoiser, teacher: Denoiser, schedule: ScheduleSettings, loss: MomentSettings, inputs: Inputs, *,
         steps: int, guidance: float, seed: int, half_teacher: bool = False, rollouts: Rollouts | None = None,
-        guidance_range: tuple[float, ...] = (),
+        guidance_range: tuple[float, ...] = (), guidance_interval: tuple[float, ...] = (),
     ) -> None:  # fmt: skip
         """steps: k. guidance: w of the teacher's classifier-free guidance, which the student learns to do without.
 
         half_teacher: it may be evaluated under autocast where no small difference is taken.
         rollouts: some images begin at states of the student's own.
         guidance_range: the least and largest w of a student that is told it, in place of `guidance`.
+        guidance_interval: the sigma between which the teacher is guided; none: everywhere.
         """
         self.student, self.teacher, self.schedule, self.loss, self.inputs = (
             student, teacher, make_schedule(schedule), loss, inputs
         )  # fmt: skip
         self.steps, self.guidance, self.seed, self.half_teacher = steps, guidance, seed, half_teacher
-        self.rollouts, self.guidance_range = rollouts, guidance_range
+        self.rollouts, self.guidance_range, self.guidance_interval = rollouts, guidance_range, guidance_interval
         self.edges = level_edges(teacher)
         self.inner_edges = self.edges[1:-1].to(teacher.device)
         self.weighting = DenoisingSettings(loss.weighting, loss.sigma_data, loss.sigmoid_bias, loss.min_snr_gamma)
@@ -90,9 +91,13 @@ class Matching:
         low, high = self.guidance_range
         return replace(condition, guidance=low + (high - low) * uniform(keys(self.seed, index, _GUIDANCE)))
 
-    def guidance_of(self, condition: Condition | None) -> float | Tensor:
-        """w of the teacher: one for all, or that of each image."""
-        return condition.guidance if self.guidance_range else self.guidance
+    def guidance_of(self, noised: Noised) -> float | Tensor:
+        """w of the teacher at s: one for all, or that of each image, float64 [N], which is 1 outside the interval."""
+        w = noised.condition.guidance if self.guidance_range else self.guidance
+        if not self.guidance_interval:
+            return w
+        (low, high), sigma = self.guidance_interval, self.schedule.eta(noised.s)
+        return torch.where((sigma > low) & (sigma <= high), w, torch.ones_like(sigma))
 
     def student_x(self, noised: Noised) -> Tensor:
         """x~ = g_eta(z_t), the student's."""
@@ -106,7 +111,7 @@ class Matching:
 
     def teacher_x(self, z_s: Tensor, noised: Noised) -> Tensor:
         """g_theta(z_s), the teacher's x_hat, with its guidance."""
-        return self.teacher.x_hat(z_s, noised.s, self.schedule, noised.condition, self.guidance_of(noised.condition))
+        return self.teacher.x_hat(z_s, noised.s, self.schedule, noised.condition, self.guidance_of(noised))
 
     def weight(self, s: Tensor) -> Tensor:
         """w(s), float64 [N], at the noise that the teacher is asked at: within its trained range.

@@ -114,7 +114,9 @@ def student_model_config(config: DistillConfig, teacher: Teacher, shape: DataSha
         names, counts = names or shape.class_names, counts or shape.class_counts
     origin = {
         "teacher": teacher.name, "sha256": teacher.sha256, "method": loss.method, "steps": student.steps,
-        "guidance": config.teacher.guidance, **({"guidance_range": list(student.guidance_range)} if student.guidance_range else {}),
+        "guidance": config.teacher.guidance,
+        **({"guidance_interval": list(config.teacher.guidance_interval)} if config.teacher.guidance_interval else {}),
+        **({"guidance_range": list(student.guidance_range)} if student.guidance_range else {}),
     }  # fmt: skip
     if student.lora:
         origin["lora"] = student.lora
@@ -197,7 +199,8 @@ def distill_task(
     matching = Matching(
         student, frozen, schedule, config.loss, Inputs(config.data, config.train.seed, own.latents),
         steps=config.student.steps, guidance=config.teacher.guidance, seed=config.train.seed,
-        half_teacher=config.train.frozen_precision == "half", guidance_range=config.student.guidance_range, rollouts=_rollouts(config, model_config),
+        half_teacher=config.train.frozen_precision == "half", guidance_range=config.student.guidance_range,
+        guidance_interval=config.teacher.guidance_interval, rollouts=_rollouts(config, model_config),
     )  # fmt: skip
     comparison = Comparison(teacher, config, schedule, dataset, reporter, accelerator.device)
     shown = {
@@ -272,8 +275,9 @@ class Comparison:
         teacher_steps = config.run.teacher_steps
         steps, guidance = config.student.steps, student_guidance(config, teacher.model.config)
         self.dataset, self.work, self.seed, self.steps = dataset, reporter.work, config.train.seed, steps
-        self.few = report.few_step_ways(teacher.model, schedule, steps, guidance)
-        self.many = report.many_step_ways(teacher.model, schedule, teacher_steps, guidance) if teacher_steps else []
+        interval = config.teacher.guidance_interval
+        self.few = report.few_step_ways(teacher.model, schedule, steps, guidance, interval)
+        self.many = report.many_step_ways(teacher.model, schedule, teacher_steps, guidance, interval) if teacher_steps else []
         self.best = 0  # of `many`
         self.scores: dict[str, str] = {}  # of the teacher's ways, by caption, once they are measured
         self.shown: dict[str, Any] = {}  # the teacher's images, which are always the same ones
