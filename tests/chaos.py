@@ -187,7 +187,7 @@ def content(folder: Path) -> dict[str, str]:
         if not path.is_file() or path.name in (".lock", "state.json"):
             continue
         if path.suffix in (".jsonl", ".json") and path.name in ("log.jsonl", "results.json"):
-            found[name] = re.sub(r'(, )?"(seconds|images_per_second|threads)": ([\d.]+|\{[^}]*\})', "", path.read_text())
+            found[name] = re.sub(r'(, )?"(seconds|images_per_second|flops_per_second|threads)": ([\d.e+]+|\{[^}]*\})', "", path.read_text())
         else:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

@@ -7,7 +7,7 @@ import re
 import pytest
 from test_cli import COMMANDS, mmgen
 
-LONGEST = {"train-imm": 67, "train-teacher": 71, "distill": 94, "sample": 77, "fid": 94, "convert": 34, "inspect": 24,
+LONGEST = {"train-imm": 67, "train-teacher": 71, "distill": 94, "sample": 77, "fid": 96, "convert": 34, "inspect": 24,
            "cache-latents": 40, "ema": 24, "push": 24, "compare": 36}  # fmt: skip
 BOXES = re.compile("[\u2500-\u257f]|\x1b")
 

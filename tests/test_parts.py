@@ -65,7 +65,7 @@ def test_killed_and_resumed_is_the_same_bit_for_bit(tmp_path, monkeypatch, image
     kinds = {key.split(".")[0] for key in whole}
     assert kinds == {"network", "optimizer", "auxiliary", "optimizer-auxiliary"}
     assert whole.keys() == parts.keys() and all(torch.equal(parts[key], value) for key, value in whole.items())
-    times = {"seconds", "images_per_second", "threads"}
+    times = {"seconds", "images_per_second", "flops_per_second", "threads"}
     logs = [[{k: v for k, v in line.items() if k not in times} for line in log_of(tmp_path / n)] for n in ("whole", "parts")]
     assert logs[0] == logs[1] and len(logs[0]) == 7  # every two steps, and at checkpoints between
 

@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 GIB = 1024**3
 
 
-def show_cost(method: Method, config: Any) -> None:
-    """The table of a dry run: the data, what a step costs, the memory of a device; where a method can train in several ways, all."""
+def show_cost(method: Method, config: Any, device: str = "auto") -> None:
+    """The table of a dry run: the data, what a step costs, the memory of a device, the time on this one; where a method can train in several ways, all."""
     from rich.table import Column, Table
 
     from ..errors import DataError
+    from ..methods.timing import time_of_run
     from ..training.batches import share_batch
     from ..training.cost import estimate
     from ..training.optim import moments
     from ..training.sharding import asks_for_shards
     from ..training.start import expected_shape, load_data
 
-    training = method.training()
+    training, asked = method.training(), config
     source, config = (training.dry_find or training.find)(config, "cpu")
     work, group_size = training.work(config)
     try:
@@ -34,7 +35,7 @@ def show_cost(method: Method, config: Any) -> None:
             dataset = load_data(config.data, progress)
         shape, description = dataset.shape, dataset.description
     except DataError as error:
-        shape, description = expected_shape(config.data), f"not here ({error})"
+        dataset, shape, description = None, expected_shape(config.data), f"not here ({error})"
         if shape is None:
             raise
     processes, train = int(os.environ.get("WORLD_SIZE", "1")), config.train
@@ -71,6 +72,8 @@ def show_cost(method: Method, config: Any) -> None:
                               + f"activations {cost.activations / GIB:.2f}"),
     ):  # fmt: skip
         table.add_row(name, value)
+    images = parts.size * parts.processes
+    table.add_row("time of the run", time_of_run(method, asked, cost, images, device) if dataset else "not timed: the data are not here")
     show(table)
     if others:
         show(_ways([(chosen, adapters), *others], cost_of, parts.size))

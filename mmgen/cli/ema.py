@@ -29,7 +29,7 @@ def ema(
     Several lengths, scored: mmgen fid runs/cifar10-teacher --ema-lengths 0.05,0.1,0.15
     """
     from ..models.post_hoc import make_average
-    from .training import show, table_of
+    from .tables import show, table_of
 
     made = [make_average(home(run), one) for one in numbers(length, float, "--length", "0.05,0.1")]
     table = table_of("average", "file", "images", "snapshots", "profile error")

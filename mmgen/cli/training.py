@@ -47,7 +47,7 @@ def training_command(method: Method) -> Callable[..., None]:
         if not given["dry_run"]:
             run(method, chosen, device=given["device"], max_seconds=seconds)
         elif is_main():
-            show_cost(method, chosen.config)
+            show_cost(method, chosen.config, given["device"])
 
     own = {one.name: (option.own_option(one, method.heading), None) for one in method.options}
     shared = {name: option for name, option in option.SHARED.items() if name not in (*own, *method.without)}

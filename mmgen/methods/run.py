@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..training.start import DataProgress, load_shared, make_accelerator, run_training, with_texts
-from ..training.task import Outcome, Reporter
+from ..training.task import Outcome, Reporter, Task
 from .method import Method, Start
+
+
+def prepare(
+    method: Method, config: Any, reporter: Reporter, accelerator: Any, data_progress: DataProgress = contextlib.nullcontext
+) -> tuple[Any, Any, Callable[[Any], Task]]:
+    """The config settled by the source, the data, and what makes the method's task, which knows what a step costs."""
+    training = method.training()
+    source, settled = training.find(config, accelerator.device)
+    dataset = load_shared(training.data(settled), reporter, data_progress)
+    start = Start(config, settled, source, dataset, None, reporter, accelerator)
+    training.check(start)
+    model_config = training.model_config(settled, dataset.shape, source)
+    dataset = with_texts(dataset, model_config.text, accelerator.device, reporter)
+    start = replace(start, dataset=dataset, model_config=model_config)
+    return settled, dataset, lambda accelerator: replace(training.task(start), work=training.work(settled)[0])
 
 
 def train(
@@ -27,16 +43,8 @@ def train(
 
     config: of the method's `Training.resolve`. device: auto, cpu or cuda.
     """
-    training = method.training()
     accelerator = make_accelerator(config.train, config.run, out, device)
-    source, settled = training.find(config, accelerator.device)
-    dataset = load_shared(training.data(settled), reporter, data_progress)
-    start = Start(config, settled, source, dataset, None, reporter, accelerator)
-    training.check(start)
-    model_config = training.model_config(settled, dataset.shape, source)
-    dataset = with_texts(dataset, model_config.text, accelerator.device, reporter)
-    start = replace(start, dataset=dataset, model_config=model_config)
+    settled, dataset, make_task = prepare(method, config, reporter, accelerator, data_progress)
     return run_training(
-        method.name, settled, dataset, lambda accelerator: training.task(start), accelerator=accelerator, out=out,
-        reporter=reporter, max_seconds=max_seconds,
-    )  # fmt: skip
+        method.name, settled, dataset, make_task, accelerator=accelerator, out=out, reporter=reporter, max_seconds=max_seconds
+    )

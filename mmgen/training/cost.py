@@ -117,6 +117,13 @@ def has_checkpointing(model_config: ModelConfig) -> bool:
     return getattr(model_config.network, "gradient_checkpointing", False)
 
 
+def forward_flops(model_config: ModelConfig) -> float:
+    """One pass of the network forward, for one image; two to a multiply-add."""
+    with without_weights():
+        network = build_model(model_config).network.to("meta")
+    return _forward_flops(network, model_config, 1)
+
+
 def estimate(
     train: TrainSettings, model_config: ModelConfig, parts: Parts, work: Work, sharded: bool = False,
     checkpointing: bool = False, one: PassCost | None = None, *, moments: int = 2, adapters: Adapters | None = None,

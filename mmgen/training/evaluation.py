@@ -26,7 +26,7 @@ from .task import Reporter, Work
 SHOWN = 30  # images per number of steps in a picture
 COLUMNS = 10  # of a picture
 ACROSS = 3  # panels in a row of the curves
-_OF_EVERY_LINE = ("threads", "images", "step", "seconds", "images_per_second", "learning_rate")
+_OF_EVERY_LINE = ("threads", "images", "step", "seconds", "images_per_second", "flops_per_second", "mfu", "learning_rate")
 _TOLD_OTHERWISE = ("loss_max", "skipped_steps")  # ends of names of numbers for the log alone
 
 

@@ -41,6 +41,7 @@ from .optim import build_optimizer, learning_rate
 from .run_folder import RunFolder
 from .run_log import RunLog
 from .sharding import is_sharded, shard, synchronise_gradients
+from .speed import Speed
 from .stopping import StopRequest
 from .task import Outcome, TrainedNetwork, Reporter, Task
 from .threads import choice
@@ -106,6 +107,9 @@ class Trainer:
         self.numbers = MetricAccumulator(accelerator, single=len(self.task.parts) == 1)
         self.updates = Updates(accelerator, reporter.note, self._remedy)
         self.process_group = process_group_of(accelerator)
+        self.speed = Speed(
+            self.task.model_config, self.task.work, accelerator.device, train.precision, run.gradient_checkpointing, accelerator.num_processes
+        )
         about = {"config": config, "data": dataset.identity}
         self.files = ModelFiles(folder.path, self.task, self.ema, about, self.process_group, self.history)
         if run.batch_per_device == "auto":
@@ -152,7 +156,8 @@ class Trainer:
                     rate = (images - logged_at[1]) / max(now - logged_at[0], 1e-9)  # a clock may be coarse
                     changes = {} if threads is None else threads.taken()
                     from_image = {str(first + k * self.train.batch_size): count for k, count in changes.items()}
-                    self._log(self._flush() | {"images_per_second": round(rate, 2)} | ({"threads": from_image} if changes else {}))
+                    speed = {"images_per_second": round(rate, 2), **self.speed.numbers(rate)}
+                    self._log(self._flush() | speed | ({"threads": from_image} if changes else {}))
                     logged_at = (now, images)
                 self.reporter.advance(images)
                 if crossed(before, images, snapshots_every(self.train, run)) or done:

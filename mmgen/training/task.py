@@ -15,6 +15,7 @@ from ..models.build import AnyModel
 from ..models.config import ModelConfig
 from ..models.files import save_model
 from .batches import Batch
+from .cost import Work
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Task:
             those of the main process count. `scorer` is a `figures.Scorer`, or None where
             nothing is measured.
         levels: the edges of the noise levels that numbers are logged for, in sigma, ascending.
+        work: what a step costs in passes of the network, for the log; None: unknown.
         save: save(file, model_config, state) writes a model file; state: of the first part's network.
         averaged: averaged(state) is a model with such a state, on the device of the training, for samples; None: one is built.
         advice: what to try where training collapses, besides what helps every method; ends with a comma and a blank.
@@ -71,6 +73,7 @@ class Task:
     picture: Callable[[AnyModel, int, dict[str, str]], Image.Image | None] | None = None
     finish: Callable[[AnyModel, Path, Any], dict[str, Any] | None] | None = None
     levels: Sequence[float] = ()
+    work: Work | None = None
     save: Callable[[Path, ModelConfig, dict[str, Tensor]], None] = save_model
     averaged: Callable[[dict[str, Tensor]], AnyModel] | None = None
     advice: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ...data import DataShape
 from ...diffusion.process import diffuse, per_image
 from ...errors import ConfigError
-from ...diffusion.flow_map import input_scale, network_times
+from ...diffusion.flow_map import FlowMapSettings, input_scale, network_times
 from ...config.imm import ImmConfig, resolve
 from ...models.latents import LatentSettings
 from ...losses.imm import draw_times, earlier_time, imm_loss, jump_difference
@@ -26,6 +27,8 @@ from ...training.task import TrainedNetwork, Task
 from ..fresh import fresh_model_config
 from ..method import Training
 
+LEVELS = 8  # noise levels that numbers are logged for
+_WIDEST = 0.002, 80.0  # the levels lie between these
 _NOISE, _TIME = 103, 104  # purposes of random numbers, drawn with the seed and the number of the image: see `inputs`
 
 
@@ -43,11 +46,24 @@ def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
     network = FlowModel(model_config).network
     objective = ImmObjective(network, config, model_config.latents)
     advice = "loss.group_size of 4 or more, "
-    return Task({"model": TrainedNetwork(network, objective)}, model_config, group_size=config.loss.group_size, advice=advice)
+    return Task(
+        {"model": TrainedNetwork(network, objective)}, model_config, group_size=config.loss.group_size, advice=advice,
+        levels=objective.levels,
+    )  # fmt: skip
+
+
+def level_edges(flow: FlowMapSettings) -> list[float]:
+    """sigma/alpha [LEVELS + 1], evenly spaced in the logarithm; what lies outside counts to the first or the last level."""
+    ends = flow.get_schedule().eta(torch.tensor([flow.t_min, flow.t_max], dtype=torch.float64)).clamp(*_WIDEST).log()
+    return torch.linspace(*ends.tolist(), LEVELS + 1, dtype=torch.float64).exp().tolist()
 
 
 class ImmObjective(nn.Module):
-    """`objective(batch)` is the mean loss over a part of the batch, a scalar float64 tensor, and no other numbers: {}.
+    """`objective(batch)` is the mean loss over a part of the batch, a scalar float64 tensor, and for the log by the noise at t
+
+        loss_by_t    the loss of a group
+        r_is_s       the share of groups whose target is the trivial one, r = s
+        distance     the root mean square of y_t - y_r
 
     It is a module so that DistributedDataParallel and autocast wrap the whole pass. Under autocast the student's pass is in
     half precision, and the target's with train.frozen_precision half; the loss is float32, times and coefficients float64.
@@ -57,6 +73,7 @@ class ImmObjective(nn.Module):
         super().__init__()
         self.network, self.config = network, config
         self.inputs = Inputs(config.data, config.train.seed, latents)
+        self.levels = level_edges(config.flow)
         self.has_dropout = getattr(config.network, "dropout", 0) > 0
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -76,7 +93,18 @@ class ImmObjective(nn.Module):
             out_r = self._output(batch, x, noise, each_s, each_r, target_condition, augment_label)
         with full_precision:
             difference, y_r = jump_difference(flow, each_s, each_r, each_t, x, noise, out_t, out_r)
-            return imm_loss(loss, flow, s, r, t, difference, y_r).mean(), {}
+            each = imm_loss(loss, flow, s, r, t, difference, y_r)
+            distance = difference.detach().double().square().mean((1, 2, 3)).reshape(-1, loss.group_size).mean(1).sqrt()
+            numbers = {"loss_by_t": each.detach(), "r_is_s": (r == s).double(), "distance": distance}
+            return each.mean(), {name: self._by_level(value, t) for name, value in numbers.items()}
+
+    def _by_level(self, values: Tensor, t: Tensor) -> Tensor:
+        """Sums and counts of the groups' values, float64 [2, LEVELS], by the noise at t."""
+        low, high = self.levels[0], self.levels[-1]
+        place = (self.config.flow.get_schedule().eta(t).log() - math.log(low)) / math.log(high / low)
+        level = (LEVELS * place).floor().clamp(0, LEVELS - 1).long()
+        both = torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)])
+        return both.new_zeros(2, LEVELS).index_add_(1, level, both)
 
     def _conditions(self, batch: Batch) -> tuple[Condition | None, Condition | None]:
         """For the student and for the target."""

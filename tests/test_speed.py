@@ -1,0 +1,109 @@
+"""What a training's log says of its speed, and a dry run of its time; IMM's numbers by noise level."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_objective import make
+from test_training import tiny
+from toy_task import Quiet
+from typer.testing import CliRunner
+
+from mmgen.cli import app
+from mmgen.diffusion.process import diffuse
+from mmgen.losses.imm import draw_times, earlier_time
+from mmgen.methods import IMM, timing
+from mmgen.methods.imm import objective as imm
+from mmgen.methods.run import train
+from mmgen.models.files import read_config
+from mmgen.models.flow_model import flow_map
+from mmgen.system.random import keys, normal
+from mmgen.training import speed
+from mmgen.training.batches import Parts
+from mmgen.training.cost import IMM as WORK
+from mmgen.training.cost import pass_cost
+
+
+def test_the_log_says_how_much_arithmetic_was_done(tmp_path):
+    train(IMM, tiny(**{"train.max_images": 64, "run.eval_num": 0}), tmp_path / "run", Quiet(), device="cpu")
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "images_per_second" in line]
+    flops = pass_cost(read_config(tmp_path / "run/model.safetensors"), "fp32").flops
+    for line in lines:  # two passes forward, and one back, which is two
+        assert line["flops_per_second"] == pytest.approx(4 * flops * line["images_per_second"], rel=0.01)
+        assert "mfu" not in line and len(line["loss_by_t"]) == len(line["r_is_s"]) == len(line["distance"]) == imm.LEVELS
+
+
+def test_the_share_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(speed, "matrix_rate", lambda device, precision: 1e12)
+    monkeypatch.setattr(speed, "forward_flops", lambda config: 1e9)
+    config = SimpleNamespace(network=SimpleNamespace())
+    found = speed.Speed(config, WORK, torch.device("cuda"), "bf16", False, 2).numbers(250)
+    assert found == {"flops_per_second": 1e12, "mfu": 0.5}
+    assert speed.Speed(config, WORK, torch.device("cuda"), "bf16", True, 2).numbers(200)["flops_per_second"] == 1e12
+    assert speed.Speed(config, None, torch.device("cuda"), "bf16", True, 2).numbers(200) == {}
+
+
+def test_matrices_are_multiplied_at_some_rate():
+    assert 1e8 < speed.matrix_rate(torch.device("cpu"), "fp32", 0.01) < 1e14
+
+
+@pytest.mark.parametrize("seconds, words", [(2.34, "2.3 seconds"), (600, "10 minutes"), (3.6e4, "10 hours"), (1e6, "12 days"), (1e9, "11,574 days")])
+def test_durations_in_words(seconds, words):
+    assert speed.duration(seconds) == words
+
+
+def test_a_long_step_is_timed_by_its_parts(monkeypatch):
+    """A clock that goes on by 3 with each pass and 1 with each update: a step of 100 passes takes 301."""
+    clock = [0.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    trainer = SimpleNamespace(parts=Parts(8, 100, 1), task=SimpleNamespace(parts={"a": 0, "b": 0}), accelerator=SimpleNamespace(device=torch.device("cpu")))
+
+    def step():
+        clock[0] += 3 * trainer.parts.rounds + 1
+
+    trainer._step = step
+    assert speed.time_steps(trainer, 0.1) == pytest.approx(301) and trainer.parts.rounds == 100
+    trainer.parts = Parts(8, 1, 1)
+    assert speed.time_steps(trainer, 0.1) == pytest.approx(4)
+
+
+def test_a_dry_run_says_how_long_the_run_takes(monkeypatch):
+    monkeypatch.setattr(timing, "TIMED_SECONDS", 0.1)
+    small = ["--set", "network.model_channels=8", "--set", "network.channel_mult=[1]", "--batch-size", "8", "--device", "cpu"]
+    printed = CliRunner().invoke(app, ["train-imm", "--dry-run", *small], catch_exceptions=False).stdout
+    assert "time of the run" in printed and "on cpu:" in printed and "s a step, scores and previews not counted" in printed
+    monkeypatch.setattr(timing, "MOST_SECONDS", 0.0)
+    printed = CliRunner().invoke(app, ["train-imm", "--dry-run", *small], catch_exceptions=False).stdout
+    assert "at least" in printed and "not timed, as one pass takes" in printed
+
+
+def test_numbers_of_imm_by_level():
+    """Against the definitions, image by image."""
+    objective, batch = make(**{"loss.k": 4})
+    _, numbers = objective(batch)
+    flow, loss, size = objective.config.flow, objective.config.loss, objective.config.loss.group_size
+    s, t = draw_times(loss, flow, keys(0, batch.index[::size], imm._TIME))
+    r = earlier_time(loss, flow, s, t)
+    schedule, expected = flow.get_schedule(), {name: torch.zeros(2, imm.LEVELS, dtype=torch.float64) for name in numbers}
+    x = batch.images.double() / 127.5 - 1
+    noise = flow.sigma_data * normal(keys(0, batch.index, imm._NOISE), x.shape[1:], torch.float32).double()
+    label, target_label = objective._conditions(batch)
+    for group in range(len(t)):
+        eta = float(schedule.eta(t[group]))
+        level = sum(eta >= edge for edge in objective.levels[1:-1])
+        part = slice(group * size, (group + 1) * size)
+        s_, r_, t_ = (time[group].expand(size) for time in (s, r, t))
+        y_t = flow_map(objective.network, flow, diffuse(schedule, x[part], noise[part], t_), s_, t_, label[part])
+        y_r = flow_map(objective.network, flow, diffuse(schedule, x[part], noise[part], r_), s_, r_, target_label[part])
+        values = {"r_is_s": float(r[group] == s[group]), "distance": float((y_t - y_r).square().mean().sqrt())}
+        for name, value in values.items():
+            expected[name] += torch.tensor([[value], [1.0]]) * (torch.arange(imm.LEVELS) == level)
+    for name in ("r_is_s", "distance"):
+        torch.testing.assert_close(numbers[name], expected[name], rtol=1e-4, atol=1e-7)
+    assert float(numbers["loss_by_t"][0].sum()) == pytest.approx(float(objective(batch)[0]) * len(t), rel=1e-6)
+    assert 0 < float(numbers["r_is_s"][0].sum()) < len(t) and math.isclose(float(numbers["r_is_s"][1].sum()), len(t))
