@@ -38,7 +38,7 @@ def training_command(method: Method) -> Callable[..., None]:
         from ..methods.choosing import choose
 
         assignments = dict(parse_assignment(text) for text in given["set_"] or [])
-        chosen = choose(method, assignments, changes, preset=given["preset"], file=given["config"], out=given["out"])
+        chosen = choose(method, assignments, changes, preset=given["preset"], file=given["config"], out=given["out"], device=given["device"])
         notes = method.training().notes(chosen.config)
         if is_main():
             show_config(chosen, given["verbose"] or given["dry_run"])

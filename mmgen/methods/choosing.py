@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config.sections import (
     READING, DataSettings, merge, nest, preset_for, preset_names, presets_by_size, read_preset, read_toml,
 )  # fmt: skip
@@ -39,6 +41,7 @@ def choose(
     preset: str | None = None,
     file: Path | None = None,
     out: Path | None = None,
+    device: str = "cpu",
 ) -> Chosen:
     """The settings and the folder. Raises ConfigError.
 
@@ -48,6 +51,7 @@ def choose(
     Args:
         changes: settings by dotted key, each over those before it.
         file: a TOML file of settings, over the preset's.
+        device: auto, cpu or cuda. On a GPU batch_per_device is auto, unless a number is asked for.
     """
     training = method.training()
     over = read_toml(file, method.name) if file else {}
@@ -57,6 +61,8 @@ def choose(
     if preset is None and preset_names(method.name):
         preset, over, note = _preset_by_data(method, over)
     table = {} if preset is None else read_preset(preset, method.name)
+    if device != "cpu" and torch.cuda.is_available():
+        table = merge(table, {"run": {"batch_per_device": "auto"}})
     config, base = training.resolve(table, over), training.resolve(table)
     return Chosen(preset or method.name, config, base, out or Path("runs") / default_name(preset or method.name, config, base), note)
 

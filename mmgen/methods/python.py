@@ -61,7 +61,7 @@ def train(method: Method, changes: Mapping[str, Any], **options: Any) -> Run:
     seconds = math.inf if asked.max_time is None else seconds_of(asked.max_time)
     given = {key: os.fspath(value) if isinstance(value, os.PathLike) else value for key, value in changes.items() if value is not None}
     out = None if asked.out is None else Path(asked.out)
-    chosen = choose(method, dict(flatten(dict(asked.settings or {}))), given, preset=asked.preset, out=out)
+    chosen = choose(method, dict(flatten(dict(asked.settings or {}))), given, preset=asked.preset, out=out, device=asked.device)
     training = method.training()
     watcher = Watcher(asked.callback, asked.progress, training.watch(chosen.config))
     for note in (chosen.note, *training.notes(chosen.config)):

@@ -38,6 +38,7 @@ from .gradients import measure_and_clip
 from .model_files import BEST_FILE, ModelFiles, snapshots_every
 from .numbers import MetricAccumulator
 from .optim import build_optimizer, learning_rate
+from .prefetch import Prefetch
 from .run_folder import RunFolder
 from .run_log import RunLog
 from .sharding import is_sharded, shard, synchronise_gradients
@@ -107,6 +108,7 @@ class Trainer:
         self.numbers = MetricAccumulator(accelerator, single=len(self.task.parts) == 1)
         self.updates = Updates(accelerator, reporter.note, self._remedy)
         self.process_group = process_group_of(accelerator)
+        self.source = Prefetch(self._fetch, threaded=accelerator.device.type == "cuda")
         self.speed = Speed(
             self.task.model_config, self.task.work, accelerator.device, train.precision, run.gradient_checkpointing, accelerator.num_processes
         )
@@ -172,7 +174,9 @@ class Trainer:
                     logged_at = (time.monotonic(), images)
             finished = self.progress.images >= total
             if stop.signal is not None:
+                self.source.close()
                 return Outcome(self.progress.images, signal=stop.signal)
+        self.source.close()
         results = self._finish(anew=self.progress.images > first)
         self.process_group.wait()
         return Outcome(self.progress.images, finished=finished, results=results)
@@ -235,9 +239,12 @@ class Trainer:
 
     def _batches(self, first: int) -> Iterator[Batch]:
         """This process's share of the global batch that begins with image number `first`, a round at a time."""
-        for round_ in range(self.parts.rounds):
-            start = first + self.parts.start(round_, self.accelerator.process_index)
-            yield fetch(self.dataset, start, self.parts.size, self.train.seed, self.accelerator.device)
+        number = self.accelerator.process_index
+        starts = [first + self.parts.start(round_, number) for round_ in range(self.parts.rounds)]
+        return self.source.walk(starts, then=first + self.train.batch_size + self.parts.start(0, number))
+
+    def _fetch(self, start: int) -> Batch:
+        return fetch(self.dataset, start, self.parts.size, self.train.seed, self.accelerator.device)
 
     def _should_end(self, stop: StopRequest, seconds: float, step: int) -> bool:
         wanted = stop.signal is not None or seconds > self.max_seconds

@@ -89,7 +89,7 @@ def expected_shape(settings: DataSettings) -> DataShape | None:
 def make_accelerator(train: TrainSettings, run: RunSettings, out: Path, device: str) -> Any:
     """accelerate's Accelerator: devices, processes, mixed precision, trackers. device: auto, cpu or cuda."""
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU; use --device cpu, or install a torch that supports yours")
@@ -107,7 +107,10 @@ def make_accelerator(train: TrainSettings, run: RunSettings, out: Path, device: 
         log_with=list(run.log_with) or None,
         project_dir=str(out),
         step_scheduler_with_optimizer=False,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),  # no buffer changes in training
+        ],
     )
     process_group_of(accelerator)  # while all processes are at the same place
     return accelerator
