@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .errors import in_python
+
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
@@ -115,6 +117,7 @@ def fid(samples: Place | Sequence[Place], **options: Any) -> Report:
     return fid(samples, **options)
 
 
+@in_python()
 def convert(place: Place, out: Place, *, to: str = "mmgen", weights: str = "ema", overwrite: bool = False, **options: Any) -> Written:
     """Converts a checkpoint of another project to mmgen's file, or back, as `mmgen convert` does.
 

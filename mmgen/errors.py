@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import os
+import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_OPTION = re.compile(r"(?<![\w(-])--([a-z]+(?:-[a-z]+)*)(?![\w-])")
 
 
 class MmgenError(Exception):
@@ -52,6 +55,25 @@ def cannot_write(path: str | os.PathLike, error: OSError) -> MmgenError:
     elif error.errno is None:  # NumPy counts what it could not write, and forgets the reason
         remedy = ": is the disk full?"
     return MmgenError(f"cannot write {path}: {reason}{remedy}")
+
+
+@contextlib.contextmanager
+def in_python(settings: Mapping[str, str] = {}) -> Iterator[None]:
+    """Errors of a call from Python name its arguments beside the options of the command: `batch_size (--batch-size)`.
+
+    Commands within backticks stay as they are. settings: option -> what it is in Python, where that is no argument of its name.
+    """
+
+    def argument(found: re.Match) -> str:
+        name = found[1].replace("-", "_")
+        return f"{settings.get(name, name)} ({found[0]})"
+
+    try:
+        yield
+    except MmgenError as error:
+        pieces = re.split("(`[^`]*`)", str(error))
+        error.args = ("".join(piece if piece.startswith("`") else _OPTION.sub(argument, piece) for piece in pieces), *error.args[1:])
+        raise
 
 
 def shortened(value: object, most: int = 80) -> str:

@@ -58,4 +58,4 @@ def test_labels_that_match_nothing_are_told_where_they_are_needed(tmp_path):
     lists = {"dataset.json": {"labels": [["x/9.png", 1]]}}
     folder_of(tmp_path / "d", {"0.png": png(0), "1.png": png(1), **lists})
     sentence = refused("train-imm", "--data", tmp_path / "d", *FEW, "--conditional", "--out", tmp_path / "r", status=2)
-    assert "dataset.json lists 1 names, and 0 of 2 images are among them" in sentence and "train --unconditional" in sentence
+    assert "dataset.json lists 1 names, and 0 of 2 images are among them" in sentence and "leave labels out with --unconditional" in sentence

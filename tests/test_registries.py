@@ -14,7 +14,8 @@ from mmgen.errors import ConfigError
 from mmgen.formats.family import ConvertOptions
 from mmgen.formats.reading import read
 from mmgen.formats.recognise import FAMILIES, Family, convert, family_of
-from mmgen.losses import denoising
+from mmgen.diffusion.flow_map import FlowMapSettings
+from mmgen.losses import denoising, imm, mmd
 from mmgen.metrics.comparisons import COMPARISONS, Comparison
 from mmgen.metrics.evaluate import known_metrics
 from mmgen.metrics.features import EXTRACTORS, Extractor
@@ -50,6 +51,19 @@ def test_a_further_weight(monkeypatch):
     monkeypatch.setitem(denoising.WEIGHTS, "cube", lambda settings, denoiser, sigma: sigma**3)
     settings = denoising.DenoisingSettings(weighting="cube")
     assert denoising.weight(settings, denoising.DenoiserSettings(), torch.tensor([2.0], dtype=torch.float64)).tolist() == [8.0]
+
+
+def test_a_further_mapping_weighting_and_kernel_of_imm(monkeypatch):
+    """t squared as the quantity in which r is a step back from t; a constant weight; a kernel of no distance, whose loss is 0."""
+    monkeypatch.setitem(imm.MAPPINGS, "square", imm.Mapping(lambda path, t: t**2, lambda path, value: value.sqrt(), 0.0, 1.0))
+    monkeypatch.setitem(imm.WEIGHTS, "two", lambda loss, path, t: torch.full_like(t, 2.0))
+    monkeypatch.setitem(mmd.KERNELS, "one", (lambda p, *_: torch.zeros_like(p), lambda length, *_: torch.ones_like(length)))
+    loss, flow = imm.ImmSettings(mapping="square", weighting="two", kernel="one", k=1.0, group_size=2), FlowMapSettings(t_min=0.0, t_max=1.0)
+    s, t = torch.tensor([[0.1], [0.8]], dtype=torch.float64)
+    assert imm.documented_times("square", 0.5) == (0.0, 1.0)
+    r = imm.earlier_time(loss, flow, s, t)
+    torch.testing.assert_close(r**2, t**2 - 0.5)
+    assert imm.imm_loss(loss, flow, s, r, t, torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [2.0 * 2 / 2**2]
 
 
 def test_a_further_family_of_checkpoints(monkeypatch, tmp_path):

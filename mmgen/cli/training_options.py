@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError, nearest
-from ..methods.method import Option
+from ..methods.method import SHARED_SETTINGS, Option
 from .options import COUNT, NUMBER, home
 
 _images = partial(typer.Option, rich_help_panel="Images")
@@ -91,22 +91,11 @@ SHARED: dict[str, tuple[Any, Any]] = {
     "device": (Device, "auto"), "batch_per_device": (BatchPerDevice, None), "compile": (Compile, None),
     "dry_run": (DryRun, False), "verbose": (Verbose, False),
 }  # fmt: skip
-# Those that are single settings
-_SETTINGS = {
-    "data": "data.name", "resolution": "data.resolution", "channels": "data.channels", "split": "data.split",
-    "on_corrupt": "data.on_corrupt", "conditional": "data.conditional", "image_column": "data.image_column",
-    "label_column": "data.label_column", "text": "data.text", "caption_column": "data.caption_column",
-    "captions": "data.captions", "subset": "data.subset", "revision": "data.revision",
-    "follow_links": "data.follow_links", "batch_size": "train.batch_size", "batch_per_device": "run.batch_per_device",
-    "init": "train.init", "lr": "optimizer.lr", "max_images": "train.max_images", "seed": "train.seed", "precision": "train.precision",
-    "compile": "run.compile", "checkpoint_every": "run.checkpoint_every", "preview_every": "run.preview_every",
-    "eval_every": "run.eval_every", "eval_num": "run.eval_num",
-}  # fmt: skip
 
 
 def shared_changes(given: dict[str, Any]) -> dict[str, Any]:
     """The shared options among a command's arguments, name -> value, as settings by dotted key; those not given are left out."""
-    changes = {key: given[name] for name, key in _SETTINGS.items() if given.get(name) is not None}
+    changes = {key: given[name] for name, key in SHARED_SETTINGS.items() if given.get(name) is not None}
     if changes.get("data.text"):  # in place of the classes that a preset may have
         changes.setdefault("data.conditional", False)
     if "train.init" in changes:

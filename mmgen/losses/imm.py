@@ -7,6 +7,7 @@ two sets of M outputs is the loss, and its gradient flows through the jumps from
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from ..diffusion.process import per_image
 from ..diffusion.flow_map import FlowMapSettings, coefficients
+from ..diffusion.schedules import Schedule
 from ..system.random import uniform
-from .mmd import group_mmd
+from .mmd import Kernel, group_mmd
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,12 @@ class ImmSettings:
     """The loss of IMM. Defaults are the paper's for CIFAR-10 (table 5)."""
 
     group_size: int = 4  # M, particles that share (s, r, t); 1 is a consistency model
-    kernel: Literal["laplace", "rbf"] = "laplace"
+    kernel: Kernel = "laplace"
     distance_floor: float = 1e-8  # smallest distance in the Laplace kernel; the public training code has 1e-4
     a: float = 1.0  # power of alpha_t in the weight; 2 for fp16 (table 8)
     b: float = 5.0  # shift of the log-SNR in the weight; the public training code has 4 for CIFAR-10
-    weighting: Literal["full", "elbo_alpha", "elbo", "none"] = "full"  # terms of the weight, for the ablation of table 4
-    mapping: Literal["eta", "t", "log_snr", "inverse_eta"] = "eta"  # in what r(s, t) is a constant step back from t
+    weighting: Weighting = "full"  # terms of the weight, for the ablation of table 4
+    mapping: MappingName = "eta"  # in what r(s, t) is a constant step back from t
     k: float = 15.0  # the step is the range of that quantity divided by 2^k
     eta_range: Literal["paper", "exact"] = "paper"  # mapping eta: [0, 160], or eta at t_min and t_max (public code)
     min_gap: float = 0.0  # least t - r where s allows it; 1e-4 for fp16 (appendix I.6)
@@ -42,14 +44,33 @@ class ImmSettings:
 ETA_RANGE = (0.0, 160.0)  # eta_min and eta_max of appendix C.6
 
 
+@dataclass(frozen=True)
+class Mapping:
+    """A quantity in which r(s, t) is a constant step back from t, and the (t_min, t_max) that the paper gives it on pixels.
+
+    t_max None: the schedule's. Appendices C.6 and C.7; latents have t_min 0.
+    """
+
+    of: Callable[[Schedule, Tensor], Tensor]
+    inverse: Callable[[Schedule, Tensor], Tensor]
+    t_min: float
+    t_max: float | None
+
+
+# As printed, the rule in log-SNR has the wrong sign: the log-SNR rises where t falls
+MAPPINGS = {
+    "eta": Mapping(lambda path, t: path.eta(t), lambda path, eta: path.eta_inverse(eta.clamp(min=0)), 0.006, None),
+    "t": Mapping(lambda path, t: t, lambda path, t: t, 0.0, 1.0),
+    "log_snr": Mapping(lambda path, t: path.log_snr(t), lambda path, value: path.log_snr_inverse(value), 0.001, None),
+    "inverse_eta": Mapping(lambda path, t: 1 / path.eta(t), lambda path, value: path.eta_inverse(1 / value), 0.005, 1.0),
+}
+MappingName = Literal[tuple(MAPPINGS)]
+
+
 def documented_times(mapping: str, schedule_t_max: float) -> tuple[float, float]:
-    """(t_min, t_max) that the paper gives for a mapping r(s, t) on pixels (appendices C.6 and C.7); latents have t_min 0."""
-    return {
-        "eta": (0.006, schedule_t_max),
-        "t": (0.0, 1.0),
-        "log_snr": (0.001, schedule_t_max),
-        "inverse_eta": (0.005, 1.0),
-    }[mapping]
+    """(t_min, t_max) that the paper gives for a mapping r(s, t)."""
+    found = MAPPINGS[mapping]
+    return found.t_min, schedule_t_max if found.t_max is None else found.t_max
 
 
 def draw_times(settings: ImmSettings, flow: FlowMapSettings, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,24 +99,11 @@ def _eta_probability(settings: ImmSettings, eta: Tensor) -> Tensor:
 
 
 def earlier_time(settings: ImmSettings, flow: FlowMapSettings, s: Tensor, t: Tensor) -> Tensor:
-    """r(s, t) in [s, t], float64 [G]: a constant step back from t in eta, t, log-SNR or 1/eta (appendix C.6).
-
-    As printed, the rule in log-SNR has the wrong sign: the log-SNR rises where t falls.
-    """
-    schedule = flow.get_schedule()
-    ends = _ends(flow)
-    cells = 2.0**settings.k
-    if settings.mapping == "t":
-        r = t - (flow.t_max - flow.t_min) / cells
-    elif settings.mapping == "log_snr":
-        high, low = schedule.log_snr(ends).tolist()
-        r = schedule.log_snr_inverse(schedule.log_snr(t) + (high - low) / cells)
-    elif settings.mapping == "inverse_eta":
-        high, low = (1 / schedule.eta(ends)).tolist()
-        r = schedule.eta_inverse(1 / (1 / schedule.eta(t) + (high - low) / cells))
-    else:
-        low, high = schedule.eta(ends).tolist() if settings.eta_range == "exact" else ETA_RANGE
-        r = schedule.eta_inverse((schedule.eta(t) - (high - low) / cells).clamp(min=0))
+    """r(s, t) in [s, t], float64 [G]: a constant step back from t in eta, t, log-SNR or 1/eta (appendix C.6)."""
+    schedule, mapping = flow.get_schedule(), MAPPINGS[settings.mapping]
+    paper = settings.mapping == "eta" and settings.eta_range == "paper"
+    at_t_min, at_t_max = ETA_RANGE if paper else mapping.of(schedule, _ends(flow)).tolist()
+    r = mapping.inverse(schedule, mapping.of(schedule, t) - (at_t_max - at_t_min) / 2.0**settings.k)
     if settings.min_gap > 0:
         r = torch.minimum(r, t - settings.min_gap)
     return torch.maximum(r, s)
@@ -107,16 +115,23 @@ def loss_weight(settings: ImmSettings, flow: FlowMapSettings, t: Tensor) -> Tens
     Since exp(lambda) = alpha^2 / sigma^2, the first three factors are
     sigma (alpha sigma' - sigma alpha') alpha^(a-1) / (sigma^2 + alpha^2 exp(-b)), which has no 0/0 at the ends of the path.
     """
-    if settings.weighting == "none":
-        return torch.ones_like(t)
-    schedule = flow.get_schedule()
+    return WEIGHTS[settings.weighting](settings, flow.get_schedule(), t)
+
+
+def _elbo(schedule: Schedule, t: Tensor, a: float, b: float) -> Tensor:
+    """1/2 sigmoid(b - lambda_t) (-d lambda_t/dt) alpha_t^a."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    a = 0.0 if settings.weighting == "elbo" else settings.a
     wronskian = alpha * schedule.d_sigma(t) - sigma * schedule.d_alpha(t)
-    weight = sigma * wronskian * alpha ** (a - 1) / (sigma**2 + alpha**2 * math.exp(-settings.b))
-    if settings.weighting == "full":
-        weight = weight / (alpha**2 + sigma**2)
-    return weight
+    return sigma * wronskian * alpha ** (a - 1) / (sigma**2 + alpha**2 * math.exp(-b))
+
+
+WEIGHTS = {  # the terms of the ablation in table 4, one after another
+    "full": lambda loss, path, t: _elbo(path, t, loss.a, loss.b) / (path.alpha(t) ** 2 + path.sigma(t) ** 2),
+    "elbo_alpha": lambda loss, path, t: _elbo(path, t, loss.a, loss.b),
+    "elbo": lambda loss, path, t: _elbo(path, t, 0.0, loss.b),
+    "none": lambda loss, path, t: torch.ones_like(t),
+}
+Weighting = Literal[tuple(WEIGHTS)]
 
 
 def kernel_weight(flow: FlowMapSettings, s: Tensor, t: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ would be rounded to TF32 on a GPU that is allowed to. Error against exact arithm
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -44,12 +46,12 @@ def group_mmd(difference: Tensor, y_r: Tensor, kernel_weight: Tensor, kernel: st
     v = u.transpose(1, 2)
     c = -2 * inner
     scale = (kernel_weight / y_r.shape[2])[:, None, None]
-    terms = _laplace if kernel == "laplace" else _rbf
+    terms, matched = KERNELS[kernel]
     # Off the diagonal; the diagonal itself is replaced by harmless numbers, for a gradient without 0/0.
     diagonal = torch.eye(size, dtype=torch.bool, device=y_r.device)
     pairs = terms(*(torch.where(diagonal, fill, m) for fill, m in ((1.0, p), (0.0, u), (0.0, v), (0.0, c))), scale, floor)
     pairs = torch.where(diagonal, 0.0, pairs)
-    return (pairs.sum((1, 2)) + _matched(length, scale[:, 0], kernel, floor).sum(1)) / size**2
+    return (pairs.sum((1, 2)) + matched(length, scale[:, 0], floor).sum(1)) / size**2
 
 
 def _laplace(p: Tensor, u: Tensor, v: Tensor, c: Tensor, scale: Tensor, floor: float) -> Tensor:
@@ -79,10 +81,13 @@ def _mixed_difference(lengths: tuple[Tensor, ...], steps: tuple[Tensor, ...], sc
     return torch.where(large, near - far_u - far_v + far, near * (x * y + (1 + x) * (1 + y) * z))
 
 
-def _matched(length: Tensor, scale: Tensor, kernel: str, floor: float) -> Tensor:
+def _matched_rbf(length: Tensor, scale: Tensor, floor: float) -> Tensor:
     """The diagonal: 2 k(y, y) - 2 k(y_t^j, y_r^j), [G, M]."""
-    if kernel == "rbf":
-        return 2 * _one_minus_exp(0.5 * scale * length)
+    return 2 * _one_minus_exp(0.5 * scale * length)
+
+
+def _matched_laplace(length: Tensor, scale: Tensor, floor: float) -> Tensor:
+    """The same for the Laplace kernel."""
     beyond = length.clamp(min=floor**2).sqrt() - floor  # clamped before the root: no infinite gradient at delta = 0
     return 2 * torch.exp(-scale * floor) * _one_minus_exp(scale * beyond)
 
@@ -90,3 +95,7 @@ def _matched(length: Tensor, scale: Tensor, kernel: str, floor: float) -> Tensor
 def _one_minus_exp(x: Tensor) -> Tensor:
     """1 - exp(-x) for x >= 0. The derivative of expm1 is computed as its value + 1: exact near 0, lost far from it."""
     return torch.where(x > 1, 1 - torch.exp(-x), -torch.expm1(-x.clamp(max=1)))
+
+
+KERNELS = {"laplace": (_laplace, _matched_laplace), "rbf": (_rbf, _matched_rbf)}  # a pair of particles, and one with itself
+Kernel = Literal[tuple(KERNELS)]

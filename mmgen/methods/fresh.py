@@ -21,7 +21,7 @@ def fresh_model_config(config: Any, shape: DataShape, latents_std: float, **own:
     check_sizes(config.network, resolution=shape.resolution, channels=shape.channels)
     conditional, latents = config.data.conditional, shape.latents
     if conditional and shape.num_classes == 0:
-        raise ConfigError("data.conditional needs class labels, and the data have none: train --unconditional")
+        raise ConfigError("data.conditional needs class labels, and the data have none: leave labels out with --unconditional")
     model_config = ModelConfig(
         network=config.network,
         resolution=shape.resolution,

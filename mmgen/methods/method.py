@@ -17,6 +17,19 @@ if TYPE_CHECKING:
     from ..training.cost import Adapters, Work
     from ..training.task import Reporter, Task
 
+# The options that all training commands share and that are a setting each
+SHARED_SETTINGS = {
+    "data": "data.name", "resolution": "data.resolution", "channels": "data.channels", "split": "data.split",
+    "on_corrupt": "data.on_corrupt", "conditional": "data.conditional", "image_column": "data.image_column",
+    "label_column": "data.label_column", "text": "data.text", "caption_column": "data.caption_column",
+    "captions": "data.captions", "subset": "data.subset", "revision": "data.revision",
+    "follow_links": "data.follow_links", "batch_size": "train.batch_size", "batch_per_device": "run.batch_per_device",
+    "init": "train.init", "lr": "optimizer.lr", "max_images": "train.max_images", "seed": "train.seed", "precision": "train.precision",
+    "compile": "run.compile", "checkpoint_every": "run.checkpoint_every", "preview_every": "run.preview_every",
+    "eval_every": "run.eval_every", "eval_num": "run.eval_num",
+}  # fmt: skip
+
+
 
 @dataclass(frozen=True)
 class Option:

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from ..errors import ConfigError, shortened
+from ..errors import ConfigError, in_python, shortened
 from ..report.bars import bar
 from ..sampling.loading import Denoiser, FlowModel, load
 from ..system.devices import check_device
@@ -20,7 +20,7 @@ from ..system.schema import flatten, from_keywords
 from ..training.task import Reporter
 from . import run
 from .choosing import choose
-from .method import Method
+from .method import SHARED_SETTINGS, Method
 from .times import seconds_of
 
 
@@ -52,6 +52,14 @@ class Options:
     max_time: str | None = None
 
 
+ARGUMENTS = {"data", "teacher", "steps", "preset", "out", "device", "max_time"}  # options that a function has as arguments
+IN_PYTHON = {
+    **{name: setting for name, setting in SHARED_SETTINGS.items() if name not in ARGUMENTS},
+    **{"unconditional": "data.conditional=False", "no_text": "data.text=False", "set": "settings"},
+}  # option -> setting
+
+
+@in_python(IN_PYTHON)
 def train(method: Method, changes: Mapping[str, Any], **options: Any) -> Run:
     """Trains a method. `changes`: settings by dotted key, None or a path among their values. options: the fields of `Options`."""
     asked = from_keywords(Options, options, "option")

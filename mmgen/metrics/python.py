@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, nearest, shortened
+from ..errors import ConfigError, in_python, nearest, shortened
 from ..report.bars import bar
 from ..sampling.drawing import SampleSettings
 from ..system.devices import find_device
@@ -20,6 +20,7 @@ _PATHS = ("inception", "captions", "save_stats", "out")
 _DRAWING = ("ema", *OPTIONS, *(field.name for field in fields(SampleSettings) if field.name != "batch_size"))
 
 
+@in_python()
 def fid(
     samples: str | os.PathLike | Sequence[str | os.PathLike],
     *,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ConfigError, shortened
+from ..errors import ConfigError, in_python, shortened
 from ..formats.family import ConvertOptions
 from ..formats.opening import open_model
 from ..models import denoiser, flow_model
@@ -23,6 +23,7 @@ from .samples import Samples, as_output, check_output
 class Draws:
     """What sampling adds to a model."""
 
+    @in_python()
     def sample(
         self,
         num: int,
@@ -70,6 +71,7 @@ class Denoiser(Draws, denoiser.Denoiser):
     """A denoiser that draws."""
 
 
+@in_python()
 def load(
     place: str | os.PathLike, *, ema: str | None = None, device: str | torch.device = "cpu", weights: str = "ema", **options: Any
 ) -> FlowModel | Denoiser:

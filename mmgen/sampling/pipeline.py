@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..errors import ConfigError
+from ..errors import ConfigError, in_python
 from ..models.build import AnyModel
 from ..models.files import MODEL_FILE, save_model
 from ..report.model_card import model_card
@@ -56,6 +56,7 @@ class Pipeline:
         self.model.to(device)
         return self
 
+    @in_python()
     def __call__(
         self,
         batch_size: int | None = None,  # how many images; None: one, or one for each class label or prompt

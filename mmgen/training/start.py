@@ -55,7 +55,7 @@ def load_data(settings: DataSettings, progress: Callable[[int, int], None] | Non
         dataset = replace(dataset, captions=without(dataset.captions, settings.leave_out))
     if settings.conditional and dataset.labels is None:
         raise ConfigError(
-            f"data.conditional needs class labels, and the data have none ({dataset.description}): train --unconditional"
+            f"data.conditional needs class labels, and the data have none ({dataset.description}): leave labels out with --unconditional"
         )
     if settings.conditional and settings.num_classes not in (None, dataset.num_classes):
         raise ConfigError(f"data.num_classes is {settings.num_classes}, but {settings.name} has {dataset.num_classes} classes")
