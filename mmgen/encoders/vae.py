@@ -95,7 +95,7 @@ def decoder(latents: LatentSettings, device: torch.device | str = "cpu") -> Call
     def decode(x: Tensor) -> Tensor:
         if (side := x.shape[-1] * vae.factor) != latents.resolution:  # of a model that does not say which weights its VAE has
             raise ModelError(
-                f"the VAE {word} makes images of {side}x{side} of the model's latents, not {latents.resolution}x{latents.resolution}: "
+                f"the VAE {source} makes images of {side}x{side} of the model's latents, not {latents.resolution}x{latents.resolution}: "
                 "set $MMGEN_VAE to the folder that holds the right one"
             )
         return vae.decode(denormalise(x, latents), latents.pixels == "unit")
