@@ -16,7 +16,7 @@ TINY = ["--set", "network.model_channels=8", "--set", "network.channel_mult=[1]"
         "--set", "run.eval_steps=[1, 2]", "--batch-size", "16", "--device", "cpu"]  # fmt: skip
 
 
-COMMANDS = ("train-imm", "train-teacher", "distill", "sample", "fid", "convert", "inspect", "cache-latents", "ema", "push", "compare")
+COMMANDS = ("train-imm", "train-teacher", "distill", "sample", "fid", "convert", "inspect", "cache-latents", "ema", "neon", "push", "compare")
 
 
 def mmgen(*arguments, cwd, timeout=120, **environment):

@@ -105,7 +105,7 @@ def fid(
         str | None, _model(metavar="LIST", help="Weights of classifier-free guidance, such as 1,1.5,3: a row each.")
     ] = None,
     guidance_interval: Annotated[
-        str | None, _model(metavar="LOW,HIGH", help="With guidance: only where sigma/alpha is between these.")
+        str | None, _model(metavar="LOW,HIGH", help="Guide between these sigma/alpha only.")
     ] = None,
     sampler: Annotated[str | None, _model(metavar="NAME", help="pushforward, restart, ddim, ancestral or heun.")] = None,
     grid: Annotated[str | None, _model(metavar="NAME", help="Times of the steps: uniform, edm, schedule or eta.")] = None,

@@ -56,7 +56,7 @@ Guidance = Annotated[
     float | None, _sampler(**NUMBER, help="Weight w of classifier-free guidance; 1 is none, others double the cost.")
 ]
 GuidanceInterval = Annotated[
-    str | None, _sampler(metavar="LOW,HIGH", help="With guidance: only where sigma/alpha is between these (arXiv:2404.07724).")
+    str | None, _sampler(metavar="LOW,HIGH", help="Guide between these sigma/alpha only (arXiv:2404.07724).")
 ]
 Ema = Annotated[str | None, _sampler(metavar="NAME", help="Another weight average of the run, such as 0.9999.")]
 
