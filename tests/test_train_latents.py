@@ -1,8 +1,12 @@
 """IMM in a VAE's latent space: cache, train, sample, decode, with networks of random weights; and what is refused."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,15 +16,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_vae import write_images, write_vae
 from toy_task import Quiet
+from typer.testing import CliRunner
 
 import mmgen
+from mmgen.cli import app
 from mmgen.config import sections as configs
 from mmgen.config import imm as imm_config
 from mmgen.encoders import vae as vae_module
 from mmgen.config.sections import preset_names, read_preset
 from mmgen.data.encoding import EncodingSettings, encode_source
 from mmgen.data.latents import load_latents
+from mmgen.data import load
 from mmgen.data.resolve import resolve
+from mmgen.metrics.frechet import fd_pixels
 from mmgen.errors import ConfigError, DataError
 from mmgen.config.imm import ImmConfig
 from mmgen.models.files import read_config
@@ -28,6 +36,8 @@ from mmgen.networks.conditions import Labels
 from mmgen.system.random import keys, normal
 from mmgen.training.batches import data_indices, fetch
 from mmgen.methods.imm.objective import ImmObjective, imm_model_config, imm_task
+from mmgen.system.processes import ProcessGroup
+from mmgen.training.figures import make_scorer
 from mmgen.training.inputs import LATENT
 from mmgen.methods import IMM
 from mmgen.methods import run as methods
@@ -41,7 +51,7 @@ TINY = {
     "optimizer": {"name": "adamw", "lr": 1e-3},
     "train": {"batch_size": 16, "max_images": 64, "precision": "fp32", "ema_betas": [0.9]},
     "sampling": {"guidance": 1.5},
-    "run": {"batch_per_device": 8, "checkpoint_every": 32, "preview_every": 32, "eval_every": 32, "eval_steps": [1, 2],
+    "run": {"eval_num": 40, "batch_per_device": 8, "checkpoint_every": 32, "preview_every": 32, "eval_every": 32, "eval_steps": [1, 2],
             "log_every": 1},
 }  # fmt: skip
 
@@ -74,8 +84,15 @@ def train(place, out, reporter=None, **changes):
 def test_cache_train_sample_decode_a_picture(place, tmp_path):
     reporter = Quiet()
     outcome = train(place, tmp_path / "run", reporter)
-    assert outcome.finished and outcome.results["values"] is None
-    assert any("`mmgen fid` scores the finished run" in note for note in reporter.notes)
+    assert outcome.finished and outcome.results["figure"] == "FD-pixels-40" and outcome.results["reference"] == 90
+    lines = [line for line in reporter.lines if "values" in line]
+    assert [line["images"] for line in lines] == [32, 64] and all(0.1 < value for value in lines[0]["variance"].values())
+    best = read_config(tmp_path / "run/model-best.safetensors").training
+    assert best["figures"]["FD-pixels-40"]["1"] == min(line["values"]["1"] for line in lines)
+    # decoded, and compared with the images that the latents were made of, as by `mmgen fid`
+    drawn = mmgen.load(tmp_path / "run").sample(40, steps=1, seed=0).images
+    real = torch.from_numpy(np.array(load(str(place / "images"), resolution=16, channels=3).images))
+    assert lines[-1]["values"]["1"] == pytest.approx(fd_pixels(drawn, real), rel=1e-4)
     assert [line["images"] for line in reporter.lines if "loss" in line] == [16, 32, 48, 64]
     config = read_config(tmp_path / "run/model.safetensors")
     stored = load_latents(place / "latents")
@@ -84,6 +101,40 @@ def test_cache_train_sample_decode_a_picture(place, tmp_path):
         assert min(Image.open(tmp_path / "run" / file).size) > 100
     images = mmgen.load(tmp_path / "run").sample(5, steps=2, seed=3).images
     assert images.shape == (5, 3, 16, 16) and images.dtype == torch.uint8 and images.float().std() > 1
+
+
+def test_scores_of_latents_by_what_can_be_had(place, tmp_path):
+    """Statistics where they are named; without the images, a sentence. What cannot be compared with is refused."""
+    moved, run = tmp_path / "moved", configs.RunSettings(eval_num=8)
+    shutil.copytree(place / "latents", moved)
+    dataset, notes = load_latents(moved), []
+    gone = replace(dataset, images={**dataset.images, "word": "nowhere", "place": str(tmp_path / "nowhere")})
+    scorer = lambda run, dataset: make_scorer(run, dataset, torch.device("cpu"), ProcessGroup(), notes.append)  # noqa: E731
+    assert scorer(run, gone) is None and len(notes) == 1
+    assert notes[0].startswith("no figures while training: ") and notes[0].endswith("`mmgen fid` scores the finished run")
+    file = tmp_path / "statistics.safetensors"
+    CliRunner().invoke(app, ["fid", str(place / "images"), "--features", "pixels", "--save-stats", str(file), "--device", "cpu"], catch_exceptions=False)
+    found = scorer(replace(run, eval_ref=str(file)), gone)
+    found._reference = found._collect(8)
+    assert found.compared == 90 and found._of_data == 0
+    assert scorer(replace(run, eval_ref=str(tmp_path)), gone) is None and "is no file of statistics" in notes[-1]
+
+
+@pytest.mark.slow
+def test_two_processes_score_latents_as_one(place, tmp_path):
+    command = ["-m", "mmgen", "train-imm", "--data", str(place / "latents"), "--preset", "imagenet256-imm-s", "--device", "cpu", "--batch-size", "16",
+               "--batch-per-device", "8", "--max-images", "32", "--set", "data.resolution=8", "--set", "data.num_classes=3",
+               "--set", "network.hidden_size=16", "--set", "network.depth=1", "--set", "network.num_heads=2", "--precision", "fp32",
+               "--eval-num", "40", "--eval-every", "16", "--set", "run.eval_steps=[1]", "--out"]  # fmt: skip
+    values = []
+    for name, launcher in ("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"]):
+        result = subprocess.run([sys.executable, *launcher, *command, str(tmp_path / name)], capture_output=True, text=True, timeout=500,
+                                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])})  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        values.append([line["values"]["1"] for line in lines if "values" in line])
+        assert (tmp_path / name / "model-best.safetensors").is_file()
+    assert len(values[0]) == 2 and values[0] == pytest.approx(values[1], rel=1e-4)
 
 
 def test_what_the_network_sees_is_drawn_anew_and_normalised(place, tmp_path):

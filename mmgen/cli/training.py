@@ -169,7 +169,8 @@ def _show_figures(results: dict[str, Any]) -> None:
         table.add_section()
         table.add_row("real against real (noise floor)", f"{results['between_halves']:.3f}")
     show(table)
-    show(f"{results['num']:,} samples against {results['reference']:,} real images.")
+    real = "run.eval_ref" if results["reference"] is None else f"{results['reference']:,} real images"
+    show(f"{results['num']:,} samples against {real}.")
     if results["between_halves"] is not None:
         show(f"Real against real: two halves of the data, {results['reference'] // 2:,} images each.")
     if title.startswith("FD-pixels"):

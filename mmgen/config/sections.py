@@ -110,6 +110,7 @@ class RunSettings:
     eval_num: int = 10_000  # samples per measurement; 0: none
     eval_steps: tuple[int, ...] = (1, 2, 4, 8)  # numbers of steps shown and measured; the first decides which model is best
     eval_features: str = "auto"  # as `mmgen fid --features`; auto: Inception's (FID), or pixels where it is not at hand
+    eval_ref: str = ""  # a file of statistics that scores compare with, as of `mmgen fid --save-stats`; unset: the training images
     log_every: int = 100  # steps between log lines
     log_with: tuple[Literal["tensorboard", "wandb"], ...] = ()
 

@@ -8,8 +8,10 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import __version__
@@ -17,17 +19,23 @@ from ..config.sections import RunSettings
 from ..data import Dataset
 from ..data.cache import cache_root
 from ..data.latents import LatentDataset
-from ..errors import MmgenError
+from ..encoders.vae import decoder
+from ..errors import ConfigError, DataError, MmgenError
 from ..metrics.features import LARGEST_PIXELS, Extractor, auto_extractor, build_extractor
-from ..metrics.image_sets import dataset_images, drawn_images
-from ..metrics.reference_sets import ReferenceSet, collect_reference
+from ..metrics.image_sets import ImageSet, dataset_images, drawn_images
+from ..metrics.reference_sets import ReferenceSet, collect_reference, file_reference
+from ..metrics.references import is_statistics
+from ..metrics.subjects import TrainingSet, training_images
 from ..metrics.score import ScoreSettings, figure_name, score
 from ..models.build import AnyModel
 from ..sampling.drawing import SampleSettings, plan
-from ..system.files import read_json, write_json
+from ..system.files import at_home, read_json, sha256_of, write_json
 from ..system.processes import ProcessGroup
-from .collapse import Spread, spread_of_data, watched
+from .collapse import Spread, spread_of, spread_of_data, watched
 from .task import Reporter, Work
+
+MOST_DECODED = 200_000  # images behind latents that are decoded for a score while training
+_OF_DATA = 500  # of them tell the data's variance
 
 
 class Scorer:
@@ -39,13 +47,15 @@ class Scorer:
     """
 
     def __init__(
-        self, extractor: Extractor, dataset: Dataset, run: RunSettings, device: torch.device, process_group: ProcessGroup, work: Work
-    ) -> None:
+        self, extractor: Extractor, images: ImageSet | Path, run: RunSettings, device: torch.device, process_group: ProcessGroup, work: Work,
+        of_data: float,
+    ) -> None:  # fmt: skip
+        """images: what samples are compared with, or a file of its statistics. of_data: the variance of the data; 0: not known."""
         self.work = work
-        self.extractor, self.images, self.run, self.device, self.process_group = extractor, dataset_images(dataset), run, device, process_group
+        self.extractor, self.images, self.run, self.device, self.process_group = extractor, images, run, device, process_group
         self.name = figure_name(extractor.title, run.eval_num)
         self._reference: ReferenceSet | None = None
-        self._of_data = spread_of_data(dataset.images)
+        self._of_data = of_data
         self.variance: dict[str, float] = {}
 
     def measure(
@@ -58,10 +68,7 @@ class Scorer:
         """
         batch = self.run.batch_per_device
         if self._reference is None:
-            with self.work("reference", self.images.length) as update:
-                self._reference = collect_reference(
-                    self.images, self.extractor, batch_size=batch, device=self.device, process_group=self.process_group, progress=update
-                )
+            self._reference = self._collect(batch)
         values, self.variance = {}, {}
         for count in steps:
             chosen = plan(model.config, SampleSettings(steps=count, seed=seed, batch_size=batch, **sampling))
@@ -78,11 +85,28 @@ class Scorer:
         return values
 
 
+    @property
+    def compared(self) -> int | None:
+        """How many images samples are compared with; None where a file of statistics does not say."""
+        if isinstance(self.images, Path):
+            return None if self._reference is None else self._reference.num
+        return self.images.length
+
+    def _identity(self) -> str:
+        return sha256_of(self.images) if isinstance(self.images, Path) else self.images.fingerprint()
+
+    def _collect(self, batch: int) -> ReferenceSet:
+        options = {"batch_size": batch, "device": self.device, "process_group": self.process_group}
+        if isinstance(self.images, Path):
+            return file_reference(self.images, self.extractor, **options)
+        with self.work("reference", self.images.length) as update:
+            return collect_reference(self.images, self.extractor, progress=update, **options)
+
     def measure_once(self, model: AnyModel, steps: int, seed: int, sha256: str, what: str | None = None) -> float:
         """`measure` of a model whose weights have this hash, remembered in the cache: the many steps of a teacher are drawn and
         scored for its first student, and not again for the next one."""
         config = {**asdict(model.config), "training": None, "data": None}  # how it is sampled; not what it is called
-        how = [__version__, config, steps, seed, self.run.eval_num, self.extractor.protocol, self.images.fingerprint()]
+        how = [__version__, config, steps, seed, self.run.eval_num, self.extractor.protocol, self._identity()]
         key = hashlib.sha256(json.dumps([sha256, self.device.type, *how], sort_keys=True).encode()).hexdigest()
         file, found = cache_root() / "scores" / f"{key}.json", None
         if self.process_group.is_main:
@@ -107,16 +131,17 @@ def make_scorer(
     """
     if run.eval_num < 2:
         return None
-    if isinstance(dataset, LatentDataset):
-        note("no figures while training on latents: `mmgen fid` scores the finished run")
+    try:
+        images, shape, of_data = _compared(run, dataset, device)
+    except MmgenError as error:
+        note(f"no figures while training: {error}; `mmgen fid` scores the finished run")
         return None
-    shape = dataset.images.shape[1:]
     if run.eval_features != "auto":
         extractor = build_extractor(run.eval_features, device=device)
         if extractor.metric == "fd-pixels" and math.prod(shape) > LARGEST_PIXELS:
             note(f"nothing is measured while training: images of {math.prod(shape):,} numbers are too large for their pixels' covariance")
             return None
-        return Scorer(extractor, dataset, run, device, process_group, work)
+        return Scorer(extractor, images, run, device, process_group, work, of_data)
     try:
         extractor, why = auto_extractor(shape, device=device)
     except MmgenError as error:
@@ -124,4 +149,28 @@ def make_scorer(
         return None
     if why is not None:
         note(why)
-    return Scorer(extractor, dataset, run, device, process_group, work)
+    return Scorer(extractor, images, run, device, process_group, work, of_data)
+
+
+def _compared(
+    run: RunSettings, dataset: Dataset | LatentDataset, device: torch.device
+) -> tuple[ImageSet | Path, tuple[int, ...], float]:
+    """What samples are compared with, the shape of an image [C, H, W], and the variance of the data, 0 where it is not known.
+
+    Of latents it is the images that they were made of. Raises MmgenError where these, or the autoencoder, cannot be had.
+    """
+    reference = at_home(run.eval_ref) if run.eval_ref else None
+    if reference is not None and not (reference.is_file() and is_statistics(reference)):
+        raise ConfigError(f"run.eval_ref {run.eval_ref} is no file of statistics, such as `mmgen fid images/ --save-stats FILE` writes")
+    if not isinstance(dataset, LatentDataset):
+        return reference or dataset_images(dataset), dataset.images.shape[1:], spread_of_data(dataset.images)
+    decoder(dataset.latents, device)
+    shape = (3, dataset.latents.resolution, dataset.latents.resolution)
+    if reference is not None:
+        return reference, shape, 0.0
+    if len(dataset) > MOST_DECODED:
+        raise DataError(f"the images of {len(dataset):,} latents are too many to decode for it: give statistics of them as run.eval_ref")
+    own = TrainingSet(dataset.images["word"], dataset.images["options"], dataset.images["place"], content=dataset.images["content"])
+    images, _ = training_images(own)
+    some = np.linspace(0, images.length - 1, min(_OF_DATA, images.length)).astype(int)
+    return images, shape, spread_of(np.concatenate([images.read(i, i + 1, False) for i in some.tolist()]))

@@ -371,7 +371,7 @@ class Trainer:
         if not main:
             return None
         self._picture(model, self.folder.path / "samples.png")
-        pixels = self.scorer is not None and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4
+        pixels = self.scorer is not None and isinstance(self.dataset, Dataset) and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4
         halves = halves_distance(self.dataset.images) if pixels else None
         self.history.keep(self.folder.path / "curves.png", evaluation.curves(self.history.lines, halves, self.task.levels))
         last = self.history.figures_at(images)
@@ -379,7 +379,7 @@ class Trainer:
             "images": images,
             "seconds": round(self.progress.seconds, 1),
             **{key: last.get(key) for key in ("figure", "values", "num")},
-            "reference": len(self.dataset),
+            "reference": len(self.dataset) if self.scorer is None else self.scorer.compared,
             "data": self.dataset.identity,
             "between_halves": halves,
             **(more or {}),
