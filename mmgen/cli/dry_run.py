@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..methods.method import Method
 from .progress import progress_bar
 from .tables import show, table_of
+from .training_report import announced
 
 if TYPE_CHECKING:
     from ..training.cost import Cost
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 GIB = 1024**3
 
 
-def show_cost(method: Method, config: Any, device: str = "auto") -> None:
+def show_cost(method: Method, config: Any, device: str = "auto", announce: Callable[[], None] = lambda: None) -> None:
     """The table of a dry run: the data, what a step costs, the memory of a device, the time on this one; where a method can train in several ways, all."""
     from rich.table import Column, Table
 
@@ -31,7 +33,7 @@ def show_cost(method: Method, config: Any, device: str = "auto") -> None:
     source, config = (training.dry_find or training.find)(config, "cpu")
     work, group_size = training.work(config)
     try:
-        with progress_bar("decoding", 1) as progress:
+        with announced(progress_bar("decoding", 1), announce) as progress:
             dataset = load_data(config.data, progress)
         shape, description = dataset.shape, dataset.description
     except DataError as error:
@@ -54,6 +56,7 @@ def show_cost(method: Method, config: Any, device: str = "auto") -> None:
     size, networks = shape.resolution, work.trained + work.frozen + work.whole
     sets = f"{work.trained} trained, {work.frozen + work.whole} frozen" if adapters is None else f"1 frozen, shared; {cost.trained:,} trained"
     used = "captions" if model_config.text is not None else f"{model_config.num_classes or 'no'} classes"
+    announce()
     table = Table("dry run", Column(overflow="fold"), title_justify="left")
     for name, value in (
         ("data", description),

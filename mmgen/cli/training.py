@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 import os
 import shlex
 from collections.abc import Callable
@@ -40,14 +42,17 @@ def training_command(method: Method) -> Callable[..., None]:
         assignments = dict(parse_assignment(text) for text in given["set_"] or [])
         chosen = choose(method, assignments, changes, preset=given["preset"], file=given["config"], out=given["out"], device=given["device"])
         notes = method.training().notes(chosen.config)
-        if is_main():
+
+        @functools.cache  # once, before the first other thing that is shown: an error that comes before stands alone
+        def announce() -> None:
             show_config(chosen, given["verbose"] or given["dry_run"])
             for note in notes:
                 show(f"note: {note}", stderr=True)
+
         if not given["dry_run"]:
-            run(method, chosen, device=given["device"], max_seconds=seconds)
+            run(method, chosen, announce, device=given["device"], max_seconds=seconds)
         elif is_main():
-            show_cost(method, chosen.config, given["device"])
+            show_cost(method, chosen.config, given["device"], announce)
 
     own = {one.name: (option.own_option(one, method.heading), None) for one in method.options}
     shared = {name: option for name, option in option.SHARED.items() if name not in (*own, *method.without)}
@@ -66,15 +71,17 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def run(method: Method, chosen: Chosen, *, device: str, max_seconds: float) -> None:
-    """Trains with a bar or JSON lines, shows the outcome, and ends with the status of the signal that stopped it, if one did."""
+def run(method: Method, chosen: Chosen, announce: Callable[[], None], *, device: str, max_seconds: float) -> None:
+    """Trains with a bar or JSON lines, shows the outcome, and ends with the status of the signal that stopped it, if one did.
+
+    announce: says what will be trained."""
     from ..methods.run import train
 
-    report = TrainingReport(visible=is_main(), watch=method.training().watch(chosen.config))
+    report = TrainingReport(is_main(), method.training().watch(chosen.config), announce)
     try:
         outcome = train(
             method, chosen.config, chosen.folder, report, device=device, max_seconds=max_seconds,
-            data_progress=lambda: progress_bar("decoding", 1),
+            data_progress=lambda: report.work("decoding", 1),
         )  # fmt: skip
     finally:
         report.stop()
@@ -124,12 +131,16 @@ def _summary(chosen: Chosen, changed: dict[str, Any]) -> list[str]:
 
 
 def _plain(value: Any) -> str:
-    """A value in short: lists without brackets, true and false as TOML writes them, tables as TOML writes them in a line."""
+    """A value as TOML writes it in a line, so that --set takes it; quotes around a word are left out."""
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}={_plain(inner)}' for key, inner in value.items() if inner is not None)}}}"
+        return f"{{{', '.join(f'{key} = {_quoted(inner)}' for key, inner in value.items() if inner is not None)}}}"
     if isinstance(value, tuple | list):
-        return ",".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return f"[{', '.join(map(_quoted, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
+
+
+def _quoted(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, str) else _plain(value)
 
 
 def show_outcome(outcome: Outcome, chosen: Chosen, method: Method) -> None:

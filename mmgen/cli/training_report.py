@@ -5,10 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 from .progress import Update, make_bars, make_console, progress_bar
+
+
+@contextlib.contextmanager
+def announced(bar: AbstractContextManager[Update], announce: Callable[[], None]) -> Iterator[Update]:
+    """The bar, before whose first step something is announced."""
+    with bar as update:
+
+        def tell(done: float, of: int | None = None) -> None:
+            announce()
+            update(done, of)
+
+        yield tell
 
 
 class TrainingReport:
@@ -16,20 +29,24 @@ class TrainingReport:
 
     visible: of one process only.
     watch: the logged number that the bar shows; of a list its mean.
+    announce: called before anything is shown.
     """
 
-    def __init__(self, visible: bool = True, watch: str = "loss") -> None:
+    def __init__(self, visible: bool = True, watch: str = "loss", announce: Callable[[], None] = lambda: None) -> None:
+        self.announce = announce if visible else lambda: None
         self.visible, self.terminal = visible, visible and sys.stderr.isatty()
         self.progress = self.task = None
         self.watch, self.value = watch, "-"
 
     def note(self, text: str) -> None:
+        self.announce()
         if self.terminal:
             self._console().print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.visible:
             print(json.dumps({"note": text}), file=sys.stderr, flush=True)
 
     def start(self, images: int, total: int) -> None:
+        self.announce()
         if not self.terminal:
             return
         self.progress = make_bars(self._console())
@@ -47,7 +64,8 @@ class TrainingReport:
     def work(self, what: str, total: int, unit: str = "images") -> Iterator[Update]:
         """A bar of its own below that of the training, gone when the work is done."""
         if self.progress is None:
-            with progress_bar(what, total, unit) if self.visible else contextlib.nullcontext(lambda *told: None) as update:
+            bar = progress_bar(what, total, unit) if self.visible else contextlib.nullcontext(lambda *told: None)
+            with announced(bar, self.announce) as update:
                 yield update
             return
         task = self.progress.add_task(what, total=total, value="")
