@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from ..methods.method import Method
@@ -47,6 +48,7 @@ def show_cost(method: Method, config: Any, device: str = "auto", announce: Calla
     model_config = training.model_config(config, shape, source)
     sharded = processes > 1 and asks_for_shards()
 
+    @cache
     def cost_of(adapters: Any, checkpointing: bool) -> Cost:
         kept = moments(config.optimizer.beta1)
         return estimate(train, model_config, parts, work, sharded, checkpointing, moments=kept, adapters=adapters)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config.sections import TrainSettings
@@ -184,14 +187,14 @@ def _saved_bytes(network: nn.Module, again: list[nn.Module], config: ModelConfig
 
     again: blocks that are computed again: of each what goes into it, and of one at a time, the largest, what is inside.
     """
-    kept: dict[int, torch.Tensor] = {}  # by storage; the tensors are held so that no id is used twice
+    kept: dict[int, torch.Tensor] = {}  # by storage; the tensors are held so that no address is used twice
     inside: list[dict[int, torch.Tensor]] = []  # of each block
     places = [kept]
 
     def put(tensor: torch.Tensor, place: dict[int, torch.Tensor]) -> None:
         base = tensor._base if tensor._base is not None else tensor
         if not isinstance(base, nn.Parameter):
-            place[id(base)] = base
+            place[base.untyped_storage()._cdata] = base
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         put(tensor, places[-1])
@@ -209,12 +212,30 @@ def _saved_bytes(network: nn.Module, again: list[nn.Module], config: ModelConfig
     for block in again:
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave)
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
         output = network.train()(*_inputs(config, count))
     del output
     within = [_bytes(tensor for key, tensor in block.items() if key not in kept) for block in inside]
     total = _bytes(kept.values()) + max(within, default=0)
     return total // 2 if precision in ("fp16", "bf16") else total
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention keeps what a fused kernel does: q, k, v and what comes out. On the meta device torch takes the plain one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        named = dict(zip(("query", "key", "value"), args)) | (kwargs or {})
+        return _Attention.apply(named["query"], named["key"], named["value"])
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out)
+        return out
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
