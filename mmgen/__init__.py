@@ -118,7 +118,8 @@ def fid(samples: Place | Sequence[Place], **options: Any) -> Report:
 
 
 @in_python()
-def convert(place: Place, out: Place, *, to: str = "mmgen", weights: str = "ema", overwrite: bool = False, **options: Any) -> Written:
+def convert(place: Place, out: Place, *, to: str = "mmgen", weights: str = "ema", overwrite: bool = False, lora_only: bool = False,
+            **options: Any) -> Written:  # fmt: skip
     """Converts a checkpoint of another project to mmgen's file, or back, as `mmgen convert` does.
 
     options: type, preset, precision, heads, num_classes, guide_all, of `formats.family.ConvertOptions`.
@@ -129,7 +130,7 @@ def convert(place: Place, out: Place, *, to: str = "mmgen", weights: str = "ema"
     from .formats.family import ConvertOptions
     from .system.schema import from_keywords
 
-    return convert_file(place, out, from_keywords(ConvertOptions, options, "option"), to=to, weights=weights, overwrite=overwrite)
+    return convert_file(place, out, from_keywords(ConvertOptions, options, "option"), to=to, weights=weights, overwrite=overwrite, lora_only=lora_only)
 
 
 def pipeline(model: FlowModel | Denoiser | Place, **options: Any) -> Pipeline:

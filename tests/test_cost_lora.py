@@ -1,6 +1,9 @@
 """What --dry-run says of LoRA and of optimisers without a first moment, against networks and optimisers that are there."""
 
+from dataclasses import replace
+
 import pytest
+from real_pipelines import ATTENTION, real_model
 from test_checkpointing import NETWORKS
 from test_lora import UNET2D
 
@@ -11,7 +14,7 @@ from mmgen.models.denoiser import DenoiserSettings
 from mmgen.networks import DiffusersUNetSettings, build_network
 from mmgen.networks.lora import LoraBase
 from mmgen.training.batches import Parts
-from mmgen.training.cost import ALTERNATING, INSTANT, Adapters, estimate, pass_cost
+from mmgen.training.cost import ALTERNATING, INSTANT, Adapters, PassCost, estimate, pass_cost
 
 KINDS = {**NETWORKS, "diffusers": DiffusersUNetSettings(config=UNET2D.replace('"num_class_embeds": 10, ', ""))}
 
@@ -56,6 +59,30 @@ def test_half_precision_copies():
 def test_gradient_checkpointing_of_adapters_keeps_less():
     without, with_it = (pass_cost(model("unet"), "fp32", checkpointing, Adapters((4, 4))) for checkpointing in (False, True))
     assert with_it.bytes < 0.6 * without.bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "weights", "attention", "gib"), [
+    ("sd15", 859.5, 12.8, 0.91), ("sdxl", 2567.5, 92.9, 6.79), ("pixart", 610.9, 33.0, 1.56), ("sd3", 2028.3, 37.6, 6.42),
+])  # fmt: skip
+def test_sizes_of_known_models(name, weights, attention, gib):
+    """Millions of parameters, of a LoRA of rank 64 in the attention, and GiB of activations an image in half precision."""
+    plain = pass_cost(real_model(name), "bf16")
+    lora = pass_cost(real_model(name), "bf16", checkpointing=True, adapters=Adapters((64, 64), ATTENTION))
+    assert plain.parameters / 1e6 == pytest.approx(weights, abs=0.06) and lora.adapters[0] / 1e6 == pytest.approx(attention, abs=0.06)
+    assert plain.bytes / 2**30 == pytest.approx(gib, rel=0.02)
+    assert lora.bytes < 0.3 * plain.bytes
+
+
+def test_memory_of_stable_diffusion():
+    """In full, alternating: weights of three networks, a gradient, two moments each: 25.6 GiB, and 19.2 without Adam's first."""
+    one = PassCost(859_520_964, 0.8e12, 0.91 * 2**30)
+    train, parts = TrainSettings(ema_betas=()), Parts(1, 1, 1)
+    found = [estimate(train, model("dit"), parts, ALTERNATING, one=one, moments=kept) for kept in (2, 1)]
+    assert [(cost.total - cost.activations) / 2**30 for cost in found] == pytest.approx([25.6, 19.2], abs=0.05)
+    lora = replace(one, adapters=(12_754_944,) * 2)
+    by_lora = estimate(train, model("dit"), parts, ALTERNATING, one=lora, moments=1, adapters=Adapters((64, 64)))
+    assert (by_lora.total - by_lora.activations) / 2**30 == pytest.approx(3.44, abs=0.01)
 
 
 def test_a_network_without_layers_for_adapters_is_refused():

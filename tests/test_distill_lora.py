@@ -12,7 +12,8 @@ from toy_task import Quiet
 
 from mmgen.errors import ConfigError
 from mmgen.losses.moment_matching import finite_derivative, forward_derivative
-from mmgen.methods.distill.lora import LORA_KEY, LoraNetworks
+from mmgen.methods.distill.lora import LoraNetworks
+from mmgen.models.lora_files import LORA_KEY
 from mmgen.models.files import load_model
 from mmgen.sampling.drawing import SampleSettings, draw, plan
 from mmgen.training import loop
@@ -208,6 +209,7 @@ def test_half_precision(place, tmp_path):
     ({"student.lora_auxiliary": 8}, "student.lora_auxiliary is for LoRA"),
     ({"student.lora": 4, "student.dropout": 0.1}, "student.dropout and student.lora exclude each other"),
     ({"student.lora": 4, "student.noise_channels": 1}, "student.noise_channels and student.lora exclude each other"),
+    ({"student.lora": 4, "student.guidance_range": [1, 8]}, "student.guidance_range and student.lora exclude each other"),
     ({"student.lora": 4, "run.compile": True}, "run.compile and student.lora exclude each other"),
     ({"student.lora": 4, "train.init": "x"}, "train.init and student.lora exclude each other"),
 ])  # fmt: skip

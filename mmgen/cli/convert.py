@@ -38,6 +38,7 @@ def convert(
     guide_all: GuideAll = False,
     precision: Annotated[str | None, typer.Option(metavar="TYPE", help="fp32 or fp16. Default: as in IN.")] = None,
     weights: Weights = "ema",
+    lora_only: Annotated[bool, typer.Option("--lora-only", help="To diffusers: only the LoRA weights of a student by --lora.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
     """Convert a checkpoint of another project to mmgen's file, or back.
@@ -54,7 +55,7 @@ def convert(
     from ..formats.convert import convert_file
 
     options = ConvertOptions(type, preset, precision, heads, num_classes, guide_all)
-    done = convert_file(place, out, options, to=to, weights=weights, overwrite=overwrite)
+    done = convert_file(place, out, options, to=to, weights=weights, overwrite=overwrite, lora_only=lora_only)
     config = done.config
     rows: dict[str, Any] = {
         "family": FAMILIES[done.family].title,

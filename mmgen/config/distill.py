@@ -154,7 +154,7 @@ def _check_lora(config: DistillConfig) -> None:
             require(not getattr(student, name), f"student.{name} is for LoRA: set student.lora to a rank such as 64, or leave it out")
         return
     for name, used in (
-        ("student.noise_channels", student.noise_channels > 0), ("student.dropout", student.dropout > 0),
+        ("student.guidance_range", bool(student.guidance_range)), ("student.noise_channels", student.noise_channels > 0), ("student.dropout", student.dropout > 0),
         ("student.guidance_range", bool(student.guidance_range)), ("train.init", bool(config.train.init)), ("run.compile", config.run.compile),
     ):  # fmt: skip
         require(not used, f"{name} and student.lora exclude each other: leave one of them out")

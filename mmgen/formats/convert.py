@@ -10,6 +10,7 @@ from pathlib import Path
 from . import pipelines
 from .diffusers import write_diffusers
 from .family import Converted, ConvertOptions
+from .lora_export import write_lora
 from .pipeline_export import write_pipeline
 from .reading import Found, read
 from .recognise import FAMILIES, complete, convert, family_of, provenance
@@ -18,7 +19,8 @@ from ..system.files import remove_leftovers, replacing
 from ..report.model_card import model_card
 from ..models.build import build_model
 from ..models.config import ModelConfig
-from ..models.files import check_state, read_config, save_model
+from ..models.files import check_state, find_model, read_config, save_model
+from ..models.lora_files import lora_file, read_lora
 from ..networks.empty import without_weights
 from ..report.push import CONVERTED
 from ..system.tensor_files import save_torch
@@ -49,11 +51,13 @@ def convert_file(
     to: str = "mmgen",
     weights: str = "ema",
     overwrite: bool = False,
+    lora_only: bool = False,
 ) -> Written:
     """Converts a file, folder or hub repository of any family, or a model of mmgen's own, and writes it atomically.
 
     `to`: "mmgen" for one .safetensors with everything in its header, and a model card beside it; "diffusers" for a folder that
-    diffusers loads; "pt" for a plain state dict under the original names, bit for bit.
+    diffusers loads; "pt" for a plain state dict under the original names, bit for bit. `lora_only`, to diffusers: of a student by
+    LoRA the adapter alone, from the file beside its model.
 
     Raises ConfigError for an impossible option, ModelError for a file that cannot be read or understood, MmgenError where `out`
     cannot be written.
@@ -68,6 +72,8 @@ def convert_file(
         raise ConfigError(f"{out} must end in {suffix} for --to {to}")
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists: choose another name, or replace it with --overwrite")
+    if lora_only:
+        return _adapter(place, out, to)
     found = read(place, weights=weights)
     converted = _own(found, to) if family_of(found) == "mmgen" else _checked(found, complete(convert(found, options)), weights)
     for written in (out, out.with_suffix(".md")):
@@ -88,6 +94,18 @@ def convert_file(
     else:
         write_diffusers(converted.config, converted.state, out)
     return _written(out, None, converted, found)
+
+
+def _adapter(place: str | os.PathLike, out: Path, to: str) -> Written:
+    if to != "diffusers":
+        raise ConfigError("--lora-only is for --to diffusers: add that, or leave it out")
+    model = find_model(place)
+    file = lora_file(model)
+    if not file.is_file():
+        raise ModelError(f"there is no {file.name} beside {model}: only students that were distilled with --lora have one")
+    config, state = read_lora(file)
+    write_lora(config, state, out)
+    return Written(out, None, pipelines.NAME, config, len(state), {}, (), ())
 
 
 def _checked(found: Found, converted: Converted, weights: str) -> Converted:

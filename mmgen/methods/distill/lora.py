@@ -7,8 +7,6 @@ as many directions of every layer as that adapter's rank, which are drawn at ran
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,11 @@ from ...config.distill import StudentSettings
 from ...errors import ConfigError
 from ...models.config import ModelConfig
 from ...models.denoiser import Denoiser
-from ...models.files import MODEL_FILE, save_model
+from ...models.files import save_model
+from ...models.lora_files import lora_file, save_lora
 from ...networks import without_augment
 from ...networks.lora import LoraBase, merged
-from ...system.files import replacing
-from ...system.tensor_files import save_tensors
 from ...training.sharding import is_sharded
-
-LORA_KEY = "mmgen_lora"  # of the header of a file of adapters
-
-
-def lora_file(model_file: Path) -> Path:
-    """Where the student's adapter lies beside a model file of a run: lora.safetensors, lora-best.safetensors ..."""
-    return model_file.with_name(model_file.name.replace(Path(MODEL_FILE).stem, "lora", 1))
 
 
 class LoraNetworks:
@@ -61,10 +51,7 @@ class LoraNetworks:
         """A model file like any other, the adapter merged into the weights, and the adapter alone beside it. state: the adapter's."""
         whole = merged(self.base.network, state)
         save_model(file, model_config, whole if model_config.augment_dim else without_augment(whole))
-        header = {"rank": self.rank, "config": dataclasses.asdict(model_config)}
-        tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        with replacing(lora_file(file)) as temporary:
-            save_tensors(tensors, temporary, metadata={LORA_KEY: json.dumps(header)})
+        save_lora(lora_file(file), self.rank, model_config, state)
 
     def averaged(self, model_config: ModelConfig) -> Callable[[dict[str, Tensor]], Denoiser]:
         """state -> the student with an adapter of these values, in one further set of adapters, added when it is first asked for."""
