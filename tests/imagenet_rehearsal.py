@@ -48,6 +48,7 @@ def rehearse(folder: Path, cache: Path) -> tuple[int, float, list[int]]:
     def progress(done: int, total: int) -> None:
         if done * 10 // total > len(memory) - 1:
             memory.append(process.memory_info().rss - shared(process))
+            print(f"{done:,} of {total:,} rows: {memory[-1] >> 20:,} MB, {time.monotonic() - start:,.0f} s", flush=True)
 
     start = time.monotonic()
     found = data.load(str(folder), cache_dir=cache, progress=progress)

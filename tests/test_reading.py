@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -27,10 +28,16 @@ from mmgen.formats.reading import read
 
 
 # Containers
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+PREFIXES = ("", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
+
+
 @pytest.mark.parametrize("wrap", [None, "ema", "model_ema", "ema_model", "state_dict", "model"])
-def test_torch_files(wrap, prefix, legacy, tmp_path):
+def test_torch_files(wrap, tmp_path):
+    for prefix, legacy in itertools.product(PREFIXES, (False, True)):
+        torch_file(wrap, prefix, legacy, tmp_path)
+
+
+def torch_file(wrap, prefix, legacy, tmp_path):
     names = {"image_size": 256, "model": "DiT-XL/2", "data_path": Path("x/y")}
     path = write_pt(tmp_path / "a.pt", STATE, wrap=wrap, namespace=names if wrap else None, prefix=prefix, legacy=legacy)
     found = read(path)
