@@ -59,7 +59,7 @@ GROUPS = list(dict.fromkeys(variant.group for variant in VARIANTS))
 
 
 class Table:
-    """Rows that are printed as they are found. Figures are kept for the chart, pictures for the picture."""
+    """Rows that are printed as they are found. Scores are kept for the chart, pictures for the picture."""
 
     def __init__(self, samples: int, seeds: int) -> None:
         self.real, self.samples, self.seeds = data.load("digits"), samples, seeds
@@ -92,7 +92,7 @@ class Table:
         print(row, flush=True)
 
     def write(self, out: Path) -> None:
-        """table.md, chart.png: figures over steps, and samples.png: the samples above real images."""
+        """table.md, chart.png: scores over steps, and samples.png: the samples above real images."""
         (out / "table.md").write_text("\n".join(self.rows) + "\n")
         few = {name: sorted((k, values) for k, values in found.items() if k <= 8) for name, found in self.points.items()}
         panels = [

@@ -25,7 +25,7 @@ class Counting(nn.Module):
     def forward(self, x, t, s=None, condition=None, augment=None):
         self.images += len(x)
         label = self.num_classes if condition is None else condition.classes
-        return torch.tanh(x * self.weight + (torch.sin(t) + 0.1 * label).reshape(-1, 1, 1, 1).float())
+        return torch.tanh(x * self.weight + (torch.sin(t if s is None else t - s) + 0.1 * label).reshape(-1, 1, 1, 1).float())
 
 
 def model(num_classes: int = 0, given: DenoiserSettings = DenoiserSettings(), **options) -> Denoiser:

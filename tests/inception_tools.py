@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 from tiny_inception import write_inception, write_pytorch_inception
 
+from mmgen.metrics import inception
 from mmgen.metrics.inception import SCRIPT, WEIGHTS
 
 
 def refuse(*_, **__):
     raise urllib.error.URLError("Name or service not known")
+
+
+@pytest.fixture(autouse=True)
+def nothing_found(tmp_path, monkeypatch):
+    """No weights of this machine are found, and nothing is downloaded."""
+    monkeypatch.setenv("MMGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv("MMGEN_INCEPTION", raising=False)
+    monkeypatch.setattr(inception, "_elsewhere", lambda name: [tmp_path / "elsewhere"])
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import dataclasses
 import math
 
 import pytest
+from network_tools import randomised
 import torch
 from torch import nn
 
@@ -16,15 +17,6 @@ from mmgen.networks.adm import Block
 from mmgen.networks.conditions import Labels
 
 TINY = ADMSettings(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=8, dropout=0.2)
-
-
-def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights of an ordinary size everywhere, as layers that start as zero would hide what is behind them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in network.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) / max(p[0].numel(), 16) ** 0.5)
-    return network
 
 
 def tiny(num_classes: int = 5, augment_dim: int = 0, second_time: bool = False, **options) -> nn.Module:

@@ -9,11 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import typer
 from diffusion_tools import MEAN, SHAPE, STD, model
+from fid_tools import run
 from test_denoiser import KINDS, TINY, Ideal, denoiser
 from tiny_model import make_denoiser, make_model
-from typer.testing import CliRunner
 
 import mmgen
 from mmgen.cli.fid import fid
@@ -135,15 +134,6 @@ def test_all_samplers_run_on_all_kinds():
 
 
 # The command line
-def run(command, *arguments) -> str:
-    app = typer.Typer()
-    app.command()(command)
-    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=True)
-    if result.exception is not None:
-        raise result.exception
-    return result.output
-
-
 def test_sample_command(tmp_path):
     path = make_denoiser(tmp_path / "d.safetensors", channels=1, num_classes=3)
     out = tmp_path / "out"

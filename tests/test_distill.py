@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_model import make_denoiser, make_model
-from toy_distill import COSINE, One, V, assert_same, config_for, digits, grads, run, task_for, toy_teacher, weights
+from toy_distill import COSINE, V, One, assert_same, config_for, digits, grads, no_inception, place, run, task_for, weights  # noqa: F401
 from toy_task import Quiet
 
 from mmgen import data
@@ -25,16 +25,6 @@ from mmgen.training import loop
 from mmgen.methods.distill.alternating import alternating_parts
 from mmgen.methods.distill.method import copy_of, find_teacher, student_model_config
 from mmgen.training.inputs import Inputs
-
-
-@pytest.fixture(autouse=True)
-def no_inception(monkeypatch):
-    monkeypatch.setenv("MMGEN_INCEPTION", "")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return toy_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 # ---------------------------------------------------------------------- runs

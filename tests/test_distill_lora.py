@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_distill import gradient_norm
-from toy_distill import assert_same, config_for, digits, grads, run, task_for, toy_teacher, weights
+from toy_distill import assert_same, config_for, digits, grads, no_inception, place, run, task_for, weights  # noqa: F401
 from toy_task import Quiet
 
 from mmgen.errors import ConfigError
@@ -19,16 +19,6 @@ from mmgen.sampling.drawing import SampleSettings, draw, plan
 from mmgen.training import loop
 
 METHODS = ["alternating", "instant"]
-
-
-@pytest.fixture(autouse=True)
-def no_inception(monkeypatch):
-    monkeypatch.setenv("MMGEN_INCEPTION", "")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return toy_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy_distill import COSINE, One, V, config_for, digits, grads, perturb, task_for, toy_teacher
+from toy_distill import COSINE, V, One, config_for, digits, grads, no_inception, perturb, place, task_for  # noqa: F401
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from toy_task import Quiet
 
@@ -18,16 +18,6 @@ from mmgen.system.random import keys
 from mmgen.methods.distill import instant, matching
 from mmgen.methods.distill.alternating import turn
 from mmgen.methods.distill.method import copy_of, distill_task, find_teacher, student_model_config
-
-
-@pytest.fixture(autouse=True)
-def no_inception(monkeypatch):
-    monkeypatch.setenv("MMGEN_INCEPTION", "")
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return toy_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 # ---------------------------------------------------------------------- one pass, by the definitions

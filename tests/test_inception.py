@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from inception_tools import full, refuse  # noqa: F401
+from inception_tools import full, nothing_found  # noqa: F401
 from PIL import Image
 from tiny_inception import write_inception
 
@@ -20,16 +19,6 @@ from mmgen.metrics.features import build_extractor
 from mmgen.metrics.inception import SCRIPT, WEIGHTS
 
 CLEAN_FID = {"tf": "legacy_tensorflow", "clean": "clean", "torch": "legacy_pytorch"}
-
-
-@pytest.fixture(autouse=True)
-def nothing_found(tmp_path, monkeypatch):
-    """No weights of this machine are found, and nothing is downloaded."""
-    monkeypatch.setenv("MMGEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.delenv("MMGEN_INCEPTION", raising=False)
-    monkeypatch.setattr(inception, "_elsewhere", lambda name: [tmp_path / "elsewhere"])
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
 @pytest.fixture(scope="module")

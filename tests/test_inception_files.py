@@ -11,23 +11,13 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from inception_tools import full, refuse  # noqa: F401
+from inception_tools import full, nothing_found  # noqa: F401
 
 from mmgen.errors import MmgenError, ModelError
 from mmgen.metrics import inception
 from mmgen.metrics.features import build_extractor
 from mmgen.metrics.inception import SCRIPT, WEIGHTS
 from mmgen.metrics.published_file import Published, locate
-
-
-@pytest.fixture(autouse=True)
-def nothing_found(tmp_path, monkeypatch):
-    """No weights of this machine are found, and nothing is downloaded."""
-    monkeypatch.setenv("MMGEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.delenv("MMGEN_INCEPTION", raising=False)
-    monkeypatch.setattr(inception, "_elsewhere", lambda name: [tmp_path / "elsewhere"])
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
 # Where the weights are looked for. The file's content does not matter there.

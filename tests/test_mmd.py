@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from exact_mmd import exact_mmd
+from test_flow_map import FLOWS
 
 from mmgen.diffusion.process import diffuse, per_image
 from mmgen.diffusion.flow_map import FlowMapSettings, coefficients
@@ -14,13 +15,6 @@ from mmgen.losses.mmd import group_mmd
 
 FLOOR = 1e-8
 SIZES = (1e-7, 1e-5, 1e-3, 1e-1, 1.0)  # of delta, relative to the particles
-FLOWS = [
-    ("fm", "identity"),
-    ("fm", "simple_edm"),
-    ("fm", "euler_fm"),
-    ("vp_cosine", "identity"),
-    ("vp_cosine", "simple_edm"),
-]
 
 
 def particles(size: int, dim: int, step: float, shared: bool = False) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from network_tools import masks_are_the_seeds, randomised
 import torch
 from golden import DEVICE, arrays, settings, state
 from torch import nn
@@ -128,15 +129,6 @@ def test_parameter_counts_of_imagenet(size, count):
 # Properties
 
 
-def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights of an ordinary size everywhere, as layers that start as zero would hide what is behind them."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in network.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator) / max(p[0].numel(), 16) ** 0.5)
-    return network
-
-
 def tiny(kind: str, num_classes: int = 5, **options) -> nn.Module:
     chosen = dataclasses.replace(TINY_UNET if kind == "unet" else TINY_DIT, **options)
     return randomised(build_network(chosen, resolution=8, channels=3, num_classes=num_classes))
@@ -204,12 +196,7 @@ def test_close_times_are_told_apart(kind):
 def test_dropout_masks_follow_the_seed():
     """What the loss relies on: the same torch seed before two passes gives the same masks."""
     network, given = tiny("unet"), inputs()
-    outputs = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        outputs.append(network(*given))
-    assert torch.equal(outputs[0], outputs[1]) and not torch.allclose(outputs[0], outputs[2], rtol=1e-3)
-    assert torch.equal(network.eval()(*given), network(*given))
+    masks_are_the_seeds(network, given)
 
 
 @both

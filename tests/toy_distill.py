@@ -1,6 +1,8 @@
 """What tests of distillation share: a toy configuration, its parts, passes of digits."""
 
 import contextlib
+
+import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
@@ -77,3 +79,13 @@ def perturb(network, amount=0.1):
 
 def grads(loss, network):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+
+
+@pytest.fixture(autouse=True)
+def no_inception(monkeypatch):
+    monkeypatch.setenv("MMGEN_INCEPTION", "")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return toy_teacher(tmp_path_factory.mktemp("teacher"))

@@ -170,7 +170,7 @@ def fid(
     )  # fmt: skip
     report = evaluate(samples, settings, process_group=process_group, bar=progress_bar)  # the process that downloads or decodes shows it
     if process_group.is_main:
-        _show(report, settings.save_stats)  # first: a full disk must not cost the figures
+        _show(report, settings.save_stats)  # first: a full disk must not cost the scores
         _keep(report, settings.out)
 
 

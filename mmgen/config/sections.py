@@ -311,7 +311,7 @@ def check_shared(config: Any) -> None:
     require(len(set(train.ema_lengths)) == len(train.ema_lengths), "train.ema_lengths has one length twice")
     require(train.ema_rampup >= 0, f"train.ema_rampup must be 0, for no ramp-up, or more, not {train.ema_rampup}")
     require(run.threads == "auto" or 1 <= run.threads <= 1024, f"run.threads must be auto or 1 to 1024, not {run.threads}")
-    require(run.eval_num >= 0, f"run.eval_num must be 0, for no figures, or a number of samples, not {run.eval_num}")
+    require(run.eval_num >= 0, f"run.eval_num must be 0, for no scores, or a number of samples, not {run.eval_num}")
     for name in ("weight_decay", "grad_clip", "warmup_images"):
         require(getattr(optimizer, name) >= 0, f"optimizer.{name} cannot be negative")
     require(not (data.text and data.conditional), "data.text and data.conditional: train on captions (--unconditional) or on classes (--no-text)")

@@ -1,6 +1,6 @@
 """Metrics that compare generated images with real ones by the features of single images.
 
-A further one is a function `Pair -> figures` and a line in COMPARISONS. Those that need more of the pass over the images (the
+A further one is a function `Pair -> scores` and a line in COMPARISONS. Those that need more of the pass over the images (the
 Fréchet distance, the Inception Score, the CLIP score) are in `score`.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .kid import kid
 from .neighbours import NeighbourMetrics, neighbour_metrics
 
-Figures = dict[str, tuple[float, float | None]]  # name -> value and its standard error, None where there is none
+Scores = dict[str, tuple[float, float | None]]  # name -> value and its standard error, None where there is none
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Pair:
 
 class Comparison(NamedTuple):
     title: str  # in messages
-    figures: Callable[[Pair], Figures]
+    scores: Callable[[Pair], Scores]
 
 
 def named(name: str, short: str, title: str) -> str:
@@ -47,16 +47,16 @@ def named(name: str, short: str, title: str) -> str:
     return name if title == "FID" else short + title.removeprefix("FD")
 
 
-def _kid(pair: Pair) -> Figures:
+def _kid(pair: Pair) -> Scores:
     found = kid(pair.real, pair.fake)
     return {named("KID", "KD", pair.title): (found.mean, found.standard_error)}
 
 
-def _precision_recall(pair: Pair) -> Figures:
+def _precision_recall(pair: Pair) -> Scores:
     return {"precision": (pair.neighbours.precision, None), "recall": (pair.neighbours.recall, None)}
 
 
-def _density_coverage(pair: Pair) -> Figures:
+def _density_coverage(pair: Pair) -> Scores:
     return {"density": (pair.neighbours.density, None), "coverage": (pair.neighbours.coverage, None)}
 
 

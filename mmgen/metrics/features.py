@@ -1,6 +1,6 @@
-"""From images to the features that figures are computed of: one `Extractor` for each network and protocol.
+"""From images to the features that metrics are computed of: one `Extractor` for each network and protocol.
 
-A figure is called FID if and only if its features come from the published Inception network. All others are Fréchet
+A score is called FID if and only if its features come from the published Inception network. All others are Fréchet
 distances of other features and are named after them.
 """
 
@@ -37,10 +37,10 @@ class Extractor:
     """Turns uint8 images into feature vectors, by one protocol.
 
     Attributes:
-        metric: the key of figures in JSON: "fid" if and only if it is the published Inception network, else "fd-pixels",
+        metric: the key of scores in JSON: "fid" if and only if it is the published Inception network, else "fd-pixels",
             "fd-dinov2" or "fd-" and the file's name.
         title: the same for people: "FID", "FD-pixels", "FD-DINOv2" or "FD-" and the file's name.
-        protocol: what a figure depends on, in JSON's types; figures and statistics of unequal protocols cannot be compared.
+        protocol: what a score depends on, in JSON's types; scores and statistics of unequal protocols cannot be compared.
         same_size: all images of a scoring must be of one size; False: `prepare` brings each to one size.
         colour: grey images become colour by repetition before they get here.
         prepare: one image uint8 [H, W, 3] to float32 [299, 299, 3] of 0 to 255, to be called in decoding threads; None:
@@ -48,7 +48,7 @@ class Extractor:
         extract: a batch on the device, uint8 [N, C, H, W] or, prepared, float32 [N, 3, 299, 299], to features [N, D] there.
             Raises ModelError where the network cannot take the images.
         probabilities: features [N, D] to class probabilities [N, K], for the Inception Score; None: there are none.
-        warnings: sentences to be shown with every figure.
+        warnings: sentences to be shown with every score.
     """
 
     metric: str
@@ -89,7 +89,7 @@ def build_extractor(
             TorchScript that takes uint8 [N, 3, H, W] to floats [N, D].
         mode: of Inception only: "tf", "clean" or "torch" (see `inception`).
         inception: the file of Inception's weights; None: looked for, or downloaded (see `inception.build_inception`).
-        device: where `extract` computes, always in full float32: TensorFloat-32 would move a figure by more than the
+        device: where `extract` computes, always in full float32: TensorFloat-32 would move a score by more than the
             agreement between implementations of the same protocol.
         allow_download: False: nothing is fetched.
         progress: called with the bytes downloaded and their total, 0 where it is not known.

@@ -239,7 +239,7 @@ def fd_pixels(images_a: Tensor | np.ndarray, images_b: Tensor | np.ndarray) -> f
 def halves_distance(images: Tensor | np.ndarray, seed: int = 0) -> float:
     """FD-pixels between two disjoint random halves of images uint8 [N, C, H, W].
 
-    The scale against which a model's figure is read: what real images of half the number are apart from real images.
+    The scale against which a model's score is read: what real images of half the number are apart from real images.
     Raises StatisticsError for fewer than 4 images.
     """
     half = len(images) // 2

@@ -6,7 +6,7 @@ clean   Pillow's bicubic with antialias, in float per channel    inception-2015-
 torch   torch's bilinear without antialias                       pt_inception-2015-12-05-6726825d.pth  legacy_pytorch
 
 "tf" is the protocol of EDM, StyleGAN and, up to rounding, ADM. clean-fid supplies the resizers and the network of "torch";
-the TorchScript file is called as clean-fid calls it. Figures of different modes cannot be compared. The modes and why they
+the TorchScript file is called as clean-fid calls it. Scores of different modes cannot be compared. The modes and why they
 differ: Parmar, Zhang and Zhu, "On Aliased Resizing and Surprising Subtleties in GAN Evaluation" (2022).
 """
 

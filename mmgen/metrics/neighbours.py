@@ -1,4 +1,4 @@
-"""Figures of merit from nearest neighbours: precision and recall, density and coverage.
+"""Scores from nearest neighbours: precision and recall, density and coverage.
 
 Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models" (2019, arXiv:1904.06991), eqs. 1
 and 2; Naeem et al., "Reliable Fidelity and Diversity Metrics for Generative Models" (2020, arXiv:2002.09797), section 3.

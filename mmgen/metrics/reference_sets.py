@@ -151,6 +151,6 @@ def _write(file: Path, gaussian: Gaussian, collected: Collected) -> None:
     tensors = {"mu": gaussian.mean.contiguous(), "sigma": gaussian.covariance.contiguous()}
     if collected.kept is not None:
         tensors["features"] = collected.kept
-    # A cache that is full or cannot be written costs time, not the figure
+    # A cache that is full or cannot be written costs time, not the score
     with contextlib.suppress(MmgenError), replacing(file) as temporary:
         save_tensors(tensors, temporary)

@@ -44,7 +44,7 @@ class Report:
     rows: list[Row]
     reference: ReferenceSet | None
     extractor: Extractor
-    notes: list[str]  # which figures were left out, and why
+    notes: list[str]  # which metrics were left out, and why
     clip: dict[str, str] | None = None  # the network of the CLIP score and of retrieval, and how it is asked
     protocol: Protocol | None = None
 

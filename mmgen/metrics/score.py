@@ -27,7 +27,7 @@ class ScoreSettings:
     metrics: tuple[str, ...] = ("fid",)
     splits: int = 10  # of the Inception Score
     bootstrap: int = 0  # resampled sets for a spread of the Fréchet distance
-    batch_size: int = 64  # images at a time; no influence on the figures
+    batch_size: int = 64  # images at a time; no influence on the scores
     bias: bool = True  # estimate how much too high the distance is for want of samples
     full: int = FULL  # samples behind the published scores that these are to be compared with
     towers: Towers | None = None  # for clip and retrieval
@@ -42,7 +42,7 @@ class Score:
     num: int
     image: tuple[int, ...]  # (C, H, W) of the first
     figures: dict[str, float]  # by name, in the order of display
-    spreads: dict[str, float] = field(default_factory=dict)  # standard error or deviation, under the figure's name
+    spreads: dict[str, float] = field(default_factory=dict)  # standard error or deviation, under the metric's name
     excess: float | None = None  # how much higher the distance is than with `ScoreSettings.full` samples, about; None: not estimated
     warnings: list[str] = field(default_factory=list)
     statistics: GaussianStatistics | None = None  # of the features
@@ -84,7 +84,7 @@ def score(
     process_group: ProcessGroup = ProcessGroup(),
     progress: Progress | None = None,
 ) -> Score:
-    """One pass over the samples, then all figures asked for. Without a reference: only those that need none.
+    """One pass over the samples, then all metrics asked for. Without a reference: only those that need none.
 
     Raises ConfigError where samples and reference do not fit together, and as `collect.collect`.
     """
@@ -108,7 +108,7 @@ def score(
     if reference is not None and single:
         pair = Pair(reference.kept, collected.kept, extractor.title)
         for metric in (metric for metric in COMPARISONS if metric in settings.metrics):
-            for name, (value, error) in COMPARISONS[metric].figures(pair).items():
+            for name, (value, error) in COMPARISONS[metric].scores(pair).items():
                 result.figures[name] = value
                 if error is not None:
                     result.spreads[name] = error

@@ -1,7 +1,7 @@
 """Whether training has collapsed: samples that are all alike have little of the variance of the data.
 
 The variance is that over the images at one pixel, averaged over the pixels: images that are all the same have none of it. It is
-taken of samples that are drawn for previews and figures anyway.
+taken of samples that are drawn for previews and scores anyway.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ Decay = Callable[[int], float]  # images seen -> the decay of the step that foll
 def ema_decays(train: TrainSettings) -> dict[str, Decay]:
     """Name -> decay per step. A half-life of h images at batch size B decays by 0.5^(B / h) a step; a length is that of a power function.
 
-    The first is the one that previews, figures and model.safetensors use; where there is none, they use the weights.
+    The first is the one that previews, scores and model.safetensors use; where there is none, they use the weights.
     """
     constant = {f"{beta:g}": beta for beta in train.ema_betas}
     constant |= {f"{images}img": 0.5 ** (train.batch_size / images) for images in train.ema_half_lives}

@@ -112,7 +112,7 @@ def with_score(name: str, score: str | None) -> str:
 
 
 def scores_of(line: Mapping[str, Any]) -> dict[str, str]:
-    """From a line of the log that has figures: number of steps -> "FD-pixels-1797 0.24"."""
+    """From a line of the log that has scores: number of steps -> "FD-pixels-1797 0.24"."""
     return {count: f"{line['figure']} {value:.3g}" for count, value in line.get("values", {}).items()}
 
 

@@ -1,4 +1,4 @@
-"""Figures while a model trains: those of `mmgen fid`, of the averaged weights, for each number of steps."""
+"""Scores while a model trains: those of `mmgen fid`, of the averaged weights, for each number of steps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Scorer:
     """Scores models against the training set. Every process of `accelerate launch` has one, and they share the work.
 
     Attributes:
-        name: what the figure may be called, with its number of samples: fid10k, FD-pixels-1797.
+        name: what the score may be called, with its number of samples: fid10k, FD-pixels-1797.
         variance: by number of steps, the variance of the samples last measured, divided by the data's: see `collapse`.
     """
 
@@ -61,7 +61,7 @@ class Scorer:
     def measure(
         self, model: AnyModel, steps: Sequence[int], seed: int, what: str | None = None, **sampling: Any
     ) -> dict[int, float]:
-        """The figure for each number of steps, of the same `run.eval_num` images. To be called in all processes.
+        """The score for each number of steps, of the same `run.eval_num` images. To be called in all processes.
 
         what: shown on the bar.
         sampling: more of `SampleSettings` (sampler, grid, guidance, churn ...); without, what the model says of itself.
@@ -134,7 +134,7 @@ def make_scorer(
     try:
         images, shape, of_data = _compared(run, dataset, device)
     except MmgenError as error:
-        note(f"no figures while training: {error}; `mmgen fid` scores the finished run")
+        note(f"no scores while training: {error}; `mmgen fid` scores the finished run")
         return None
     if run.eval_features != "auto":
         extractor = build_extractor(run.eval_features, device=device)

@@ -278,7 +278,7 @@ class Trainer:
         self.history.add(line)
 
     def _measure(self) -> None:
-        """The figure for the configured numbers of steps, into the log; all processes share the work. The best is kept."""
+        """The score for the configured numbers of steps, into the log; all processes share the work. The best is kept."""
         if self.scorer is None:
             return
         model, steps = self.files.averaged(self.accelerator.device), self.run_settings.eval_steps
@@ -287,7 +287,7 @@ class Trainer:
         best = values[deciding] < min(self.history.values_of(name, deciding), default=math.inf)
         if self.process_group.gather(best)[0]:  # only the main process has the log
             self.files.save_best(self.progress.images, {name: values})
-        # After the model: were it logged before and the run killed between, no later figure would count as better
+        # After the model: were it logged before and the run killed between, no later score would count as better
         lost = {"unwritten": BEST_FILE} if BEST_FILE in self.history.lost else {}
         self._log({"figure": name, "values": values, "num": self.run_settings.eval_num, **lost, **self._watched(self.scorer.variance)})
 

@@ -56,13 +56,13 @@ class RunLog:
             save_png(file, image)
 
     def figures_at(self, images: int) -> dict[str, Any]:
-        """The line that holds figures of this number of images, empty where there is none."""
+        """The line that holds scores of this number of images, empty where there is none."""
         lines = (line for line in reversed(self.lines) if "values" in line)
         return next((line for line in lines if line["images"] == images), {})
 
-    def values_of(self, figure: str, count: str) -> list[float]:
-        """All values so far of a figure at one number of steps, but for those whose model could not be written."""
-        lines = [line for line in self.lines if line.get("figure") == figure and "unwritten" not in line]
+    def values_of(self, metric: str, count: str) -> list[float]:
+        """All values so far of a metric at one number of steps, but for those whose model could not be written."""
+        lines = [line for line in self.lines if line.get("figure") == metric and "unwritten" not in line]
         return [line["values"][count] for line in lines if count in line["values"]]
 
 

@@ -102,4 +102,4 @@ class Outcome:
     images: int
     signal: int | None = None  # the signal that ended it
     finished: bool = False  # all images of the recipe were seen
-    results: dict[str, Any] | None = None  # the figures at the end
+    results: dict[str, Any] | None = None  # the scores at the end

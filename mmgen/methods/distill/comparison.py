@@ -1,4 +1,4 @@
-"""The end of a distillation: teacher and student side by side, as a table of figures and as a picture from the same noise."""
+"""The end of a distillation: teacher and student side by side, as a table of scores and as a picture from the same noise."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Row:
     sampler: str
     steps: int
     evaluations: int  # of the network, per image
-    value: float  # of the figure
+    value: float  # of the metric
 
 
 def many_step_ways(teacher: Denoiser, schedule: ScheduleSettings, steps: int, guidance: float, interval: Interval = ()) -> list[Drawn]:

@@ -293,7 +293,7 @@ class Comparison:
             self.network.to(rests)
 
     def finish(self, model: AnyModel, folder: Path, scorer: Scorer | None) -> dict[str, Any] | None:
-        """The figures: the teacher in many steps, the teacher in k, the student in k."""
+        """The scores: the teacher in many steps, the teacher in k, the student in k."""
         if scorer is None or not self.many:
             return None
         with self._teacher_at_hand():
