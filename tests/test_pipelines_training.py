@@ -21,6 +21,7 @@ from mmgen.methods.distill.teachers import load_teacher
 from mmgen.networks import checkpoint_blocks
 from mmgen.networks.conditions import Text
 from mmgen.training.batches import Batch
+from mmgen.training.cost import pass_cost
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -166,3 +167,13 @@ def test_a_student_of_a_flow_has_the_times_of_its_scheduler(folders):
     student = student_of(load_teacher(folders["sd3"]), 4)
     assert student.config.sampling.grid == "flow" and student.config.sampling.schedule.shift == 3.0
     assert student.settings.round_time and not load_teacher(folders["sd3"]).model.settings.round_time
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_what_a_pass_costs_is_known_beforehand(folders, kind):
+    """As `--dry-run` says it, by the same network without weights; recomputed blocks keep less."""
+    config = load_teacher(folders[kind]).model.config
+    plain, recomputed = pass_cost(config, "fp32"), pass_cost(config, "fp32", checkpointing=True)
+    assert plain.parameters == sum(p.numel() for p in load_teacher(folders[kind]).model.network.parameters())
+    assert plain.flops == recomputed.flops > 1e5
+    assert 0 < recomputed.bytes < plain.bytes

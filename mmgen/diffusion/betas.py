@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Literal
 
@@ -35,6 +36,20 @@ def sigma_table(kind: Betas, start: float, end: float, steps: int, device: torch
         bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         bar[-1] = 1 / (1 + PURE_NOISE**2)
     return torch.tensor(np.sqrt((1 - bar) / bar), dtype=torch.float64, device=device)
+
+
+@lru_cache(maxsize=8)
+def iddpm_table(steps: int, device: torch.device) -> Tensor:
+    """EDM's u_j backwards, ascending, float64 [M], with M = steps.
+
+    u_M = 0 and u_{j-1} = sqrt((u_j^2 + 1) / max(alpha-bar_{j-1} / alpha-bar_j, 0.001) - 1), with alpha-bar_j =
+    sin^2(pi/2 j / (M 1.008)) (Karras et al., arXiv:2206.00364, table 1); the network's time of u_j is M - 1 - j.
+    """
+    bar = np.sin(0.5 * math.pi * np.arange(steps + 1) / steps / 1.008) ** 2
+    u = [0.0]
+    for j in range(steps, 0, -1):
+        u.append(math.sqrt((u[-1] ** 2 + 1) / max(bar[j - 1] / bar[j], 0.001) - 1))
+    return torch.tensor(u[1:], dtype=torch.float64, device=device)
 
 
 def position(knots: Tensor, value: Tensor) -> Tensor:

@@ -12,12 +12,10 @@ A further kind is one class here, one line in `KINDS` and its name in `DenoiserS
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -204,7 +202,7 @@ class IDDPM(VP):
     num_timesteps = TIMESTEPS
 
     def table(self, device: torch.device) -> Tensor:
-        return _iddpm_table(device)
+        return betas.iddpm_table(TIMESTEPS, device)
 
     def time(self, sigma: Tensor) -> Tensor:
         return position(self.table(sigma.device), sigma).round()
@@ -364,20 +362,6 @@ KINDS: dict[str, type[Preconditioning]] = {
 def preconditioning(settings: DenoiserSettings) -> Preconditioning:
     """The kind of model that the settings name."""
     return KINDS[settings.precondition](settings)
-
-
-@lru_cache(maxsize=8)
-def _iddpm_table(device: torch.device) -> Tensor:
-    """EDM's u_j backwards, ascending, float64 [M].
-
-    u_M = 0 and u_{j-1} = sqrt((u_j^2 + 1) / max(alpha-bar_{j-1} / alpha-bar_j, 0.001) - 1), with alpha-bar_j =
-    sin^2(pi/2 j / (M 1.008)) (Karras et al., table 1); the network's time of u_j is M - 1 - j.
-    """
-    bar = np.sin(0.5 * math.pi * np.arange(TIMESTEPS + 1) / TIMESTEPS / 1.008) ** 2
-    u = [0.0]
-    for j in range(TIMESTEPS, 0, -1):
-        u.append(math.sqrt((u[-1] ** 2 + 1) / max(bar[j - 1] / bar[j], 0.001) - 1))
-    return torch.tensor(u[1:], dtype=torch.float64, device=device)
 
 
 def check_settings(settings: DenoiserSettings) -> None:

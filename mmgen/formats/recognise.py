@@ -133,7 +133,7 @@ def describe(found: Found, options: ConvertOptions = ConvertOptions()) -> dict[s
         return rows | {"mmgen can": [f"not convert it: {error}"]}
     config = converted.config
     rows["family"] = FAMILIES[converted.family].title
-    shape = {"resolution": config.resolution, "channels": config.channels, "num_classes": config.num_classes}
+    shape = {"resolution": config.resolution, "channels": config.channels, "num_classes": config.num_classes, "text": config.text}
     rows["left out"] += [f"{key}: {reason}" for key, reason in converted.left_out.items()]
     rows |= {"assumed": list(converted.assumed), "sampling": list(converted.sampled)}
     return rows | _shape(shape) | {"mmgen can": _abilities(converted)}
@@ -154,7 +154,7 @@ def _shape(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(config, dict) or "resolution" not in config:
         return {}
     side, classes = config["resolution"], config.get("num_classes")
-    return {"draws": f"{config.get('channels')} x {side} x {side}" + (f", {classes} classes" if classes else ", without classes")}
+    return {"draws": f"{config.get('channels')} x {side} x {side}" + (f", {classes} classes" if classes else ", of a text" if config.get("text") else ", without classes")}
 
 
 def _abilities(converted: Converted) -> list[str]:

@@ -200,9 +200,10 @@ def _saved_bytes(network: nn.Module, again: list[nn.Module], config: ModelConfig
         put(tensor, places[-1])
         return tensor
 
-    def enter(block: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        for tensor in inputs:
-            put(tensor, kept)
+    def enter(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        for value in (*inputs, *named.values()):
+            if isinstance(value, torch.Tensor):  # blocks of diffusers are given sizes and None too
+                put(value, kept)
         inside.append({})
         places.append(inside[-1])
 
@@ -210,7 +211,7 @@ def _saved_bytes(network: nn.Module, again: list[nn.Module], config: ModelConfig
         places.pop()
 
     for block in again:
-        block.register_forward_pre_hook(enter)
+        block.register_forward_pre_hook(enter, with_kwargs=True)
         block.register_forward_hook(leave)
     with saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
         output = network.train()(*_inputs(config, count))

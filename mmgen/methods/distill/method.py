@@ -260,9 +260,9 @@ def description(config: DistillConfig, teacher: Teacher) -> str:
     text = f"teacher: {teacher.name} (sha256 {teacher.sha256[:12]}); student: {steps} step{'s' * (steps > 1)} on {schedule.name}"
     text += shifted
     if ends := config.student.guidance_range:
-        text += f", guidance {ends[0]:g} to {ends[1]:g} learned"
+        text += f", guidance w = {ends[0]:g} to {ends[1]:g} learned, u + w (c - u)"
     if config.teacher.guidance != 1:
-        text += f", guidance {config.teacher.guidance:g} learned"
+        text += f", guidance w = {config.teacher.guidance:g} learned, u + w (c - u)"
     outside = range_note(teacher.model.settings, schedule)
     return text if outside is None else f"{text}; warning: {outside}"
 
