@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .sampling.loading import Denoiser, FlowModel
     from .sampling.pipeline import Pipeline
 
-    Place = str | os.PathLike
+    PathOrName = str | os.PathLike
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,11 +32,11 @@ __all__ = [
 
 
 def train_imm(
-    data: Place | None = None,
+    data: PathOrName | None = None,
     *,
     preset: str | None = None,
     settings: Mapping[str, Any] | None = None,
-    out: Place | None = None,
+    out: PathOrName | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
     device: str = "auto",
@@ -66,7 +66,7 @@ def train_imm(
     return train(IMM, {"data.name": data}, progress=progress, device=device, max_time=max_time, **options)
 
 
-def train_teacher(data: Place | None = None, **options: Any) -> Run:
+def train_teacher(data: PathOrName | None = None, **options: Any) -> Run:
     """Trains, or resumes, a diffusion or flow-matching model, as `mmgen train-teacher` does.
 
     options: preset, settings, out, callback, progress, device and max_time, as of `train_imm`.
@@ -79,7 +79,7 @@ def train_teacher(data: Place | None = None, **options: Any) -> Run:
     return train(TEACHER, {"data.name": data}, **options)
 
 
-def distill(teacher: Place, *, steps: int | None = None, data: Place | None = None, **options: Any) -> Run:
+def distill(teacher: PathOrName, *, steps: int | None = None, data: PathOrName | None = None, **options: Any) -> Run:
     """Distils a teacher into a student of few steps, as `mmgen distill` does.
 
     Args:
@@ -96,17 +96,17 @@ def distill(teacher: Place, *, steps: int | None = None, data: Place | None = No
     return train(DISTILLATION, {"teacher.name": teacher, "student.steps": steps, "data.name": data}, **options)
 
 
-def load(place: Place, **options: Any) -> FlowModel | Denoiser:
+def load(model: PathOrName, **options: Any) -> FlowModel | Denoiser:
     """Loads a model from a file, a run folder, a hub repository or another project's checkpoint: see `sampling.loading.load`.
 
     >>> samples = mmgen.load("runs/digits-imm").sample(64, steps=2, output="pil")
     """
     from .sampling.loading import load
 
-    return load(place, **options)
+    return load(model, **options)
 
 
-def fid(samples: Place | Sequence[Place], **options: Any) -> Report:
+def fid(samples: PathOrName | Sequence[PathOrName], **options: Any) -> Report:
     """Computes FID and other scores of images, or of a model's samples, as `mmgen fid` does: see `metrics.python.fid`.
 
     >>> mmgen.fid("samples/", ref="cifar10").scores
@@ -118,7 +118,7 @@ def fid(samples: Place | Sequence[Place], **options: Any) -> Report:
 
 
 @in_python()
-def convert(place: Place, out: Place, *, to: str = "mmgen", weights: str = "ema", overwrite: bool = False, lora_only: bool = False,
+def convert(source: PathOrName, out: PathOrName, *, to: str = "mmgen", weights: str = "ema", overwrite: bool = False, lora_only: bool = False,
             **options: Any) -> Written:  # fmt: skip
     """Converts a checkpoint of another project to mmgen's file, or back, as `mmgen convert` does.
 
@@ -130,10 +130,10 @@ def convert(place: Place, out: Place, *, to: str = "mmgen", weights: str = "ema"
     from .formats.family import ConvertOptions
     from .system.schema import from_keywords
 
-    return convert_file(place, out, from_keywords(ConvertOptions, options, "option"), to=to, weights=weights, overwrite=overwrite, lora_only=lora_only)
+    return convert_file(source, out, from_keywords(ConvertOptions, options, "option"), to=to, weights=weights, overwrite=overwrite, lora_only=lora_only)
 
 
-def pipeline(model: FlowModel | Denoiser | Place, **options: Any) -> Pipeline:
+def pipeline(model: FlowModel | Denoiser | PathOrName, **options: Any) -> Pipeline:
     """A model behind the interface of diffusers' pipelines: see `sampling.pipeline`.
 
     >>> mmgen.pipeline("runs/digits-imm")(class_labels=[3, 5], num_inference_steps=2).images

@@ -111,7 +111,7 @@ def test_scores_of_latents_by_what_can_be_had(place, tmp_path):
     gone = replace(dataset, images={**dataset.images, "word": "nowhere", "place": str(tmp_path / "nowhere")})
     scorer = lambda run, dataset: make_scorer(run, dataset, torch.device("cpu"), ProcessGroup(), notes.append)  # noqa: E731
     assert scorer(run, gone) is None and len(notes) == 1
-    assert notes[0].startswith("no figures while training: ") and notes[0].endswith("`mmgen fid` scores the finished run")
+    assert notes[0].startswith("no scores while training: ") and notes[0].endswith("`mmgen fid` scores the finished run")
     file = tmp_path / "statistics.safetensors"
     CliRunner().invoke(app, ["fid", str(place / "images"), "--features", "pixels", "--save-stats", str(file), "--device", "cpu"], catch_exceptions=False)
     found = scorer(replace(run, eval_ref=str(file)), gone)
