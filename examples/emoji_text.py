@@ -26,7 +26,6 @@ from torch.nn import functional as F
 import mmgen
 from mmgen import data
 
-HELD_OUT = 378  # captions, for the judge's own score and for prompts that no training has seen
 RESOLUTION, WIDTH, TOKENS = 32, 64, 24
 
 
@@ -36,7 +35,7 @@ def split(arguments: argparse.Namespace) -> None:
 
     table = pq.read_table(arguments.source)
     captions = table.column("caption").to_pylist()
-    chosen = set(np.random.default_rng(0).permutation(sorted(set(captions)))[:HELD_OUT].tolist())
+    chosen = set(np.random.default_rng(0).permutation(sorted(set(captions)))[: arguments.held_out].tolist())
     held_out = np.array([caption in chosen for caption in captions])
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", ~held_out), ("test", held_out)):
@@ -96,7 +95,7 @@ def judge(arguments: argparse.Namespace) -> None:
     tower, linear, scale = ImageTower(), nn.Linear(texts.shape[1], WIDTH), nn.Parameter(torch.tensor(2.5))
     parameters = [*tower.parameters(), *linear.parameters(), scale]
     optimizer = torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.05)
-    generator, batch = torch.Generator().manual_seed(arguments.seed), 256
+    generator, batch = torch.Generator().manual_seed(arguments.seed), min(256, len(images))
     steps, began = arguments.steps, time.monotonic()
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -181,6 +180,7 @@ def main() -> None:
     one = commands.add_parser("split")
     one.add_argument("source", type=Path)
     one.add_argument("out", type=Path)
+    one.add_argument("--held-out", type=int, default=378, help="captions for the judge's own score and as prompts that no training has seen")
     one.set_defaults(run=split)
     one = commands.add_parser("judge")
     one.add_argument("emoji", type=Path)

@@ -33,7 +33,7 @@ def make_model(path: Path, **config) -> Path:
 def make_denoiser(path: Path, denoiser: DenoiserSettings = DenoiserSettings(), **config) -> Path:
     """Likewise a denoiser."""
     small = UNetSettings(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
-    config = ModelConfig(**{"network": small, **config}, flow=None, denoiser=denoiser, resolution=8, data="digits")
+    config = ModelConfig(**{"network": small, "resolution": 8, **config}, flow=None, denoiser=denoiser, data="digits")
     torch.manual_seed(0)
     model = Denoiser(config)
     for weight in model.parameters():
