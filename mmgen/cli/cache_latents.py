@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import ConfigError
 from .options import COUNT, DEVICE
 from ..system.devices import check_device, find_device
 from .progress import progress_bar
+
+DEFAULT_VAE = "stabilityai/sd-vae-ft-ema"
 
 
 def cache_latents(
@@ -25,14 +29,32 @@ def cache_latents(
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the latents; an unfinished one is continued. Required.")],
     vae: Annotated[
-        str, typer.Option(metavar="MODEL", help="AutoencoderKL or AutoencoderTiny: a diffusers folder or a hub id.")
-    ] = "stabilityai/sd-vae-ft-ema",
+        str | None,
+        typer.Option(
+            metavar="MODEL", help=f"AutoencoderKL, -Tiny or -DC: a diffusers folder or a hub id. Default: {DEFAULT_VAE}."
+        ),
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A text-to-image pipeline of diffusers, or its hub id: latents by its VAE with its own scaling, and the captions. T5 "
+            "and Gemma encode these once, CLIP while training.",
+        ),
+    ] = None,
     resolution: Annotated[
         int | None, typer.Option(**COUNT, help="Resize and crop to N x N, as ADM does. Default: the images' own.")
     ] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split of the dataset.")] = "train",
     image_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the images. Default: the first one.")] = None,
     label_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the labels. Default: the first one.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Keep the captions beside the latents. --pipeline does so anyway.")] = False,
+    caption_column: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Column of the captions. Default: text, caption, prompt ...")
+    ] = None,
+    captions: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Captions of the images: COCO's JSON, or rows with file_name.")
+    ] = None,
     subset: Annotated[
         str | None, typer.Option(metavar="NAME", help="One of several data sets in a repository. Default: its own.")
     ] = None,
@@ -63,26 +85,36 @@ def cache_latents(
     Example: mmgen cache-latents --data imagenet/ --resolution 256 --out latents/
 
     Then: mmgen train-imm --data latents/ --preset imagenet256-imm-xl
+
+    With captions: mmgen cache-latents --data shards/ --pipeline SD15 --resolution 512 --out laion512/
     """
     check_device(device)
+    if pipeline is not None and vae is not None:
+        raise ConfigError("--pipeline brings its own VAE: leave --vae out")
+    for name, value in (("--caption-column", caption_column), ("--captions", captions)):
+        if value is not None and not (text or pipeline):
+            raise ConfigError(f"{name} needs captions to be kept: give --pipeline, or --text")
 
     from ..data.encoding import EncodingSettings, encode_source
     from ..data.resolve import resolve
     from ..system.processes import find_process_group
+    from ..encoders.pipeline import pipeline_parts
     from ..encoders.vae import load_vae
 
-    settings = EncodingSettings(resolution, dtype, xflip, normalisation, on_corrupt, batch_size)
+    settings = EncodingSettings(resolution, dtype, xflip, normalisation, on_corrupt, batch_size, text or pipeline is not None)
     settings.check()
     process_group = find_process_group(cpu=device == "cpu")
     reading = {"split": split, "image_column": image_column, "label_column": label_column, "subset": subset,
-               "revision": revision, "follow_links": follow_links}  # fmt: skip
+               "revision": revision, "follow_links": follow_links, "caption_column": caption_column, "captions": captions}  # fmt: skip
     source = resolve(data, **reading)
-    loaded = load_vae(vae, find_device(device))
+    where = find_device(device)
+    parts = None if pipeline is None else pipeline_parts(pipeline, resolution or 0)
+    loaded = load_vae(pipeline or vae or DEFAULT_VAE, where)
     speed = _Speed()
     with progress_bar("encoding", source.length) if process_group.is_main else contextlib.nullcontext() as update:
         record = encode_source(
             source, loaded, out, settings, name=data, reading={key: value for key, value in reading.items() if value},
-            process_group=process_group, progress=update and speed.around(update), note=_note,
+            pipeline=parts, device=str(where), process_group=process_group, progress=update and speed.around(update), note=_note,
         )  # fmt: skip
     if process_group.is_main:
         _show(record, out, speed)
@@ -134,6 +166,7 @@ def _show(record: dict[str, Any], out: Path, speed: _Speed) -> None:
             + f" (first {tried['images']} images)",
         ),
         ("rounding to " + record["dtype"], f"{tried['rounding'] or 0:.1g} of the latents' standard deviation"),
+        *([] if "text" not in record else [("captions", _captions(record["text"]))]),
         ("disk", f"{size / 1e9:,.3f} GB, {size / record['number']:,.0f} bytes per row"),
         ("encoded now", str(speed)),
     ):
@@ -143,5 +176,16 @@ def _show(record: dict[str, Any], out: Path, speed: _Speed) -> None:
     console.print(table, highlight=False, markup=False)
     for name in record["skipped"][:3]:
         console.print(f"left out: {name}", highlight=False, markup=False, soft_wrap=True)
-    if record["channels"] == 4 and record["size"] == 32:
+    if (record.get("text") or {}).get("settings"):
+        place = record["text"]["settings"]["encoder"]
+        console.print(f"next:     mmgen distill --teacher {shlex.quote(place)} --data {shlex.quote(str(out))}", highlight=False, markup=False)
+    elif record["channels"] == 4 and record["size"] == 32:
         console.print(f"next:     mmgen train-imm --data {out} --preset imagenet256-imm-xl", highlight=False, markup=False)
+
+
+def _captions(text: dict[str, Any]) -> str:
+    number, settings = f"{text['captions']:,}", text["settings"]
+    if settings is None:
+        return number
+    how = f"{settings['length']} tokens by the encoders of {settings['pipeline']}"
+    return f"{number}, {how}" if text["features"] else f"{number}, to become {how} while training"

@@ -47,9 +47,9 @@ class Watched:
         return raw
 
     def keep(self, file: Path, images: range) -> None:
-        """Writes the digests of these images, which have been read, and forgets them."""
+        """Writes the digests of these images, and forgets them. Those left out for want of a caption are read now."""
         with replacing(file) as temporary:
-            temporary.write_bytes(b"".join(self._found.pop(i) for i in images))
+            temporary.write_bytes(b"".join(self._found.pop(i, None) or _digest(self._read(i)) for i in images))
 
 
 def joined_hash(files: list[Path], length: int) -> str:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from ..models.latents import LatentSettings
-    from .encoded_captions import EncodedCaptions
+    from .encoded_captions import CaptionsOnTheFly, EncodedCaptions
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Dataset(Labelled):
     fingerprint: str  # SHA-256 of shape, pixels, labels and captions: the same data has the same one wherever it lies
     captions: pa.ListArray | None = None  # list<string> [N], at least one text each, where they were asked for
     place: str = ""  # what the name meant: see `resolve.locate`
-    texts: EncodedCaptions | None = None  # the captions as a model is conditioned on them
+    texts: EncodedCaptions | CaptionsOnTheFly | None = None  # the captions as a model is conditioned on them
 
     def __len__(self) -> int:
         return self.images.shape[0]

@@ -135,6 +135,16 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
+def crop_corner(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """Top and left of the square that `centre_crop` takes from an image of this size, in pixels of the image resized."""
+    if (height, width) == (resolution, resolution):
+        return 0, 0
+    while min(height, width) >= 2 * resolution:
+        height, width = height // 2, width // 2
+    scale = resolution / min(height, width)
+    return (round(height * scale) - resolution) // 2, (round(width * scale) - resolution) // 2
+
+
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     """To "L" or "RGB", 8 bits."""
     if image.mode == "I" or image.mode.startswith("I;16"):

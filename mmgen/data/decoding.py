@@ -33,6 +33,7 @@ class Chunk:
     pixels: np.ndarray  # uint8 [n, C, R, R]
     kept: list[int]  # which images of the source these are, [n]
     skipped: list[str]  # names of those that cannot be read
+    sizes: np.ndarray  # int64 [n, 2]: heights and widths of the images themselves
 
 
 def settle(source: ImageSource, resolution: int | None, channels: int | None, on_corrupt: str) -> Plan:
@@ -86,10 +87,12 @@ def decode_chunks(source: ImageSource, plan: Plan, numbers: range, size: int) ->
         for start in range(numbers.start, numbers.stop, size):
             part = range(start, min(start + size, numbers.stop))
             decoded = list(threads.map(lambda i: _pixels(source, i, plan), part))
-            kept = [i for i, pixels in zip(part, decoded) if pixels is not None]
-            skipped = [source.names(i) for i, pixels in zip(part, decoded) if pixels is None]
+            kept = [i for i, found in zip(part, decoded) if found is not None]
+            skipped = [source.names(i) for i, found in zip(part, decoded) if found is None]
             empty = np.empty((0, plan.channels, plan.resolution, plan.resolution), np.uint8)
-            yield Chunk(part, np.stack([p for p in decoded if p is not None]) if kept else empty, kept, skipped)
+            whole = [found for found in decoded if found is not None]
+            sizes = np.array([size for _, size in whole], np.int64).reshape(-1, 2)
+            yield Chunk(part, np.stack([pixels for pixels, _ in whole]) if kept else empty, kept, skipped, sizes)
 
 
 def ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
@@ -101,8 +104,8 @@ def ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
             yield chunk
 
 
-def _pixels(source: ImageSource, i: int, plan: Plan) -> np.ndarray | None:
-    """Image i, uint8 [C, R, R]; None where it cannot be read and may be skipped."""
+def _pixels(source: ImageSource, i: int, plan: Plan) -> tuple[np.ndarray, tuple[int, int]] | None:
+    """Image i, uint8 [C, R, R], and its own height and width; None where it cannot be read and may be skipped."""
     try:
         with open_image(source.read(i)) as image:
             if plan.same_size and image.size != (plan.resolution, plan.resolution):
@@ -113,7 +116,7 @@ def _pixels(source: ImageSource, i: int, plan: Plan) -> np.ndarray | None:
                 )
             if plan.only_grey and not is_grey(image):
                 raise DataError(f"{source.names(i)} is in colour, but the first images are grey: give --channels 3, or 1")
-            return to_pixels(image, plan.resolution, plan.channels)
+            return to_pixels(image, plan.resolution, plan.channels), (image.height, image.width)
     except CorruptImage as error:
         if plan.skip_corrupt:
             return None

@@ -3,6 +3,7 @@
 latents.json             what these are: the VAE, its normalisation, the images they came from; written last
 shards/000000.npy ...    moments [n, 2C, h, w], the mean above the standard deviation (of a tiny VAE the mean alone)
 labels.npy               int64 [N], where the images have labels
+texts/                   where the images have captions that are kept: see `latent_texts`
 latents-unfinished.json  what was asked for, until all is encoded
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +21,12 @@ from ..system.files import read_json
 from ..models.latents import LatentSettings
 from ..system.schema import from_dict
 from .dataset import Labelled
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from .encoded_captions import CaptionsOnTheFly, EncodedCaptions
+    from .latent_texts import LatentTexts
 
 FORMAT = 1
 RECORD, JOB, LABELS, SHARDS = "latents.json", "latents-unfinished.json", "labels.npy", "shards"
@@ -61,6 +68,9 @@ class LatentDataset(Labelled):
     source: str  # the name of the images
     place: str = ""  # of the folder, absolute
     images: dict[str, Any] = field(default_factory=dict)  # the images, for a scorer: name, place, content hash, reading options
+    captions: pa.ListArray | None = None  # list<string> [N], at least one text each, where they were kept
+    kept: LatentTexts | None = None  # the captions as the folder has them
+    texts: EncodedCaptions | CaptionsOnTheFly | None = None  # the captions as a model is conditioned on them
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -118,6 +128,11 @@ def load_latents(place: Path, name: str = "") -> LatentDataset:
         shape = (record["channels"] * (2 if latents.kind == "kl" else 1), record["size"], record["size"])
         arrays = [_map(shard_file(place, i), (n, *shape), record["dtype"]) for i, n in enumerate(record["shards"])]
         labels = _map(place / LABELS, (record["number"],), "int64") if record["labelled"] else None
+        kept = None
+        if "text" in record:
+            from .latent_texts import load_texts
+
+            kept = load_texts(place, record, 2 if record["xflip"] else 1)
         if sum(record["shards"]) != record["number"] or not record["number"]:
             raise ValueError("its numbers contradict each other")
         return LatentDataset(
@@ -131,6 +146,8 @@ def load_latents(place: Path, name: str = "") -> LatentDataset:
             source=record["source"]["word"],
             place=str(place.absolute()),
             images=_images(record),
+            captions=None if kept is None else kept.captions,
+            kept=kept,
         )
     except (KeyError, TypeError, ValueError, IndexError, ConfigError) as error:
         raise DataError(f"{place / RECORD} is damaged: {error!r}") from error
@@ -140,6 +157,7 @@ def _images(record: dict[str, Any]) -> dict[str, Any]:
     """The images as latents.json describes them: name, path, content, and the options of `data.load` that read them."""
     source = record["source"]
     options = {"resolution": record["resolution"], "channels": 3, "on_corrupt": record["job"]["on_corrupt"]}
+    options |= {"with_captions": True} if "text" in record else {}
     return {
         "word": source["word"],
         "place": source.get("place", ""),

@@ -73,6 +73,15 @@ class PipelineEncoder:
             lengths = [[len(ids) for ids in one(prepared, truncation=False)["input_ids"]] for one, _ in limits]
         return sum(all(n > most for n, (_, most) in zip(row, limits)) for row in zip(*lengths, strict=True))
 
+    def count_kept(self, texts: Sequence[str]) -> int:
+        """Of how many tokens under the mask these texts consist."""
+        if self.name not in ("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline"):  # without a mask
+            return len(texts) * (self.length or self(["a"])[0].shape[1])
+        ((tokenizer, most),) = self._limits()
+        fewer = most - (self.length or LENGTHS[self.name])  # those of an instruction, which are not kept
+        with quiet_libraries():
+            return sum(min(len(ids), most) - fewer for ids in tokenizer(self._prepared(texts), truncation=False)["input_ids"])
+
     def _prepared(self, texts: Sequence[str]) -> list[str]:
         """As the tokenizer sees them."""
         if self.name in CLIP_ONLY or self.name == "StableDiffusion3Pipeline":

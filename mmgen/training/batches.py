@@ -99,7 +99,9 @@ def fetch(dataset: Dataset | LatentDataset, first: int, count: int, seed: int, d
     elif dataset.labels is not None:
         condition = Labels(torch.from_numpy(dataset.labels[rows]), dataset.num_classes)
     if device.type == "cuda":  # pinned memory lets the copy overlap with the pass before
-        images, condition = images.pin_memory(), None if condition is None else condition.pin_memory()
+        images = images.pin_memory()
+        if condition is not None and next(iter(condition.tensors().values())).device.type == "cpu":  # not encoded there just now
+            condition = condition.pin_memory()
     return Batch(
         images.to(device, non_blocking=True),
         None if condition is None else condition.to(device, non_blocking=True),

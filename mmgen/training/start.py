@@ -17,7 +17,8 @@ from ..config.sections import CAPTIONS, READING, DataSettings, RunSettings, Trai
 from ..data import Dataset, DataShape
 from ..data.latents import LatentDataset, load_latents
 from ..data.resolve import find_latents
-from ..data.texts import encode_captions, without
+from ..data.texts import encode_captions, encoded_on_the_fly, without
+from ..encoders.pipeline_text import CLIP_ONLY, WITH_SIZES
 from ..errors import ConfigError, DataError
 from ..networks.text import TextSettings
 from ..system.lock import only_run_in
@@ -32,11 +33,11 @@ from .task import Outcome, Reporter, Task
 def load_data(settings: DataSettings, progress: Callable[[int, int], None] | None = None) -> Dataset | LatentDataset:
     """The data set of a config. Raises DataError, or ConfigError where it contradicts the settings."""
     place = find_latents(settings.name)
-    if place is not None and settings.text:
-        raise ConfigError(f"data.text needs captions, and {settings.name} is a folder of latents without: give the images")
     if place is not None:
         dataset = load_latents(place, settings.name)
         _check_latents(settings, dataset)
+        if not settings.text:
+            dataset = replace(dataset, captions=None, kept=None)
     elif settings.channels not in (None, 1, 3):
         raise DataError(
             f"the recipe trains on latents of {settings.channels} channels, and {settings.name} is no folder of them: make one "
@@ -72,7 +73,12 @@ def _check_latents(settings: DataSettings, dataset: LatentDataset) -> None:
         )
     if settings.channels not in (None, channels):
         raise ConfigError(f"data.channels is {settings.channels}, but {settings.name} holds latents of {channels} channels")
-    for name in (name for name in READING if getattr(settings, name) != getattr(DataSettings(), name)):
+    if settings.text and dataset.captions is None:
+        raise ConfigError(
+            f"data.text needs captions, and {settings.name} is a folder of latents without: make one with `mmgen cache-latents --text`, "
+            "or with --pipeline for a teacher that is a pipeline"
+        )
+    for name in (name for name in (*READING, *CAPTIONS) if getattr(settings, name) != getattr(DataSettings(), name)):
         raise ConfigError(f"data.{name} is a choice of `mmgen cache-latents`, and {settings.name} is made already: leave it out")
     if settings.xflip or settings.augment > 0:
         name = "data.xflip" if settings.xflip else "data.augment"
@@ -129,14 +135,22 @@ def load_shared(
     return dataset
 
 
-def with_texts(dataset: Dataset, text: TextSettings | None, device: Any, reporter: Reporter) -> Dataset:
+def with_texts(dataset: Dataset | LatentDataset, text: TextSettings | None, device: Any, reporter: Reporter) -> Dataset | LatentDataset:
     """The data set with its captions encoded for a model of these settings; as it is where the model takes none."""
     if text is None:
         return dataset
-    with reporter.work("encoding captions", 1, "captions") as update:
-        texts = encode_captions(dataset.captions, text, device, update)
+    kept = getattr(dataset, "kept", None)
+    if text.pipeline and kept is not None and kept.tokens is not None:
+        texts = kept.encoded(dataset.captions, text)
+    elif text.pipeline in CLIP_ONLY:
+        texts = encoded_on_the_fly(dataset.captions, text, device)
+    else:
+        with reporter.work("encoding captions", 1, "captions") as update:
+            texts = encode_captions(dataset.captions, text, device, update)
+    if text.pipeline in WITH_SIZES and kept is not None:
+        texts = replace(texts, sizes=kept.sizes)
     if texts.cut:
-        reporter.note(f"{texts.cut:,} captions are longer than text.length {text.length}: their ends are cut off")
+        reporter.note(f"{texts.cut:,} captions are longer than the {text.length} tokens of the text encoder: their ends are cut off")
     return replace(dataset, texts=texts)
 
 

@@ -133,6 +133,7 @@ def student_model_config(config: DistillConfig, teacher: Teacher, shape: DataSha
         denoiser=denoiser,
         class_names=names,
         class_counts=counts,
+        captions=own.captions or (shape.captions if shape is not None and own.text is not None else None),
         data=config.data.name,
         sampling=SamplingSettings(
             sampler="ancestral",
