@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         run = partial(SECTIONS[name], device, small)
         if name == "presets":
-            run = partial(run, names=options.preset or [""])
+            run = partial(run, names=options.preset or [""], before=report.get(name, {}), keep=partial(keep, options.out, report, name))
         if name == "training":
             root = os.environ.get("MMGEN_DATA_DIR")
             data = "cifar10" if root and (Path(root) / "cifar10").is_dir() and not small else None
@@ -77,6 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
     failed = [f"{name}: {text}" for name in SECTIONS for text in report.get(name, {}).get("failed", [])]
     print(*(failed or ["nothing failed"]), sep="\n")
     return bool(failed)
+
+
+def keep(out: Path, report: dict[str, Any], name: str, found: dict[str, Any]) -> None:
+    """What there is of a section that is not done: a report that is cut off goes on behind it."""
+    report[name] = found
+    write(out, report)
 
 
 def section(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

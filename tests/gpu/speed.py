@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -64,27 +65,40 @@ def rate(step: Callable[[], Any], images: int, device: str, seconds: float = SEC
     return steps * images / (time.perf_counter() - start)
 
 
-def presets(device: str, small: bool, names: Sequence[str] = ("",)) -> dict[str, Any]:
-    """{preset: {way: {"rate": images/s, "share": of the matrix rate, "computed" and "measured": GiB}}}; `plain`: the textbook's."""
+def presets(
+    device: str, small: bool, names: Sequence[str] = ("",), before: dict[str, Any] = {}, keep: Callable[[dict[str, Any]], None] = lambda found: None
+) -> dict[str, Any]:
+    """{preset: {way: {"rate": images/s, "share": of the matrix rate, "computed" and "measured": GiB}}}; `plain`: the textbook's.
+
+    keep: is given all there is after each measurement; before: what it was given when the report was cut off. The measurement in which that
+    happened is not tried again.
+    """
     peak = matrix_rate(device, torch.bfloat16) if device == "cuda" else None
     seconds = 0.1 if small else SECONDS
-    rows, failed = {}, []
+    rows, failed = before.get("presets", {}), before.get("failed", [])
+    if cut_off := before.get("begun"):
+        failed.append(f"{cut_off}: it did not end")
+
+    def measure(row: dict[str, Any], name: str, what: str, run: Callable[[], Any]) -> None:
+        """Into row[what], unless it is there or was cut off."""
+        if what in row or any(text.startswith(f"{name}:") for text in failed):
+            return
+        keep({"presets": rows, "matrix_rate_bf16": peak, "failed": failed, "begun": name})
+        try:
+            row[what] = run()
+        except Exception as error:  # noqa: BLE001 a report says what fails and goes on
+            failed.append(f"{name}: {type(error).__name__}: {error}"[:400])
+        release(device)
+        keep({"presets": rows, "matrix_rate_bf16": peak, "failed": failed})
+
     chosen = [row for row in preset_cases(small) if any(name in row[0].name for name in names)]
     for case, work, batch in chosen:
-        row: dict[str, Any] = {"batch": batch, "ways": {}}
+        row = rows.setdefault(case.name, {"batch": batch, "ways": {}})
         for way in list(WAYS)[:1] if small else WAYS:
-            try:
-                row["ways"][way] = measured(case, work, batch, device, way, seconds, peak)
-            except Exception as error:  # noqa: BLE001 a report says what fails and goes on
-                failed.append(f"{case.name}, {way}: {type(error).__name__}: {error}"[:400])
-            release(device)
+            run = partial(measured, case, work, batch, device, way, seconds, peak)
+            measure(row["ways"], f"{case.name}, {way}", way, run)
         if "imm" in case.name and (small or "-imm-" not in case.name or case.name.endswith("-b")):
-            try:
-                row["plain"] = rate(plain(case, device, batch), batch, device, seconds)
-            except Exception as error:  # noqa: BLE001
-                failed.append(f"{case.name}, plain: {type(error).__name__}: {error}"[:400])
-            release(device)
-        rows[case.name] = row
+            measure(row, f"{case.name}, plain", "plain", lambda: rate(plain(case, device, batch), batch, device, seconds))  # noqa: B023
         print(case.name, row, flush=True)
     return {"presets": rows, "matrix_rate_bf16": peak, "failed": failed}
 
