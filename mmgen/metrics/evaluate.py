@@ -45,7 +45,7 @@ Bar = Callable[[str, int], AbstractContextManager]  # (what is done, images) -> 
 
 
 def known_metrics() -> tuple[str, ...]:
-    """The words of --metrics, in the order of `all`."""
+    """The names that --metrics takes, in the order of `all`."""
     return ("fid", *COMPARISONS, "is", *BY_TOWERS)
 
 
@@ -98,12 +98,8 @@ class FidSettings:
         for option, value in (("--mode", self.mode), ("--inception", self.inception)):
             if value is not None and self.features not in ("auto", "inception"):
                 raise ConfigError(f"{option} is for Inception, and --features is {self.features}: leave one of them out")
-        for option, value in (
-            ("--repeat", self.repeat),
-            ("--batch-size", self.batch_size),
-            ("--num", 1 if self.num is None else self.num),
-        ):
-            if value < 1:
+        for option, value in (("--repeat", self.repeat), ("--batch-size", self.batch_size), ("--num", self.num)):
+            if value is not None and value < 1:
                 raise ConfigError(f"{option} must be at least 1, not {value}")
         if self.protocol is not None:
             check_protocol(self)
@@ -147,7 +143,7 @@ def evaluate(
     process_group: ProcessGroup = ProcessGroup(),
     bar: Bar = lambda what, images: nullcontext(lambda done, of=None: None),
 ) -> Report:
-    """Scores every set of samples that the words mean; writes statistics where they are asked for.
+    """Scores every set of samples that is named; writes statistics where they are asked for.
 
     Raises ConfigError, DataError, ModelError and MmgenError, each with one sentence.
     """
@@ -308,15 +304,9 @@ def _reference(
 ) -> ReferenceSet:  # fmt: skip
     with bar("decoding the reference", 0) as update:
         found, warning = reference_images(
-            settings.ref,
-            subjects,
-            split=settings.ref_split,
-            resolution=settings.resolution,
-            channels=settings.channels,
-            num=settings.ref_num,
-            follow_links=settings.follow_links,
-            progress=update,
-        )
+            settings.ref, subjects, split=settings.ref_split, resolution=settings.resolution, channels=settings.channels,
+            num=settings.ref_num, follow_links=settings.follow_links, progress=update,
+        )  # fmt: skip
     if isinstance(found, ImageSet):
         if settings.ref_mode is not None:
             raise ConfigError(f"--ref-mode is for a statistics file, and {found.name} holds images: leave it out")

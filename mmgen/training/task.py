@@ -15,7 +15,7 @@ from ..models.build import AnyModel
 from ..models.config import ModelConfig
 from ..models.files import save_model
 from .batches import Batch
-from .cost import Work
+from .cost import Work as StepCost
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Task:
     picture: Callable[[AnyModel, int, dict[str, str]], Image.Image | None] | None = None
     finish: Callable[[AnyModel, Path, Any], dict[str, Any] | None] | None = None
     levels: Sequence[float] = ()
-    work: Work | None = None
+    work: StepCost | None = None
     save: Callable[[Path, ModelConfig, dict[str, Tensor]], None] = save_model
     averaged: Callable[[dict[str, Tensor]], AnyModel] | None = None
     advice: str = ""
