@@ -215,7 +215,7 @@ def test_scheduler_defaults_are_those_of_diffusers():
         ({"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}, "beta_schedule = 'sigmoid'"),
         ({"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"}, "'flow_prediction'"),
         ({"_class_name": "DDPMScheduler", "trained_betas": [0.1, 0.2]}, "trained_betas"),
-        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr = True"),
+        ({"_class_name": "DDIMScheduler", "rescale_betas_zero_snr": True}, "the noise says nothing of the image"),
         ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding"),
         ({"_class_name": "DDIMScheduler", "clip_sample_range": 2.0}, "clip_sample_range"),
     ],

@@ -139,7 +139,7 @@ def _class_of(found: Found, config: dict[str, Any], word: str) -> tuple[str, Kin
             f"{word} is a Flux model, whose guidance was distilled into its network: what that gives is no mean of images, and there is "
             "no null to guide away from, so that it cannot be a teacher"
         )
-    if index is None:
+    if not index:
         raise ModelError(
             f"{word} is the {given} of a pipeline alone: give the folder of the whole pipeline, whose text encoders and autoencoder it needs"
         )

@@ -147,6 +147,8 @@ def _family_words(found: Found, family: str | None) -> str:
     name = str(config.get("_class_name", "")) if isinstance(config, dict) else ""
     if family in ("diffusers-unet2d", "diffusers-dit") and name and name != "UNet2DModel" and not is_dit(config):
         return f"{ascii(name)[1:-1]} of diffusers"
+    if family == pipelines.NAME and not found.arguments.get("model_index") and name:  # the network of a pipeline alone
+        return f"{ascii(name)[1:-1]} of diffusers"
     return FAMILIES[family].title if family in FAMILIES else UNSUPPORTED.get(family, "unknown")
 
 
