@@ -22,10 +22,11 @@ from mmgen.models.config import ModelConfig
 from mmgen.networks import ADMSettings
 from mmgen.training.batches import split_batch
 from mmgen.training.optim import moments
-from mmgen.training.cost import DENOISING, IMM, Cost, PassCost, Work, estimate, pass_cost
+from mmgen.training.cost import DENOISING, IMM, Adapters, Cost, PassCost, Work, estimate, pass_cost
 from mmgen.methods.imm.objective import imm_model_config
 from mmgen.methods.distill.method import TRAINING as DISTILLATION
 from mmgen.training.start import expected_shape
+from tests.real_pipelines import NAMES, real_model
 from mmgen.methods.teacher.objective import teacher_model_config
 
 # Peak rates of dense products in FLOP/s, from NVIDIA's data sheets, which print twice as much "with sparsity"; memory in bytes
@@ -39,7 +40,8 @@ SHAPES = {"digits": DataShape(8, 1, 10), "cifar10": DataShape(32, 3, 10)}  # of 
 # What the presets without a teacher of their own are computed with
 STAND_INS = {
     "digits-distill": "digits-teacher", "cifar10-distill": "cifar10-teacher", "imagenet128-distill": "imagenet128-teacher",
-    "imagenet64-distill": "EDM's ADM",
+    "imagenet64-distill": "EDM's ADM", "sd15-distill": "sd15", "sd15-distill-lora": "sd15", "sdxl-distill-lora": "sdxl",
+    "pixart512-distill": "pixart", "sd3-distill-lora": "sd3",
 }  # fmt: skip
 
 
@@ -49,6 +51,7 @@ class Recipe:
     model: ModelConfig
     work: Work
     group_size: int
+    adapters: Adapters | None = None  # trained in place of all weights
 
 
 def recipe(name: str) -> Recipe:
@@ -63,11 +66,13 @@ def recipe(name: str) -> Recipe:
     teacher = STAND_INS[name]
     if teacher in preset_names("train-teacher"):
         model = recipe(teacher).model
+    elif teacher in NAMES:
+        model = real_model(teacher)
     else:
         model = ModelConfig(
             network=ADMSettings(), flow=None, denoiser=DenoiserSettings(), resolution=64, channels=3, num_classes=1000
         )
-    return Recipe(config, model, *DISTILLATION.work(config))
+    return Recipe(config, model, *DISTILLATION.work(config), DISTILLATION.trains(config)[0][1])
 
 
 def shape_of(config) -> DataShape:
@@ -80,9 +85,10 @@ def shape_of(config) -> DataShape:
 def costs(chosen: Recipe, gpus: int, sharded: bool, checkpointing: bool, one: PassCost) -> Cost | None:
     """None where so many GPUs cannot share the batch."""
     train, run = chosen.config.train, chosen.config.run
-    parts = split_batch(train.batch_size, chosen.group_size, gpus, run.batch_per_device)
+    at_most = chosen.group_size if run.batch_per_device == "auto" else run.batch_per_device
+    parts = split_batch(train.batch_size, chosen.group_size, gpus, at_most)
     return None if parts is None else estimate(train, chosen.model, parts, chosen.work, sharded, checkpointing, one,
-                                             moments=moments(chosen.config.optimizer.beta1))  # fmt: skip
+                                             moments=moments(chosen.config.optimizer.beta1), adapters=chosen.adapters)  # fmt: skip
 
 
 def step_seconds(chosen: Recipe, cost: Cost, gpu: dict[str, float], utilisation: float, gpus: int) -> float:
@@ -120,7 +126,7 @@ def main() -> None:
     for name in options.presets:
         chosen = recipe(name)
         train, run = chosen.config.train, chosen.config.run
-        a_pass = pass_cost(chosen.model, train.precision, checkpointing)
+        a_pass = pass_cost(chosen.model, train.precision, checkpointing, chosen.adapters)
         found = {n: [costs(chosen, n, sharded, checkpointing, a_pass) for sharded in (False, True)] for n in COUNTS}
         one = found[1][0]
         label = f"`{name}`" + (f" of {STAND_INS[name]}" if name in STAND_INS else "")
