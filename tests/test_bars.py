@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from terminal import bars, on_terminal
+from terminal import ROOT, bars, on_terminal
+from tiny_encoder import make_encoder
 from tiny_model import make_denoiser
 from tiny_vae import write_vae
 
@@ -102,3 +103,40 @@ def test_latents(own_cache):
 def test_other_widths(columns, own_cache, digits_model):
     status, lines = on_terminal("sample", str(digits_model), "--num", "8", cwd=Path.cwd(), columns=columns)
     assert status == 0 and max(map(len, bars(lines, "1 step"))) <= min(columns, 100)
+
+
+SMALL = ["--device", "cpu", "--batch-size", "16", "--max-images", "32", "--eval-num", "0"]
+OTHERS = {  # bar -> the command that shows it
+    "second moments": ["distill", "--teacher", "teacher.safetensors", "--method", "instant", *SMALL, "--teacher-steps", "0", "--steps", "2", "--set",
+                       "loss.preconditioner=adam"],
+    "encoding captions": ["train-teacher", "--preset", "digits-text", "--text-encoder", "encoder", *TINY[:4], *SMALL],
+    "own samples": ["neon", "run", "--num", "32", "--steps", "1", "--images", "128", "--out", "neon"],
+    "reading teacher": ["compare", "teacher.safetensors", "MODEL", "--num", "16", "--steps", "2", "--out", "study"],
+    "decoding": ["train-imm", "--dry-run", "--preset", "digits-imm"],
+}  # fmt: skip
+NOT_HERE = {"downloading Inception", "sampling"}  # one needs the network, the other is Python's, of tqdm
+ELSEWHERE = {"training", "reference ", "scoring, ", "picture, ", "picture: ", "encoding", "decoding the reference"}  # above
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bar", OTHERS)
+def test_other_long_work(bar, own_cache, digits_model):
+    make_denoiser(Path("teacher.safetensors"), channels=1, num_classes=10)
+    if "encoder" in OTHERS[bar]:
+        make_encoder(Path("encoder"))
+    if "run" in OTHERS[bar]:
+        assert on_terminal("train-imm", *TINY[:4], *SMALL, "--out", "run", cwd=Path.cwd())[0] == 0
+    status, lines = on_terminal(*(str(digits_model) if word == "MODEL" else word for word in OTHERS[bar]), cwd=Path.cwd(), timeout=300)
+    assert bars(lines, bar), "\n".join(dict.fromkeys(lines))
+    assert status == 0, lines[-5:]
+    check(lines, bar)
+
+
+def test_every_bar_of_the_package_is_looked_at():
+    found = set()
+    for file in (ROOT / "mmgen").rglob("*.py"):
+        names = re.findall(r'(?:\bwork|\bbar|progress_bar|add_task)\(\s*(?:[\w.]+ or )?f?"([^"{]+)', file.read_text("utf-8"))
+        found |= set(names)
+    assert {"second moments", "scoring, ", "training", "encoding", "decoding", "downloading Inception"} <= found  # it sees them
+    known = {*OTHERS, *NOT_HERE, *ELSEWHERE}
+    assert not {name for name in found if not any(one.startswith(name) or name.startswith(one) for one in known)}, found

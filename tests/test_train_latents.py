@@ -130,7 +130,7 @@ def test_two_processes_score_latents_as_one(place, tmp_path):
     for name, launcher in ("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"]):
         result = subprocess.run([sys.executable, *launcher, *command, str(tmp_path / name)], capture_output=True, text=True, timeout=500,
                                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])})  # fmt: skip
-        assert result.returncode == 0, result.stderr
+        assert result.returncode == 0 and f"= {1 + (name == 'two')} device" in result.stderr, result.stderr  # who shares the batch
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         values.append([line["values"]["1"] for line in lines if "values" in line])
         assert (tmp_path / name / "model-best.safetensors").is_file()

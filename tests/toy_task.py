@@ -7,12 +7,12 @@ the folder that it is given, with as many processes as it is launched with.
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from mmgen.config import sections as configs
@@ -123,4 +123,4 @@ def run_toy(out: Path, reporter=None, make=toy_task, **changes):
 
 if __name__ == "__main__":
     run_toy(Path(sys.argv[1]))
-    print(os.environ.get("WORLD_SIZE", "1"))
+    print(PartialState().num_processes)
