@@ -30,7 +30,7 @@ from .measuring import show  # noqa: E402
 
 # name -> module: `rows(size, device)`, and `cases(size, device)` where sides are measured alone as well
 BENCHMARKS = {"imm": "imm_step", "matching": "matching_step", "sampling": "sampling", "data": "pipeline",
-              "startup": "startup", "first": "first_run", "scaling": "scaling", "fid": "fid"}  # fmt: skip
+              "startup": "startup", "first": "first_run", "scaling": "scaling", "text": "text_to_image", "fid": "fid"}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:

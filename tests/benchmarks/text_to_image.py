@@ -1,0 +1,150 @@
+"""Text to image with a narrow SD 1.5 of random weights: `cache-latents --pipeline` against a plain loop, a student's pass against
+diffusers' own forward, 8 steps with decoding against the pipeline's own call, and what the text costs of a step."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import mmgen
+from mmgen.data import encoding
+from mmgen.data.encoding import EncodingSettings, encode_source
+from mmgen.data.resolve import resolve
+from mmgen.encoders.pipeline import pipeline_parts
+from mmgen.encoders.text import open_encoder
+from mmgen.encoders.vae import load_vae
+from mmgen.networks.conditions import Text
+from mmgen.sampling.drawing import SampleSettings, draw
+
+from .measuring import Case, Row, Run, Size, compared, temporary_folder
+
+NUM = {"tiny": 8, "quick": 512, "full": 4000}
+IMAGES, STEPS = 4, 8
+WIDTHS = {"tiny": (8, 16), "quick": (32, 64), "full": (64, 128)}
+PROMPTS = ("a red fox", "two dots", "snow", "a blue door")
+
+
+def cases(size: Size, device: str) -> list[Case]:
+    num, repetitions = NUM[size], 1 if size == "tiny" else 3
+    return [
+        Case(f"cache-latents --pipeline, {num} images", "images", num, partial(cached, size, device), partial(loop, size, device), repetitions),
+        Case("a student's pass", "images", IMAGES, partial(passed, size, device), partial(forward, size, device), repetitions),
+        Case(
+            f"{STEPS} steps and decoding", "images", IMAGES, partial(sampled, size, device), partial(called, size, device), repetitions,
+        ),
+        Case(
+            "a pass with its texts encoded", "images", IMAGES, partial(with_texts, size, device), partial(passed, size, device), repetitions,
+            note=lambda rate: "plain: texts encoded before",
+        ),
+    ]  # fmt: skip
+
+
+def rows(size: Size, device: str) -> Iterator[Row]:
+    for one in cases(size, device):
+        yield compared("text", one, size, device)
+
+
+@lru_cache
+def folder(size: Size) -> Path:
+    """pipeline/, and images/ of 64 x 48 with a caption each."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tiny_pipelines import tiny_pipeline
+
+    place, random = temporary_folder(), np.random.default_rng(0)
+    tiny_pipeline("sd15", place / "pipeline", block_out_channels=WIDTHS[size])
+    (place / "images").mkdir()
+    lines = []
+    for i in range(NUM[size]):
+        Image.fromarray(random.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(place / "images" / f"{i:05d}.png")
+        lines.append(json.dumps({"file_name": f"{i:05d}.png", "text": PROMPTS[i % 4]}))
+    (place / "images/metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return place
+
+
+def cached(size: Size, device: str) -> Run:
+    place, number = folder(size), itertools.count()
+    encoding._PIXELS_TRIED = 16 * 32**2  # the VAE is tried on 16 images, as at 256 pixels
+    parts, vae, name = pipeline_parts(str(place / "pipeline"), 32), load_vae(str(place / "pipeline"), device), str(place / "images")
+
+    def once() -> None:
+        encode_source(resolve(name), vae, temporary_folder() / str(next(number)), EncodingSettings(32, text=True), name=name, pipeline=parts)
+
+    return once
+
+
+def loop(size: Size, device: str) -> Run:
+    """What a script does: PIL, resize, crop, the VAE, one file of moments and one of captions."""
+    pipe, place = opened(size, device), folder(size)
+
+    @torch.no_grad()
+    def once() -> None:
+        found, lines = [], (place / "images/metadata.jsonl").read_text().splitlines()
+        for start in range(0, len(lines), 32):
+            batch = []
+            for line in lines[start : start + 32]:
+                image = Image.open(io.BytesIO((place / "images" / json.loads(line)["file_name"]).read_bytes())).convert("RGB")
+                scale = 32 / min(image.size)
+                image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+                left, top = (image.width - 32) // 2, (image.height - 32) // 2
+                batch.append(np.asarray(image.crop((left, top, left + 32, top + 32))).transpose(2, 0, 1))
+            moments = pipe.vae.encode(torch.from_numpy(np.stack(batch)).to(device) / 127.5 - 1).latent_dist
+            found.append(torch.cat([moments.mean, moments.std], 1).half().cpu())
+        np.save(temporary_folder() / "moments.npy", torch.cat(found).numpy())
+
+    return once
+
+
+@lru_cache
+def opened(size: Size, device: str):
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder(size) / "pipeline").to(device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    return pipe
+
+
+@lru_cache
+def ours(size: Size, device: str):
+    return mmgen.load(folder(size) / "pipeline", device=device)
+
+
+def texts(model, device: str) -> Text:
+    return Text(*open_encoder(model.config.text)(list(PROMPTS), device))
+
+
+def passed(size: Size, device: str) -> Run:
+    model = ours(size, device)
+    text, x, t = texts(model, device), torch.randn(IMAGES, 4, 8, 8, device=device), torch.full((IMAGES,), 500.0, device=device, dtype=torch.float64)
+    return torch.no_grad()(lambda: model.network(x, t, None, text))
+
+
+def forward(size: Size, device: str) -> Run:
+    pipe, model = opened(size, device), ours(size, device)
+    tokens, x, t = texts(model, device).tokens, torch.randn(IMAGES, 4, 8, 8, device=device), torch.full((IMAGES,), 500, device=device)
+    return torch.no_grad()(lambda: pipe.unet(x, t, encoder_hidden_states=tokens, return_dict=False))
+
+
+def with_texts(size: Size, device: str) -> Run:
+    model = ours(size, device)
+    x, t = torch.randn(IMAGES, 4, 8, 8, device=device), torch.full((IMAGES,), 500.0, device=device, dtype=torch.float64)
+    return torch.no_grad()(lambda: model.network(x, t, None, texts(model, device)))
+
+
+def sampled(size: Size, device: str) -> Run:
+    model, settings = ours(size, device), SampleSettings(steps=STEPS, prompts=PROMPTS, guidance=1.0, sampler="ddim")
+    return lambda: draw(model, settings, range(IMAGES))
+
+
+def called(size: Size, device: str) -> Run:
+    pipe = opened(size, device)
+    return lambda: pipe(list(PROMPTS), num_inference_steps=STEPS, guidance_scale=1.0, height=16, width=16)
