@@ -264,7 +264,7 @@ def _notes(config: ModelConfig, steps: int, sampler: str, grid: str, doubtful: f
     if sampler != "ancestral":
         notes.append(f"this student was distilled for the sampler ancestral, and its images by {sampler} may be worse")
     elif grid not in ("default", config.sampling.grid, "schedule"):
-        notes.append(f"this student was distilled for the grid {config.sampling.grid}, and its images on the grid {grid} may be worse")
+        notes.append(f"this student was distilled for the grid {'flow' if config.sampling.grid == 'flow' else 'schedule'}, and its images on the grid {grid} may be worse")
     return tuple(notes)
 
 
