@@ -26,6 +26,7 @@ from .plain_unet import unet
 from .runs import trainer
 
 STEPS = 8  # of the student
+RANK = 8  # of adapters
 TINY = {"network.model_channels": 8}
 
 
@@ -44,7 +45,10 @@ def cases(size: Size, device: str) -> list[Case]:
                 1 if size == "tiny" else 7,
             )  # fmt: skip
         )
-    return found
+    # A step by LoRA against one of all weights: mmgen on both sides
+    name = f"LoRA of rank {RANK} against all weights, alternating, digits, batch {batch}"
+    by_lora, full = (partial(ours, "alternating", batch, 2, size, device, rank) for rank in (RANK, 0))
+    return [*found, Case(name, "images", 2 * batch, by_lora, full, 1 if size == "tiny" else 7)]
 
 
 def rows(size: Size, device: str) -> Iterator[Row]:
@@ -68,10 +72,10 @@ def make_teacher(size: Size) -> Path:
     return file
 
 
-def distilling(method: str, batch: int, size: Size, device: str) -> Trainer:
+def distilling(method: str, batch: int, size: Size, device: str, rank: int = 0) -> Trainer:
     """mmgen's own run."""
     changes = {
-        "teacher.name": str(make_teacher(size)), "loss.method": method, "student.steps": STEPS, "train.batch_size": batch,
+        "teacher.name": str(make_teacher(size)), "loss.method": method, "student.steps": STEPS, "student.lora": rank, "train.batch_size": batch,
         "run.batch_per_device": batch, "run.eval_num": 0, "run.teacher_steps": 0,
     }  # fmt: skip
     preset = configs.read_preset("digits-distill", "distill")
@@ -85,8 +89,8 @@ def distilling(method: str, batch: int, size: Size, device: str) -> Trainer:
     return trainer(config, dataset, make_task, device)
 
 
-def ours(method: str, batch: int, steps: int, size: Size, device: str) -> Run:
-    run = distilling(method, batch, size, device)
+def ours(method: str, batch: int, steps: int, size: Size, device: str, rank: int = 0) -> Run:
+    run = distilling(method, batch, size, device, rank)
 
     def runs() -> None:
         for _ in range(steps):
