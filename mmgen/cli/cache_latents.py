@@ -38,8 +38,7 @@ def cache_latents(
         str | None,
         typer.Option(
             metavar="FOLDER",
-            help="A text-to-image pipeline of diffusers, or its hub id: latents by its VAE with its own scaling, and the captions. T5 "
-            "and Gemma encode these once, CLIP while training.",
+            help="Text-to-image pipeline of diffusers, or its hub id: its VAE and scaling, and captions by its encoders.",
         ),
     ] = None,
     resolution: Annotated[
@@ -48,12 +47,12 @@ def cache_latents(
     split: Annotated[str, typer.Option(metavar="NAME", help="Split of the dataset.")] = "train",
     image_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the images. Default: the first one.")] = None,
     label_column: Annotated[str | None, typer.Option(metavar="NAME", help="Column of the labels. Default: the first one.")] = None,
-    text: Annotated[bool, typer.Option("--text", help="Keep the captions beside the latents. --pipeline does so anyway.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Keep captions too; --pipeline does so anyway.")] = False,
     caption_column: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column of the captions. Default: text, caption, prompt ...")
+        str | None, typer.Option(metavar="NAME", help="Column of the captions. Default: as usual.")
     ] = None,
     captions: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Captions of the images: COCO's JSON, or rows with file_name.")
+        str | None, typer.Option(metavar="FILE", help="COCO's JSON, or rows with file_name.")
     ] = None,
     subset: Annotated[
         str | None, typer.Option(metavar="NAME", help="One of several data sets in a repository. Default: its own.")
