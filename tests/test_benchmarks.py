@@ -28,6 +28,11 @@ def shake(network):
                 parameter.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
 
 
+# Both networks are float32 and sum in orders of their own: outputs differ by 1e-6 of their size, and losses, which are differences
+# of near numbers, by ten times as much. In float64 the losses are the textbook's in test_objective.py and test_distill_passes.py.
+ROUNDING = 1e-4
+
+
 @pytest.mark.parametrize("preset", list(imm_step.TINY))
 def test_the_textbooks_imm_loss_is_mmgens(preset, monkeypatch):
     masked = lambda x, p, training=True, inplace=False: drop(x, p) if training and p > 0 else x  # noqa: E731
@@ -45,7 +50,7 @@ def test_the_textbooks_imm_loss_is_mmgens(preset, monkeypatch):
     seed = imm.torch_seed(0, batch.first)
     expected = plain_imm.loss(config, step.network, x, label, augment, drawn, seed)
     ours, _ = objective(batch)
-    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert ours.item() == pytest.approx(expected.item(), rel=ROUNDING)
     gradients = torch.autograd.grad(expected, step.parameters, allow_unused=True)
     ours.backward()
     norm = sum(p.grad.double().square().sum() for p in trainer.network.parameters()).sqrt()
@@ -81,7 +86,7 @@ def test_the_textbooks_matching_losses_are_mmgens(method):
         expected = [loss(student, auxiliary, teacher, drawn(batch)) for loss in losses]
         found = [parts[name].objective(batch)[0] for name in ("auxiliary", "student")]
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+        assert ours.item() == pytest.approx(theirs.item(), rel=ROUNDING)
 
 
 @pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "fid"])
