@@ -247,7 +247,7 @@ def test_a_folder_of_diffusers_is_sampled(tmp_path):
 def test_options_of_loading(tmp_path):
     path = write_pt(tmp_path / "a.pt", DIT)
     assert mmgen.load(path, type="dit", heads=4).config.network.num_heads == 4
-    with pytest.raises(mmgen.errors.ConfigError, match="mmgen convert"):
+    with pytest.raises(mmgen.errors.ConfigError, match="say which with type"):
         mmgen.load(path)
     own = make_denoiser(tmp_path / "own.safetensors", channels=1)
     with pytest.raises(mmgen.errors.ConfigError, match="leave out"):
