@@ -18,7 +18,6 @@ from ..methods.times import seconds_of
 from . import training_options as option
 from ..system.devices import check_device
 from .dry_run import show_cost
-from .progress import progress_bar
 from .tables import show, table_of
 from .training_report import TrainingReport
 
