@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mmgen.errors import ConfigError
 from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 from mmgen.methods.distill.alternating import turn
 from mmgen.methods.distill.rollouts import Rollouts
@@ -103,3 +104,19 @@ def test_labels_and_times_go_with_the_images():
 def test_the_auxiliary_learns_so_many_times_before_the_student_does():
     assert [turn(step, 3) for step in range(8)] == (["auxiliary"] * 3 + ["student"]) * 2
     assert [turn(step) for step in range(4)] == ["auxiliary", "student"] * 2
+
+
+def test_students_on_another_grid_have_none():
+    from dataclasses import replace
+
+    from mmgen.config.distill import DistillConfig
+    from mmgen.methods.distill.method import _rollouts
+    from mmgen.models.config import SamplingSettings
+
+    class Model:
+        sampling = SamplingSettings(grid="flow")
+
+    config = DistillConfig()
+    assert _rollouts(config, Model) is None
+    with pytest.raises(ConfigError, match="student.rollouts is not for students of flow pipelines"):
+        _rollouts(replace(config, student=replace(config.student, rollouts=0.5)), Model)

@@ -227,6 +227,8 @@ def _rollouts(config: DistillConfig, model_config: ModelConfig) -> Rollouts | No
     student = config.student
     if student.rollouts == 0:
         return None
+    if model_config.sampling.grid != "schedule":
+        raise ConfigError("student.rollouts is not for students of flow pipelines, whose sampler has a grid of its own: leave it out")
     stochasticity = model_config.sampling.stochasticity
     return Rollouts(student.rollouts, student.rollouts_after, student.steps, stochasticity, config.train.seed)
 
