@@ -23,6 +23,7 @@ from mmgen.models.files import read_config
 from mmgen.models.flow_model import flow_map
 from mmgen.system.random import keys, normal
 from mmgen.training import speed
+from mmgen.training.loop import Trainer
 from mmgen.training.batches import Parts
 from mmgen.training.cost import IMM as WORK
 from mmgen.training.cost import pass_cost
@@ -67,7 +68,9 @@ def test_a_long_step_is_timed_by_its_parts(monkeypatch):
         clock[0] += 3 * trainer.parts.rounds + 1
 
     trainer._step = step
-    assert speed.time_steps(trainer, 0.1) == pytest.approx(301) and trainer.parts.rounds == 100
+    assert speed.time_steps(trainer, 10.0) == pytest.approx(301) and trainer.parts.rounds == 100
+    before = clock[0]
+    assert speed.time_steps(trainer, 0.1) == pytest.approx(400) and clock[0] - before == 2 * 2 * 4  # two turns of two networks, no more
     trainer.parts = Parts(8, 1, 1)
     assert speed.time_steps(trainer, 0.1) == pytest.approx(4)
 
@@ -80,6 +83,23 @@ def test_a_dry_run_says_how_long_the_run_takes(monkeypatch):
     monkeypatch.setattr(timing, "MOST_SECONDS", 0.0)
     printed = CliRunner().invoke(app, ["train-imm", "--dry-run", *small], catch_exceptions=False).stdout
     assert "at least" in printed and "not timed, as one pass takes" in printed
+
+
+def test_a_dry_run_on_a_cpu_takes_few_images_at_a_time(monkeypatch):
+    """Neither the time nor the memory of the whole pass."""
+    sizes, plain = [], Trainer._step
+
+    def step(self):
+        sizes.append(self.parts.size)
+        plain(self)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(timing, "matrix_rate", lambda device, precision: 1e9)
+    monkeypatch.setattr(timing, "TIMED_SECONDS", 0.1)
+    small = ["--set", "network.model_channels=8", "--set", "network.channel_mult=[1]", "--batch-size", "128", "--device", "cpu"]
+    printed = CliRunner().invoke(app, ["train-imm", "--dry-run", *small], catch_exceptions=False).stdout
+    assert "s a step" in printed and "1 accumulation step x 128 images" in printed
+    assert max(sizes) < 128 and all(size % 4 == 0 for size in sizes)  # groups of IMM
 
 
 def test_numbers_of_imm_by_level():

@@ -23,6 +23,7 @@ from .method import Method
 from .run import prepare
 
 MOST_SECONDS = 20.0  # of a single pass that is still tried
+CPU_PASS = 0.25  # seconds of a pass on a CPU by its matrix rate: there an image takes as long in small passes as in large ones
 TIMED_SECONDS = 4.0  # of all steps together, where a step is shorter than that
 
 
@@ -40,7 +41,11 @@ def time_of_run(method: Method, config: Any, cost: Cost, images_per_pass: int, d
         rate = matrix_rate(device, train.precision)
         if rate is not None:
             least = f"at least {duration(cost.flops_per_step * steps / rate)} on {device}, by its matrix rate of {rate / 1e12:.3g} TFLOP/s"
-            seconds = cost.flops_per_step * images_per_pass / train.batch_size / rate
+            group, image = method.training().work(config)[1], cost.flops_per_step / train.batch_size / rate
+            if device.type == "cpu" and image * images_per_pass > CPU_PASS:
+                images_per_pass = max(group, int(CPU_PASS / image) // group * group)
+                config = dataclasses.replace(config, run=dataclasses.replace(config.run, batch_per_device=images_per_pass))
+            seconds = image * images_per_pass
             if seconds > MOST_SECONDS:
                 return f"{least}; not timed, as one pass takes {duration(seconds)} or more"
             if cost.total > free_memory(device):

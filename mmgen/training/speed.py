@@ -74,12 +74,12 @@ def duration(seconds: float) -> str:
 def time_steps(trainer: Any, seconds: float) -> float:
     """Seconds of a step of a trainer, from steps with one accumulation step and with two, so that all of a long step need not run.
 
-    seconds: how long to measure, about; no less than two steps of each kind are made.
+    seconds: how long to measure, about. Where a single accumulation step takes half as long, two are made, and the optimiser's time is neglected.
     """
     rounds = trainer.parts.rounds
     one = _seconds_of_a_step(trainer, 1, seconds / 2)
-    if rounds == 1:
-        return one
+    if rounds == 1 or one > seconds / 2:
+        return one * rounds
     return one + (rounds - 1) * max(0.0, _seconds_of_a_step(trainer, 2, seconds / 2) - one)
 
 
