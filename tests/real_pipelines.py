@@ -38,6 +38,7 @@ _MODELS = {
     "sd3": ("SD3Transformer2DModel", _SD3, "StableDiffusion3Pipeline", 1024, 16, 333, 4096, 2048),
 }
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION_OF_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # SD3's
 NAMES = tuple(_MODELS)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from real_pipelines import ATTENTION, real_model
+from real_pipelines import ATTENTION, ATTENTION_OF_TEXT, real_model
 from test_checkpointing import NETWORKS
 from test_lora import UNET2D
 
@@ -67,8 +67,9 @@ def test_gradient_checkpointing_of_adapters_keeps_less():
 ])  # fmt: skip
 def test_sizes_of_known_models(name, weights, attention, gib):
     """Millions of parameters, of a LoRA of rank 64 in the attention, and GiB of activations an image in half precision."""
+    targets = ATTENTION + ATTENTION_OF_TEXT * (name == "sd3")
     plain = pass_cost(real_model(name), "bf16")
-    lora = pass_cost(real_model(name), "bf16", checkpointing=True, adapters=Adapters((64, 64), ATTENTION))
+    lora = pass_cost(real_model(name), "bf16", checkpointing=True, adapters=Adapters((64, 64), targets))
     assert plain.parameters / 1e6 == pytest.approx(weights, abs=0.06) and lora.adapters[0] / 1e6 == pytest.approx(attention, abs=0.06)
     assert plain.bytes / 2**30 == pytest.approx(gib, rel=0.02)
     assert lora.bytes < 0.3 * plain.bytes
