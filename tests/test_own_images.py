@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_cli import mmgen
+from typer.testing import CliRunner
 
+from mmgen.cli import app
 from mmgen.config import imm, teacher
 from mmgen.config.sections import read_preset
 from mmgen.data.survey import survey
 from mmgen.errors import DataError
+from mmgen.methods import timing
 
 QUICK = ["--set", "network.model_channels=8", "--set", "network.num_blocks=1", "--batch-size", "8", "--batch-per-device", "8",
          "--max-images", "16", "--eval-num", "0", "--set", "run.eval_steps=[1]", "--device", "cpu"]  # fmt: skip
@@ -47,28 +50,35 @@ def test_the_presets(command, config, size):
     assert found.data.resolution == size and found.train.batch_size == 256 and found.data.augment > 0
 
 
+@pytest.fixture
+def untimed(monkeypatch):
+    """The command line in this process; a dry run makes no steps of these networks."""
+    monkeypatch.setattr(timing, "MOST_SECONDS", 0.0)
+    return lambda *arguments: CliRunner().invoke(app, arguments)
+
+
 @pytest.mark.parametrize("command", ["train-imm", "train-teacher"])
 @pytest.mark.parametrize("side, size", [(28, 32), (40, 32), (50, 64), (300, 64)])
-def test_the_preset_suits_the_images(command, side, size, own_cache):
+def test_the_preset_suits_the_images(command, side, size, own_cache, untimed):
     photos(Path("photos"), side)
-    result = mmgen(command, "--data", "photos/", "--dry-run", cwd=Path.cwd())
-    assert result.returncode == 0, result.stderr
+    result = untimed(command, "--data", "photos/", "--dry-run")
+    assert result.exit_code == 0, result.stderr
     assert f"photos/: 6 images, 2 classes, about {side} pixels: preset own{size}-{command[6:]}, for {size}x{size} pixels and with class " \
         "labels; another with --preset" in result.stderr.replace("\n", " ")  # fmt: skip
     assert f"{size} x {size} x 3, 2 classes used" in result.stdout
 
 
-def test_it_trains_and_what_is_typed_counts(own_cache):
+def test_it_trains_and_what_is_typed_counts(own_cache, untimed):
     photos(Path("photos"), 40)
     result = mmgen("train-imm", "--data", "photos/", *QUICK, "--out", "run", cwd=Path.cwd())
     assert result.returncode == 0, result.stderr
     assert Path("run/model.safetensors").is_file() and Path("run/samples.png").is_file()
     assert 3 <= len([line for line in result.stderr.splitlines() if not line.startswith("{")]) <= 6  # a short summary
-    result = mmgen("train-imm", "--data", "photos/", "--unconditional", "--resolution", "64", "--dry-run", cwd=Path.cwd())
+    result = untimed("train-imm", "--data", "photos/", "--unconditional", "--resolution", "64", "--dry-run")
     assert "preset own64-imm, for 64x64 pixels; another" in result.stderr.replace("\n", " ") and "no classes used" in result.stdout
     photos(Path("flat"), classes=())
-    result = mmgen("train-imm", "--data", "flat", "--dry-run", cwd=Path.cwd())
-    assert result.returncode == 0 and "no classes, about 40 pixels: preset own32-imm" in result.stderr.replace("\n", " ")
+    result = untimed("train-imm", "--data", "flat", "--dry-run")
+    assert result.exit_code == 0 and "no classes, about 40 pixels: preset own32-imm" in result.stderr.replace("\n", " ")
 
 
 def test_verbose_shows_all_settings(own_cache):
