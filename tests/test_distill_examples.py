@@ -86,7 +86,7 @@ def test_other_settings_in_the_same_folder_are_refused(quick):
     """Not a table of students that are not comparable."""
     folder, _ = quick
     result = ablations(*QUICK, "--iterations", "1", "--only", "posterior", cwd=folder)
-    assert result.returncode == 5 and "another --out" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 5 and "choose another out (--out)" in result.stderr and "Traceback" not in result.stderr
     assert "alternating" not in result.stdout
 
 
