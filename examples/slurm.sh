@@ -12,7 +12,7 @@
 # sbatch --nodes=4 examples/slurm.sh ...
 set -euo pipefail
 export NODES=$SLURM_NNODES
-MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MASTER
 export SCRIPT=${SCRIPT:-examples/multi_node.sh}
 # shellcheck disable=SC2016

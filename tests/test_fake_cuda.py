@@ -85,7 +85,6 @@ def test_a_whole_step_waits_for_nothing(name, optimizer, monkeypatch):
     trainer.updates, part.prepare = updates, None
     trainer.optimizers = {key: build_optimizer(trainer.optimizer, own.network.parameters()) for key, own in trainer.task.parts.items()}
     trainer._prepared = {key: (own.objective, trainer.optimizers[key]) for key, own in trainer.task.parts.items()}
-    monkeypatch.setattr(trainer.accelerator, "unscale_gradients", lambda optimizer: None)
     network = part.network
     trainer.ema = EMA(network, trainer.ema.decays)
 

@@ -22,8 +22,7 @@ pytestmark = pytest.mark.slow
 
 
 def accelerator(scaler=None):
-    unscale = (lambda optimizer: None) if scaler is None else scaler.unscale_
-    return types.SimpleNamespace(num_processes=1, scaler=scaler, unscale_gradients=unscale)
+    return types.SimpleNamespace(num_processes=1, scaler=scaler)
 
 
 def network_with_gradients(scale: float = 1.0):

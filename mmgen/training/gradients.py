@@ -21,7 +21,8 @@ def measure_and_clip(network: nn.Module, optimizer: Any, clip: float, accelerato
         optimizer: that of the network, as the accelerator prepared it.
         clip: gradients of a larger norm are scaled down to it; 0: none are.
     """
-    accelerator.unscale_gradients(optimizer)
+    if accelerator.scaler is not None:
+        accelerator.scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
     parameters = [p for p in network.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if clip > 0:
