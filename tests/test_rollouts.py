@@ -120,3 +120,16 @@ def test_students_on_another_grid_have_none():
     assert _rollouts(config, Model) is None
     with pytest.raises(ConfigError, match="student.rollouts is not for students of flow pipelines"):
         _rollouts(replace(config, student=replace(config.student, rollouts=0.5)), Model)
+
+
+def test_a_step_costs_the_students_own_steps_too():
+    """Counted: the sampler's evaluations of the images of one step."""
+    from mmgen.config.distill import resolve
+    from mmgen.methods.distill.method import TRAINING
+
+    for method in ("alternating", "instant"):
+        plain, half = (
+            TRAINING.work(resolve({"student": {"steps": 4, "rollouts": share}, "loss": {"method": method}}))[0].forward for share in (0.0, 0.5)
+        )
+        counted = sum(4 - level for _, level in rollouts(0.5).chosen(0, 4000)) / 4000
+        assert half - plain == pytest.approx(counted, rel=1e-3)

@@ -9,7 +9,7 @@ import torch
 from mmgen.models.denoiser import Denoiser, DenoiserSettings
 from mmgen.diffusion.flow_map import FlowMapSettings
 from mmgen.models.config import ModelConfig
-from mmgen.models.files import save_model
+from mmgen.models.files import load_model, save_model
 from mmgen.models.flow_model import FlowModel
 from mmgen.networks import UNetSettings
 
@@ -27,6 +27,16 @@ def make_model(path: Path, **config) -> Path:
         if not weight.any():
             torch.nn.init.normal_(weight, std=0.3)
     save_model(path, config, model.network.state_dict())
+    return path
+
+
+def awaken(path: Path) -> Path:
+    """The model in the file, with the layers that begin almost at zero drawn anew, so that images depend on the condition."""
+    model = load_model(path)
+    for weight in model.network.parameters():
+        if weight.abs().max() < 1e-3:
+            torch.nn.init.normal_(weight, std=0.3)
+    save_model(path, model.config, model.network.state_dict())
     return path
 
 

@@ -155,7 +155,7 @@ def _check_lora(config: DistillConfig) -> None:
         return
     for name, used in (
         ("student.guidance_range", bool(student.guidance_range)), ("student.noise_channels", student.noise_channels > 0), ("student.dropout", student.dropout > 0),
-        ("student.guidance_range", bool(student.guidance_range)), ("train.init", bool(config.train.init)), ("run.compile", config.run.compile),
+        ("train.init", bool(config.train.init)), ("run.compile", config.run.compile),
     ):  # fmt: skip
         require(not used, f"{name} and student.lora exclude each other: leave one of them out")
 

@@ -54,7 +54,7 @@ def tuning_config(config: ModelConfig, model: Path, samples: Path, images: int, 
     return replace(
         own,
         data=replace(own.data, name=str(samples), resolution=config.resolution, channels=config.channels, augment=0.0,
-                     label_dropout=trained["data"].get("label_dropout", own.data.label_dropout)),
+                     label_dropout=trained.get("data", {}).get("label_dropout", own.data.label_dropout)),
         optimizer=replace(own.optimizer, lr=lr, warmup_images=0, decay="none"),
         train=replace(own.train, max_images=images, init=str(model)),
         run=replace(own.run, eval_num=0, checkpoint_every=images, preview_every=10 * images, eval_every=10 * images),

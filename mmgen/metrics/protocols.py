@@ -40,7 +40,10 @@ def cropped(images: ImageSet, protocol: Protocol) -> ImageSet:
     """The same images, each as the protocol has it before any network sees it: uint8 [C, side, side]."""
     fingerprint: Callable[[], str] | None = None
     if images.fingerprint is not None:
-        fingerprint = lambda: f"{images.fingerprint()} {protocol.crop}"  # noqa: E731
+
+        def fingerprint() -> str:
+            return f"{images.fingerprint()} {protocol.crop}"
+
 
     def read(start: int, stop: int, colour: bool) -> np.ndarray:
         return np.stack([square(image, protocol.side) for image in images.read(start, stop, colour)])

@@ -339,9 +339,11 @@ def _data_of_teacher(table: dict[str, Any]) -> tuple[str, int | None]:
 
 
 def _work(config: DistillConfig) -> tuple[Work, int]:
-    """A teacher with guidance is evaluated twice."""
-    alternating, guided = config.loss.method == "alternating", config.teacher.guidance not in (0, 1)
+    """A teacher with guidance is evaluated twice. A state of the student's own takes (k - 1) / 2 of its steps on average."""
+    alternating, student = config.loss.method == "alternating", config.student
+    guided = bool(student.guidance_range) or config.teacher.guidance not in (0, 1)
     work = ALTERNATING if alternating else INSTANT
+    work = replace(work, forward=work.forward + student.rollouts * (student.steps - 1) / 2)
     if guided:
         forward, backward = (1.0, 0.0) if alternating else (1.5, 0.5)  # what `cost` counts for the teacher
         work = replace(work, forward=work.forward + forward, backward=work.backward + backward)
