@@ -107,6 +107,7 @@ def fid(
     guidance_interval: Annotated[
         str | None, _model(metavar="LOW,HIGH", help="Guide between these sigma/alpha only.")
     ] = None,
+    guide: Annotated[str | None, _model(metavar="MODEL", help="Guide away from this worse version of the model.")] = None,
     sampler: Annotated[str | None, _model(metavar="NAME", help="pushforward, restart, ddim, ancestral or heun.")] = None,
     grid: Annotated[str | None, _model(metavar="NAME", help="Times of the steps: uniform, edm, schedule or eta.")] = None,
     eta: Annotated[str | None, _model(metavar="LIST", help="Intermediate times as sigma/alpha.")] = None,
@@ -152,6 +153,7 @@ def fid(
     drawing["steps"] = None if steps is None else numbers(steps, int, "--steps", "1,2,4,8")
     drawing["guidance"] = None if guidance is None else numbers(guidance, float, "--guidance", "1,1.5,3")
     drawing["guidance_interval"] = sigma_interval(guidance_interval, "--guidance-interval")
+    drawing["guide"] = home(guide)
     drawing["etas"] = None if eta is None else tuple(numbers(eta, float, "--eta", "1.4"))
     drawing["ema_lengths"] = None if ema_lengths is None else numbers(ema_lengths, float, "--ema-lengths", "0.05,0.1")
     drawing["classes"], drawing["precision"] = classes, precision

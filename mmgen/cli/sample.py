@@ -58,6 +58,10 @@ Guidance = Annotated[
 GuidanceInterval = Annotated[
     str | None, _sampler(metavar="LOW,HIGH", help="Guide between these sigma/alpha only (arXiv:2404.07724).")
 ]
+GuideModel = Annotated[
+    str | None,
+    _sampler("--guide", metavar="MODEL", help="Guide away from this worse version of the model (arXiv:2406.02507)."),
+]
 Ema = Annotated[str | None, _sampler(metavar="NAME", help="Another weight average of the run, such as 0.9999.")]
 
 
@@ -101,6 +105,7 @@ def sample(
     ] = None,
     guidance: Guidance = None,
     guidance_interval: GuidanceInterval = None,
+    guide: GuideModel = None,
     sampler: Sampler = None,
     grid: Grid = None,
     eta: Eta = None,
@@ -141,6 +146,7 @@ def sample(
 
         from ..formats.family import ConvertOptions
         from ..sampling import drawing as sampling, file as sample_file, folder as sample_folder
+        from ..sampling.guidance import Guide
         from ..sampling.record import Origin
         from ..system.processes import find_process_group
 
@@ -149,6 +155,7 @@ def sample(
         config = origin.config
         common = {"prompts": texts, "negative": (negative_prompt or "").strip()}
         common |= {"guidance_interval": sigma_interval(guidance_interval, "--guidance-interval")}
+        common |= {"guide": guide and Guide.of(guide)}
         common |= {"seed": seed, "classes": classes, "guidance": guidance, "sampler": sampler}
         common |= {"precision": precision, "grid": grid, "etas": etas, "batch_size": batch_size}
         common |= {"churn": churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise, "stochasticity": stochasticity}

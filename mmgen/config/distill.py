@@ -35,6 +35,8 @@ class TeacherChoice:
     sha256: str = ""  # of its file, filled in: a run goes on with the same teacher only
     guidance: float = 1.0  # w of its classifier-free guidance, which the student learns to do without; 1: none
     guidance_interval: tuple[float, ...] = ()  # LOW, HIGH: the sigma at which it acts (2404.07724); none: everywhere
+    guide: str = ""  # a worse version of the teacher, which guidance leads away from in place of the null (2406.02507)
+    guide_sha256: str = ""  # of its file, filled in
     # Of another project's file, what it does not say, as for `mmgen convert`
     type: str | None = None
     preset: str | None = None
@@ -106,6 +108,8 @@ def check(config: DistillConfig) -> None:
     )
     guides = config.teacher.guidance != 1 or student.guidance_range
     require(not ends or guides, "teacher.guidance_interval needs teacher.guidance: set both, or leave it out")
+    if config.teacher.guide:
+        require(config.teacher.guidance != 1, "teacher.guide needs teacher.guidance: set both, or leave it out")
     require(math.isfinite(config.teacher.guidance), f"teacher.guidance must be a number, not {config.teacher.guidance}")
     require(
         config.data.augment == 0,
@@ -160,7 +164,9 @@ def _check_lora(config: DistillConfig) -> None:
         require(not used, f"{name} and student.lora exclude each other: leave one of them out")
 
 
-def settled(config: DistillConfig, teacher: ModelConfig, sha256: str, has_null_class: bool) -> DistillConfig:
+def settled(
+    config: DistillConfig, teacher: ModelConfig, sha256: str, has_null_class: bool, guide_sha256: str = ""
+) -> DistillConfig:
     """The config with what follows from the teacher: its data set, its shape, whether there are classes.
 
     Raises ConfigError where the two contradict each other, or the teacher names no data set and the config neither.
@@ -174,7 +180,7 @@ def settled(config: DistillConfig, teacher: ModelConfig, sha256: str, has_null_c
         ("resolution", data.resolution, teacher.resolution), ("channels", data.channels, teacher.channels),
     ):  # fmt: skip
         require(wanted in (None, own), f"data.{key} is {wanted}, but the teacher's is {own}: leave it out")
-    if guidance != 1:
+    if guidance != 1 and not config.teacher.guide:
         require(is_conditional(teacher), f"teacher.guidance {guidance:g} needs a class-conditional teacher or one of text, and this is neither")
         require(has_null_class, f"teacher.guidance {guidance:g} needs a teacher that knows images without a class or text too")
     if config.student.guidance_range:
@@ -197,7 +203,7 @@ def settled(config: DistillConfig, teacher: ModelConfig, sha256: str, has_null_c
         data, name=name, resolution=teacher.resolution, channels=teacher.channels, conditional=teacher.num_classes > 0,
         num_classes=teacher.num_classes or None, text=teacher.text is not None,
     )  # fmt: skip
-    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, sha256=sha256), data=data)
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, sha256=sha256, guide_sha256=guide_sha256), data=data)
 
 
 def _as_the_teacher(data: DataSettings, teacher: ModelConfig) -> DataSettings:

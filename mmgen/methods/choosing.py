@@ -21,7 +21,7 @@ from ..errors import ConfigError, shortened
 from ..system.schema import flatten, from_dict
 from .method import Method
 
-_PLACES = {"data.name", "data.captions", "text.encoder", "teacher.name", "train.init"}  # settings that can be a path
+_PLACES = {"data.name", "data.captions", "text.encoder", "teacher.name", "teacher.guide", "train.init"}  # settings that can be a path
 
 
 @dataclass(frozen=True)

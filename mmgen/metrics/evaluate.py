@@ -243,6 +243,7 @@ def _with_averages(name: str, settings: FidSettings, process_group: ProcessGroup
 
 def _drawn(name: str, settings: FidSettings, protocol: Protocol | None) -> list[Subject]:
     from ..sampling.drawing import SampleSettings, plan
+    from ..sampling.guidance import Guide
     from ..sampling.prompts import read_prompts
     from ..sampling.record import Origin
 
@@ -258,7 +259,10 @@ def _drawn(name: str, settings: FidSettings, protocol: Protocol | None) -> list[
     if protocol is not None:
         num = _number_of_captions(name, settings.num, given.get("prompts", ()), protocol)
         given["prompts"] = given["prompts"][:num]
-    plain = {**given, "guidance_interval": None} if len(weights) > 1 else given  # in a sweep, the row without guidance has no interval
+    if "guide" in given:
+        given["guide"] = Guide.of(given["guide"])
+    # In a sweep, the row without guidance has no interval and no guide
+    plain = {**given, "guidance_interval": None, "guide": None} if len(weights) > 1 else given
     each = [
         SampleSettings(steps=count, guidance=w, batch_size=settings.batch_size, **(plain if w == 1 else given))
         for count in steps for w in weights

@@ -26,7 +26,8 @@ from .subjects import Subject
 FORMAT = 1
 _MADE = (
     "model", "model_file", "model_sha256", "ema", "data", "data_place", "data_fingerprint", "data_content", "vae", "steps",
-    "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax", "s_noise", "stochasticity", "guidance", "guidance_interval", "classes", "prompts", "prompts_sha256", "seed", "precision",
+    "nfe", "sampler", "grid", "times", "churn", "s_tmin", "s_tmax", "s_noise", "stochasticity", "guidance", "guidance_interval", "guide", "guide_sha256",
+    "classes", "prompts", "prompts_sha256", "seed", "precision",
 )  # fmt: skip
 
 
@@ -118,7 +119,7 @@ def _at(reference: ReferenceSet) -> str:
 
 def _making(record: dict[str, Any], draws: int) -> str:
     """How a model's samples were drawn, as far as their record says."""
-    shown = ("sampler", *(key for key in ("churn", "stochasticity") if record.get(key) is not None), "grid", "seed")
+    shown = ("sampler", *(key for key in ("churn", "stochasticity", "guide") if record.get(key) is not None), "grid", "seed")
     parts = [f", {key} {record[key]}" for key in shown if key in record]
     if "model_sha256" in record:
         parts.insert(0, f" (SHA-256 {record['model_sha256'][:12]})")

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from . import denoiser_samplers as diffusion
 from ..models.denoiser import Denoiser
-from ..models.guidance import is_told, knows_null
+from ..models.autoguidance import autoguided
+from ..models.guidance import is_told
 from .classes import class_numbers, random_labels, with_images
 from .types import check_types
 from .denoiser_samplers import Churn
@@ -29,7 +30,8 @@ from ..networks.conditions import Condition, Labels
 from ..networks.text import BYTES
 from ..system.random import keys, normal, uniform
 from .flow_map_samplers import GRIDS, SAMPLERS, at, time_grid
-from .guidance_interval import check_interval, visited, weights
+from .guidance import Guide, choose_guidance, evaluations
+from .guidance_interval import visited, weights
 
 _LABEL, _NOISE = 1, 2  # purposes of random numbers; the noise of step i has _NOISE + i
 _OWN = 10_000  # what a student draws itself in evaluation c has _OWN + c
@@ -45,6 +47,7 @@ class SampleSettings:
     prompts: tuple[str, ...] = ()  # of a text model: image i has prompt i mod P; none: captions of the training data at random
     negative: str = ""  # of a text model with guidance: what it is led away from
     guidance: float | None = None  # w of classifier-free guidance; 1: none
+    guide: Guide | None = None  # what guidance leads away from, in place of the null: a worse version of the model, or its name
     guidance_interval: tuple[float, ...] | None = None  # LOW, HIGH: the sigma / alpha at which guidance acts; (): everywhere
     sampler: str | None = None  # of a flow map pushforward or restart, of a denoiser ddim, ancestral or heun
     grid: str | None = None  # default, uniform, edm, eta or schedule: see `time_grid`, `sigma_grids`
@@ -59,6 +62,8 @@ class SampleSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.guide is not None and not isinstance(self.guide, Guide):
+            object.__setattr__(self, "guide", Guide.of(self.guide))
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Plan:
     batch_size: int
     stochasticity: float = 1.0
     guidance_interval: tuple[float, ...] = ()
+    guide: Guide | None = None
     prompts: tuple[str, ...] = ()
     negative: str = ""
     notes: tuple[str, ...] = ()  # what a person should know, a sentence each
@@ -85,7 +91,6 @@ class Plan:
 
 def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
     """Raises ConfigError where the settings do not suit the model."""
-    guidance = config.sampling.guidance if settings.guidance is None else settings.guidance
     grid = config.sampling.grid if settings.grid is None else settings.grid
     if settings.etas and settings.grid is None:
         grid = "eta"
@@ -99,35 +104,13 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
     grids = (*grids, *RESPACED) if config.denoiser is not None else grids
     if grid not in grids:
         raise ConfigError(f"unknown grid {grid!r}: {nearest(grid, grids)}")
-    interval = config.sampling.guidance_interval if settings.guidance_interval is None else settings.guidance_interval
-    if not math.isfinite(guidance):
-        raise ConfigError(f"guidance must be a finite number, not {guidance}")
     if settings.batch_size < 1:
         raise ConfigError(f"the batch size must be at least 1, not {settings.batch_size}")
     _check_kind(config, settings)
     classes = class_numbers(settings.classes, config)
-    if not is_conditional(config):
-        if guidance != 1 and settings.guidance is not None:
-            raise ConfigError(f"guidance {guidance:g} needs a class-conditional model, and this one is unconditional")
-        if classes != "random":
-            raise ConfigError("classes cannot be chosen: this model is unconditional")
-        guidance = 1.0
-    null = None if is_told(config) else knows_null(config)
-    ends = config.sampling.guidance_range
-    if is_told(config) and ends and not ends[0] <= guidance <= ends[1]:
-        raise ConfigError(f"guidance {guidance:g} is outside what this student learned: {ends[0]:g} to {ends[1]:g}")
-    if settings.negative and guidance == 1:
-        raise ConfigError("a negative prompt needs guidance: give --guidance 3, say")
-    if guidance != 1 and null is False and config.text is not None:
-        raise ConfigError(
-            f"guidance {guidance:g} needs a model that also learned images without a text (caption dropout), and this one did not: "
-            "leave guidance at 1"
-        )
-    if guidance != 1 and null is False:
-        raise ConfigError(
-            f"guidance {guidance:g} needs a model that also learned images without a class (label dropout), and this one did not: "
-            "leave guidance at 1"
-        )
+    if not is_conditional(config) and classes != "random":
+        raise ConfigError("classes cannot be chosen: this model is unconditional")
+    guidance, interval, doubtful = choose_guidance(config, settings)
     steps = settings.steps
     if steps is None:
         steps = len(settings.etas) + 1 if grid == "eta" else _default_steps(config, sampler)
@@ -135,10 +118,6 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         times = time_grid(config.flow, steps, grid, settings.etas)
     else:
         times = sigma_grid(config.denoiser, steps, grid, settings.etas, sampler, config.sampling.schedule)
-    interval = interval if guidance != 1 or settings.guidance_interval else ()
-    if interval and is_told(config):
-        raise ConfigError("this student was told its guidance in training, so an interval has no effect: leave guidance_interval out")
-    check_interval(interval, guidance)
     weight = weights(interval, guidance, config.flow)
     return Plan(
         steps=steps,
@@ -148,14 +127,15 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         sampler=sampler,
         grid=grid,
         times=times,
-        nfe=sum(1 if _single(config, at(weight, t)) else 2 for t in visited(sampler, times)),
+        nfe=sum(evaluations(config, at(weight, t), settings.guide) for t in visited(sampler, times)),
         churn=_churn(config.sampling, settings, sampler),
         batch_size=settings.batch_size,
         guidance_interval=interval,
+        guide=settings.guide,
         stochasticity=_stochasticity(config, settings, sampler),
         prompts=settings.prompts,
         negative=settings.negative,
-        notes=_notes(config, steps, sampler, grid, guidance if null is None and not is_told(config) else 1.0) + _cut_note(config, settings.prompts),
+        notes=_notes(config, steps, sampler, grid, doubtful) + _cut_note(config, settings.prompts),
         precision=check_precision(settings.precision),
     )
 
@@ -180,11 +160,6 @@ def _cut_note(config: ModelConfig, prompts: tuple[str, ...]) -> tuple[str, ...]:
     what = "bytes" if config.text is not None and config.text.encoder == BYTES else "tokens"
     few = f"{cut:,} of {len(set(prompts)):,} prompts are longer than the {config.text.length} {what}" if cut else ""
     return (f"{few} that this model reads: their ends are cut off",) if cut else ()
-
-
-def _single(config: ModelConfig, guidance: float) -> bool:
-    """Whether a step evaluates the network once, and not once more without a class."""
-    return is_told(config) or guidance == 1 or (guidance == 0 and getattr(config.denoiser, "guided_channels", None) is None)
 
 
 def samplers_of(config: ModelConfig) -> dict[str, Callable]:
@@ -371,6 +346,8 @@ def _draw_batch(model: AnyModel, chosen: Plan, index: Tensor, condition: Conditi
         return normal(keys(chosen.seed, index, _NOISE + step), model.image_shape, torch.float64)
 
     config, sampler = model.config, samplers_of(model.config)[chosen.sampler]
+    if chosen.guide is not None:
+        model = autoguided(model, chosen.guide.model.to(model.device))
     weight = weights(chosen.guidance_interval, 1.0 if is_told(config) else chosen.guidance, config.flow)
     if chosen.churn is not None:
         sampler = partial(sampler, churn=chosen.churn)

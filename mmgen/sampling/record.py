@@ -41,6 +41,7 @@ DECIDING = {
     "stochasticity": "stochasticity",
     "guidance": "guidance",
     "guidance_interval": "the guidance interval",
+    "guide_sha256": "the guide",
     "classes": "classes",
     "prompts_sha256": "prompts",
     "negative_prompt": "the negative prompt",
@@ -115,6 +116,8 @@ def make_record(model: AnyModel, origin: Origin, chosen: Plan, num: int, **more:
         "assumed": config.training.get(CONVERTED, {}).get("assumed", []),  # of a converted model: what no file says
         "guidance": chosen.guidance,
         "guidance_interval": list(chosen.guidance_interval) or None,
+        "guide": chosen.guide and chosen.guide.name,
+        "guide_sha256": chosen.guide and chosen.guide.sha256,
         "classes": chosen.classes if config.num_classes else None,
         "prompts": len(chosen.prompts) if config.text is not None else None,  # 0: captions of the training data at random
         "prompts_sha256": prompts_sha256(chosen.prompts),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ def check_types(settings: Any) -> None:
         (("etas", "guidance_interval"), lambda values: tuple(map(float, values)), "a list of numbers"),
         (("classes",), _classes, "names or numbers of classes"),
         (("prompts",), _texts, "a text or a list of texts"),
+        (("guide",), _place, "the name of a model"),
     ):
         for name in names:
             _check(settings, name, kind, what)
@@ -34,7 +36,7 @@ def _check(settings: Any, name: str, kind: Callable[[Any], Any], what: str) -> N
     if value is None and name not in _REQUIRED:
         return
     try:
-        if isinstance(value, bool) or (isinstance(value, str) and name not in ("classes", "prompts", *_WORDS)):
+        if isinstance(value, bool) or (isinstance(value, str) and name not in ("classes", "prompts", "guide", *_WORDS)):
             raise TypeError
         object.__setattr__(settings, name, kind(value))  # the data class is frozen
     except (TypeError, ValueError, RuntimeError):
@@ -45,6 +47,11 @@ def _word(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError
     return value
+
+
+def _place(value: Any) -> Any:
+    """A name or path, or what was made of one."""
+    return value if hasattr(value, "model") else os.fspath(value)
 
 
 def _classes(value: Any) -> str | list:

@@ -29,6 +29,7 @@ from ..metrics.subjects import TrainingSet, training_images
 from ..metrics.score import ScoreSettings, figure_name, score
 from ..models.build import AnyModel
 from ..sampling.drawing import SampleSettings, plan
+from ..sampling.guidance import Guide
 from ..system.files import at_home, read_json, sha256_of, write_json
 from ..system.processes import ProcessGroup
 from .collapse import Spread, spread_of, spread_of_data, watched
@@ -102,11 +103,14 @@ class Scorer:
         with self.work("reference", self.images.length) as update:
             return collect_reference(self.images, self.extractor, progress=update, **options)
 
-    def measure_once(self, model: AnyModel, steps: int, seed: int, sha256: str, what: str | None = None) -> float:
+    def measure_once(
+        self, model: AnyModel, steps: int, seed: int, sha256: str, what: str | None = None, guide: Guide | None = None
+    ) -> float:
         """`measure` of a model whose weights have this hash, remembered in the cache: the many steps of a teacher are drawn and
         scored for its first student, and not again for the next one."""
         config = {**asdict(model.config), "training": None, "data": None}  # how it is sampled; not what it is called
         how = [__version__, config, steps, seed, self.run.eval_num, self.extractor.protocol, self._identity()]
+        how += [guide.sha256] if guide is not None else []
         key = hashlib.sha256(json.dumps([sha256, self.device.type, *how], sort_keys=True).encode()).hexdigest()
         file, found = cache_root() / "scores" / f"{key}.json", None
         if self.process_group.is_main:
@@ -114,7 +118,7 @@ class Scorer:
                 found = float(read_json(file)["value"])
         found = self.process_group.gather(found)[0]
         if found is None:
-            found = self.measure(model, [steps], seed, what)[steps]
+            found = self.measure(model, [steps], seed, what, guide=guide)[steps]
             if self.process_group.is_main:
                 with contextlib.suppress(MmgenError):  # a cache that cannot be written costs time only
                     write_json(file, {"value": found, "score": self.name, "model": sha256, "steps": steps})

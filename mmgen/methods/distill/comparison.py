@@ -13,6 +13,7 @@ from ...data import Dataset
 from ...data.latents import LatentDataset
 from ...models.denoiser import Denoiser
 from ...sampling.denoiser_samplers import most_steps, samplers_of
+from ...sampling.guidance import Guide
 from ...sampling.guidance_interval import Interval
 from ...report.images import labelled_rows
 from ...models.config import SamplingSettings
@@ -32,6 +33,7 @@ class Drawn:
     who: str  # "teacher" or "student"
     model: Denoiser  # whose config has that way as its default
     steps: int
+    guide: Guide | None = None  # of the teacher
 
     @property
     def sampler(self) -> str:
@@ -91,10 +93,10 @@ def measured(ways: Sequence[Drawn], scorer: Scorer, seed: int, teacher: str) -> 
     rows = []
     for way in ways:
         if way.who == "teacher":
-            value = scorer.measure_once(way.model, way.steps, seed, teacher, way.caption)
+            value = scorer.measure_once(way.model, way.steps, seed, teacher, way.caption, way.guide)
         else:
             value = scorer.measure(way.model, [way.steps], seed, way.caption)[way.steps]
-        nfe = plan(way.model.config, SampleSettings(steps=way.steps)).nfe
+        nfe = plan(way.model.config, SampleSettings(steps=way.steps, guide=way.guide)).nfe
         rows.append(Row(way.who, way.sampler, way.steps, nfe, value))
     return rows
 
@@ -123,7 +125,7 @@ def side_by_side(
     for way in ways:
         if way.who == "student" or way.caption not in drawn:
             with work(f"picture: {way.caption}", len(shown.real)) as update:
-                settings = SampleSettings(way.steps, seed=seed, classes=shown.classes, prompts=shown.prompts)
+                settings = SampleSettings(way.steps, seed=seed, classes=shown.classes, prompts=shown.prompts, guide=way.guide)
                 drawn[way.caption] = draw(way.model, settings, range(len(shown.real)), update)[0]
         score = scores.get(str(way.steps)) if way.who == "student" else scores.get(way.caption)
         rows.append((with_score(way.caption, score), drawn[way.caption]))

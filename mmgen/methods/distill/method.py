@@ -20,6 +20,7 @@ from ...config.sections import CAPTIONS, READING, DataSettings
 from ...config.distill import DistillConfig, resolve, settled, student_denoiser, student_network, student_schedule
 from ...errors import ConfigError, MmgenError
 from ...formats.family import ConvertOptions
+from ...models.autoguidance import AutoguidedDenoiser, check_guide
 from ...models.build import AnyModel
 from ...models.config import ModelConfig, SamplingSettings
 from ...models.files import find_model, read_config
@@ -27,6 +28,7 @@ from ...networks import checkpoint_blocks, widen_input, without_augment
 from ...networks.diffusers_text import with_guidance_input
 from ...report.push import CONVERTED
 from ...sampling.drawing import check_defaults
+from ...sampling.guidance import Guide
 from .teachers import Teacher, adam_second_moments, load_teacher, range_note
 from . import comparison as report
 from .alternating import alternating_parts, turn
@@ -54,7 +56,11 @@ def find_teacher(config: DistillConfig, device: Any = "cpu") -> tuple[Teacher, D
     options = ConvertOptions(type=said.type, preset=said.preset, heads=said.heads, num_classes=said.num_classes)
     teacher = load_teacher(said.name, device, options=options)
     own = replace(teacher.model.config, data=_data_of(teacher.model.config))
-    return teacher, settled(config, own, teacher.sha256, teacher.has_null_class)
+    if said.guide:
+        guide = Guide.of(said.guide)
+        check_guide(own, guide.model.config)
+        teacher = replace(teacher, guide=replace(guide, model=guide.model.to(device)))
+    return teacher, settled(config, own, teacher.sha256, teacher.has_null_class, teacher.guide.sha256 if teacher.guide else "")
 
 
 def _needs_teacher(config: DistillConfig) -> list[str]:
@@ -117,6 +123,7 @@ def student_model_config(config: DistillConfig, teacher: Teacher, shape: DataSha
         "guidance": config.teacher.guidance,
         **({"guidance_interval": list(config.teacher.guidance_interval)} if config.teacher.guidance_interval else {}),
         **({"guidance_range": list(student.guidance_range)} if student.guidance_range else {}),
+        **({"guide": config.teacher.guide, "guide_sha256": config.teacher.guide_sha256} if config.teacher.guide else {}),
     }  # fmt: skip
     if student.lora:
         origin["lora"] = student.lora
@@ -196,6 +203,7 @@ def distill_task(
         teacher.model.to("cpu")
     student = copy_of(teacher.model, model_config) if lora is None else Denoiser(model_config, lora.student).eval()
     frozen = Denoiser(plain, network if lora is None or alternating else lora.auxiliary).eval()
+    frozen = frozen if teacher.guide is None else AutoguidedDenoiser(frozen, teacher.guide.model)
     schedule = model_config.sampling.schedule
     matching = Matching(
         student, frozen, schedule, config.loss, Inputs(config.data, config.train.seed, own.latents),
@@ -265,7 +273,8 @@ def description(config: DistillConfig, teacher: Teacher) -> str:
     if ends := config.student.guidance_range:
         text += f", guidance w = {ends[0]:g} to {ends[1]:g} learned, u + w (c - u)"
     if config.teacher.guidance != 1:
-        text += f", guidance w = {config.teacher.guidance:g} learned, u + w (c - u)"
+        away = f"away from {config.teacher.guide}" if config.teacher.guide else "u + w (c - u)"
+        text += f", guidance w = {config.teacher.guidance:g} learned, {away}"
     outside = range_note(teacher.model.settings, schedule)
     return text if outside is None else f"{text}; warning: {outside}"
 
@@ -281,6 +290,7 @@ class Comparison:
         interval = config.teacher.guidance_interval
         self.few = report.few_step_ways(teacher.model, schedule, steps, guidance, interval)
         self.many = report.many_step_ways(teacher.model, schedule, teacher_steps, guidance, interval) if teacher_steps else []
+        self.few, self.many = ([replace(way, guide=teacher.guide) for way in ways] for ways in (self.few, self.many))
         self.best = 0  # of `many`
         self.scores: dict[str, str] = {}  # of the teacher's ways, by caption, once they are measured
         self.shown: dict[str, Any] = {}  # the teacher's images, which are always the same ones
@@ -339,12 +349,14 @@ def _data_of_teacher(table: dict[str, Any]) -> tuple[str, int | None]:
 
 
 def _work(config: DistillConfig) -> tuple[Work, int]:
-    """A teacher with guidance is evaluated twice. A state of the student's own takes (k - 1) / 2 of its steps on average."""
+    """A teacher with guidance is evaluated twice; its guide is taken to be as large as it. A state of the student's own takes (k - 1) / 2 of its steps on average."""
     alternating, student = config.loss.method == "alternating", config.student
     guided = bool(student.guidance_range) or config.teacher.guidance not in (0, 1)
     work = ALTERNATING if alternating else INSTANT
     work = replace(work, forward=work.forward + student.rollouts * (student.steps - 1) / 2)
-    if guided:
+    if config.teacher.guide:
+        work = replace(work, forward=work.forward + 1, frozen=work.frozen + 1)
+    elif guided:
         forward, backward = (1.0, 0.0) if alternating else (1.5, 0.5)  # what `cost` counts for the teacher
         work = replace(work, forward=work.forward + forward, backward=work.backward + backward)
     return work, 1 if alternating else GROUP

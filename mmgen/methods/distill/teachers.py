@@ -18,6 +18,7 @@ from ...formats.opening import open_model
 from ...models.denoiser import Denoiser
 from ...models.guidance import knows_null
 from ...models.config import ModelConfig, is_conditional
+from ...sampling.guidance import Guide
 
 NEGLIGIBLE = 1e-3  # of a schedule's times: a part of it outside the trained range that is no longer is not worth a word
 _OPTION = re.compile(r"--(type|preset|heads|num-classes)\b")  # of `mmgen convert`, which for a teacher is --teacher-...
@@ -32,6 +33,7 @@ class Teacher:
     sha256: str  # of its weights
     run: Path | None = None  # the run folder that it lies in, where it is one of `mmgen train-teacher`
     notes: tuple[str, ...] = ()  # what is assumed of another project's file
+    guide: Guide | None = None  # a worse version of it, which guidance leads away from
 
     @property
     def has_null_class(self) -> bool:
