@@ -44,7 +44,7 @@ def fid(
     ] = "fid",
     protocol: Annotated[
         str | None,
-        _scores(metavar="NAME", help="coco30k: FID30k and CLIP as text-to-image papers have them."),
+        _scores(metavar="NAME", help="coco30k: FID30k and CLIP as papers have them."),
     ] = None,
     num: Annotated[int | None, _scores(**COUNT, help="Number of samples. Default: all; 50,000 from a model.")] = None,
     repeat: Annotated[
@@ -107,7 +107,7 @@ def fid(
     guidance_interval: Annotated[
         str | None, _model(metavar="LOW,HIGH", help="Guide between these sigma/alpha only.")
     ] = None,
-    guide: Annotated[str | None, _model(metavar="MODEL", help="Guide away from this worse version of the model.")] = None,
+    guide: Annotated[str | None, _model(metavar="MODEL", help="Guide away from this worse version of it.")] = None,
     sampler: Annotated[str | None, _model(metavar="NAME", help="pushforward, restart, ddim, ancestral or heun.")] = None,
     grid: Annotated[str | None, _model(metavar="NAME", help="Times of the steps: uniform, edm, schedule or eta.")] = None,
     eta: Annotated[str | None, _model(metavar="LIST", help="Intermediate times as sigma/alpha.")] = None,

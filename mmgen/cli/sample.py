@@ -56,11 +56,11 @@ Guidance = Annotated[
     float | None, _sampler(**NUMBER, help="Weight w of classifier-free guidance; 1 is none, others double the cost.")
 ]
 GuidanceInterval = Annotated[
-    str | None, _sampler(metavar="LOW,HIGH", help="Guide between these sigma/alpha only (arXiv:2404.07724).")
+    str | None, _sampler(metavar="LOW,HIGH", help="Guide between these sigma/alpha only.")
 ]
 GuideModel = Annotated[
     str | None,
-    _sampler("--guide", metavar="MODEL", help="Guide away from this worse version of the model (arXiv:2406.02507)."),
+    _sampler("--guide", metavar="MODEL", help="Guide away from this worse version of it."),
 ]
 Ema = Annotated[str | None, _sampler(metavar="NAME", help="Another weight average of the run, such as 0.9999.")]
 
