@@ -17,16 +17,16 @@ ROOT = Path(__file__).parents[1]
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def on_terminal(*arguments: str, cwd: Path, columns: int = 80, timeout: float = 120, **environment: str) -> tuple[int, list[str]]:
+def on_terminal(
+    *arguments: str, cwd: Path, columns: int = 80, timeout: float = 120, program: tuple[str, ...] = ("-m", "mmgen"), **environment: str
+) -> tuple[int, list[str]]:
     """The exit status, and every line that was ever shown, those drawn over included, without colours."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment}
     for name in ("COLUMNS", "LINES", "NO_COLOR", "CI"):
         environment.pop(name, None)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmgen", *arguments], cwd=cwd, env=environment, stdin=slave, stdout=slave, stderr=slave
-    )
+    process = subprocess.Popen([sys.executable, *program, *arguments], cwd=cwd, env=environment, stdin=slave, stdout=slave, stderr=slave)
     os.close(slave)
     shown, end = b"", time.monotonic() + timeout
     try:
