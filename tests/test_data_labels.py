@@ -112,7 +112,7 @@ def test_numbered_parts_are_no_classes(place_of):
 
 def test_images_outside_the_splits_are_told(place_of):
     source = open_source(place_of({"train/a/0.png": png(0), "train/b/1.png": png(1), "logo.png": png(2)}))
-    assert source.length == 2 and "1 images outside the folders of splits left out" in source.description
+    assert source.length == 2 and "1 image outside the folders of splits left out" in source.description
 
 
 # Suffixes
@@ -180,6 +180,34 @@ def test_texts_that_are_all_different_are_no_classes():
     assert len(classes_of(texts, sure=True)[1]) == 100
 
 
-def test_columns_that_could_be_labels_are_named(tmp_path):
-    source = open_source(parquet_of(tmp_path / "x.parquet", species=[0, 1] * 3))
-    assert source.labels is None and "--label-column could name: species (int64)" in source.description
+COULD_BE = {"species": [0, 1] * 3, "class_name": ["cat", "dog"] * 3, "label": [b"cat", b"dog"] * 3, "cls": [{"id": 0}] * 6}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "metadata"])
+def test_columns_that_could_be_labels_are_named(kind, tmp_path):
+    if kind == "parquet":
+        place = parquet_of(tmp_path / "x.parquet", **COULD_BE)
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        place = folder_of(tmp_path, {f"{i}.png": png(i) for i in range(6)})
+        pq.write_table(pa.table({"file_name": [f"{i}.png" for i in range(6)], **COULD_BE}), place / "metadata.parquet")
+    source = open_source(place)
+    assert source.labels is None and "--label-column could name: species (int64), class_name (string)" in source.description
+    assert "column label not taken as classes: its type is binary" in source.description
+    assert "column cls not taken as classes: its type is struct<id: int64>" in source.description
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "train.txt", "list_attr_celeba.txt", "sub/annotations.json"])
+def test_lists_that_are_not_read_are_named(name, tmp_path):
+    says = f"no labels are read from {name}, but from metadata.jsonl"
+    files = {"0.png": png(0), "1.png": png(1), name: "x", "README.txt": "x"}
+    assert says in open_source(folder_of(tmp_path / "flat", files)).description
+    files = {"a/0.png": png(0), "b/1.png": png(1), name: "x"}
+    assert says not in open_source(folder_of(tmp_path / "classes", files)).description
+
+
+def test_a_folder_without_images_says_what_it_has(tmp_path):
+    with pytest.raises(DataError, match=r"holds no images \(2 .heic, 1 .mp4\): mmgen reads"):
+        open_source(folder_of(tmp_path, {"a/0.heic": "x", "b/1.HEIC": "x", "b/2.mp4": "x"}))

@@ -268,9 +268,9 @@ def test_links_are_followed_where_that_is_asked_for(tmp_path):
     os.symlink(tmp_path / "data", tmp_path / "data" / "b" / "round")
     source = open_source(tmp_path / "data")
     assert source.length == 1
-    assert "1 links that lead out of the folder, or nowhere, not followed (see --follow-links)" in source.description
+    assert "1 link that leads out of the folder, or nowhere, not followed (see --follow-links)" in source.description
     source = open_source(tmp_path / "data", follow_links=True)
-    assert colours(source) == COLOURS[:3] and source.class_names == ["a", "b"] and "1 links" in source.description  # round
+    assert colours(source) == COLOURS[:3] and source.class_names == ["a", "b"] and "1 link " in source.description  # round
     (tmp_path / "data" / "table.parquet").symlink_to(parquet_of(tmp_path / "x.parquet"))
     assert open_source(tmp_path / "data", follow_links=True).length == 6
 

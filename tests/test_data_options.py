@@ -59,3 +59,10 @@ def test_labels_that_match_nothing_are_told_where_they_are_needed(tmp_path):
     folder_of(tmp_path / "d", {"0.png": png(0), "1.png": png(1), **lists})
     sentence = refused("train-imm", "--data", tmp_path / "d", *FEW, "--conditional", "--out", tmp_path / "r", status=2)
     assert "dataset.json lists 1 names, and 0 of 2 images are among them" in sentence and "leave labels out with --unconditional" in sentence
+
+
+def test_labels_that_are_missing_are_told_before_anything_is_decoded(tmp_path):
+    folder_of(tmp_path / "d", {"0.png": png(0), "1.png": b"no image"})
+    sentence = refused("train-imm", "--data", tmp_path / "d", *FEW, "--conditional", "--out", tmp_path / "r", status=2)
+    assert "data.conditional needs class labels" in sentence
+    assert "saved in" not in command("train-imm", "--data", tmp_path / "d", *FEW, "--conditional", "--out", tmp_path / "r")[2]

@@ -40,6 +40,7 @@ def load(
     channels: int | None = None,  # 1, 3, or None: 1 if the first images are all grey
     on_corrupt: str = "stop",  # or "skip": leave out images that cannot be read, and say so in the description
     with_captions: bool = False,  # read the captions too; an image without one is one that cannot be read
+    with_labels: bool = False,  # refuse, before anything is decoded, data without
     cache_dir: str | os.PathLike | None = None,  # None: $MMGEN_CACHE, else ~/.cache/mmgen
     progress: Callable[[int, int], None] | None = None,  # called with (images decoded, images in all)
     **reading: Any,  # split, subset, revision, image_column, label_column, caption_column, captions, follow_links: see `Reading`
@@ -55,10 +56,13 @@ def load(
 
     from . import cache
     from .captions import with_captions as captioned
+    from .labels import check_there
     from .resolve import DIGITS, locate, resolve
 
     cache.check_options(resolution, channels, on_corrupt)
     source = resolve(name, **reading)
+    if with_labels:
+        check_there(source.labels, source.description)
     captions = None
     if with_captions:
         source, captions = captioned(source, on_corrupt)

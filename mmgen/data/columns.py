@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 IMAGE_NAMES = ("image", "img", "jpg", "png", "pixel_values")
 LABEL_NAMES = ("label", "labels", "fine_label", "cls", "class")
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "sentence", "sentences", "TEXT", "blip_caption")
+_SHOWN = 5  # columns
 _LABELS = ("class", "integer", "text", "list", "number")
 _KINDS = {"images": ("image", "bytes"), "labels": _LABELS, "captions": ("text", "list")}
 
@@ -97,6 +99,16 @@ def choose_label(columns: list[Column], wanted: str | None, place: str) -> Colum
         return _wanted(columns, wanted, place, "labels", "--label-column")
     first = next((c for c in columns if c.kind == "class"), None)
     return first or _usual(columns, LABEL_NAMES, "labels")
+
+
+def label_notes(columns: Sequence[Column], caption: Column | None) -> list[str]:
+    """What a table without labels has that might be some: a column of a usual name that holds no classes, and what --label-column
+    could name (where there are captions, other texts are rather addresses)."""
+    unfit = [c for c in columns if c.name in LABEL_NAMES and c.kind not in _LABELS]
+    notes = [f"column {c.name} not taken as classes: its type is {c.type}" for c in unfit]
+    possible = [f"{c.name} ({c.type})" for c in columns if c.kind in (("integer",) if caption else ("integer", "text"))]
+    shown = ", ".join(possible[:_SHOWN]) + ", ..." * (len(possible) > _SHOWN)
+    return notes + ([f"columns that --label-column could name: {shown}"] if possible else [])
 
 
 def choose_caption(columns: list[Column], wanted: str | None, place: str) -> Column | None:

@@ -7,21 +7,23 @@ NAME.caption; a key of NAME.json.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DataError, shortened
 from ..system.files import at_home, parse_json
 from .captions import captions_from, captions_of, gathered
-from .columns import CAPTION_NAMES, Column, choose_caption, choose_label, columns_of
+from .columns import CAPTION_NAMES, Column, choose_caption, choose_label, columns_of, label_notes
 from .decode import image_suffixes
 from .files import Files
 from .image_source import ImageSource, Reading, checked_labels, fingerprint, identity, summary
 from .labels import Labels, NotClasses, classes_of, edm_labels, folder_classes, one_label, rows_of
 from .rows import read_rows
 from .splits import ALIASES, canonical, no_split
+from .walk import by_suffix
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
 EDM_LABELS = "dataset.json"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _TEXTS = ("txt", "caption", "text")  # endings of files beside images that hold their captions
-_SHOWN = 5  # endings of files that are left out
+_LABELS = re.compile(r"(label|class|categor|annot|attr|train|meta)[^/]*\.(csv|tsv|json|jsonl|txt|mat)$", re.IGNORECASE)  # a list that others write
+_FEW = 5  # such lists
 
 
 def open_images(files: Files, reading: Reading, split_chosen: bool = False) -> ImageSource:
@@ -62,7 +65,7 @@ def open_images(files: Files, reading: Reading, split_chosen: bool = False) -> I
         captions = captions_from(reading.captions, images, reading.caption_column)
     _refuse_columns(reading, metadata.label or beside.label, metadata.caption or beside.caption or reading.captions, place)
     used = [*lists, *beside.used]
-    notes += ["with captions"] * (captions is not None) + _left_out(files, prefix, {*images, *used})
+    notes += ["with captions"] * (captions is not None) + _left_out(files, prefix, {*images, *used}, labels is None)
     choices = {key: getattr(reading, key) for key in ("split", "image_column", "label_column", "caption_column", "captions")}
     layout = "image folder" if layout == "folder" else layout
     return ImageSource(
@@ -100,7 +103,7 @@ def _of_split(images: list[str], split: str, place: str) -> tuple[list[str], str
     prefix += splits[canonical(split)] + "/"
     chosen = [image for image in images if image.startswith(prefix)]
     loose = sum(len(parts) == 1 or parts[0] not in splits.values() for parts in inside)
-    notes = [f"{loose:,} images outside the folders of splits left out"] if loose else []
+    notes = [f"{loose:,} image{'s' * (loose > 1)} outside the folders of splits left out"] if loose else []
     return chosen, prefix, [f"split {canonical(split)}", *notes]
 
 
@@ -133,13 +136,13 @@ def _edm(files: Files, lists: list[str], images: list[str], notes: list[str]) ->
     return False, None
 
 
-def _left_out(files: Files, prefix: str, used: set[str]) -> list[str]:
-    names = [PurePosixPath(name) for name in files.names if name.startswith(prefix) and name not in used]
-    counted = Counter(name.suffix.lower() or name.name for name in names).most_common()
-    if not counted:
-        return []
-    shown = ", ".join(f"{count:,} {ending}" for ending, count in counted[:_SHOWN]) + ", ..." * (len(counted) > _SHOWN)
-    return [f"{len(names):,} other file{'s' * (len(names) > 1)} left out ({shown})"]
+def _left_out(files: Files, prefix: str, used: set[str], unlabelled: bool) -> list[str]:
+    names = [name for name in files.names if name.startswith(prefix) and name not in used]
+    lists = [name for name in names if _LABELS.search(name)]
+    if not unlabelled or len(lists) > _FEW:  # one beside each image is no list of them
+        lists = []
+    notes = [f"{len(names):,} other file{'s' * (len(names) > 1)} left out ({by_suffix(names)})"] if names else []
+    return notes + [f"no labels are read from {', '.join(lists)}, but from {', '.join(METADATA)} with columns file_name and label"] * bool(lists)
 
 
 def _refuse_columns(reading: Reading, label: Any, caption: Any, place: str) -> None:
@@ -155,6 +158,7 @@ class _Metadata:
 
     label: Column | None = None
     caption: Column | None = None
+    columns: Sequence[Column] = ()
 
     def __init__(self, files: Files, names: list[str], images: list[str], reading: Reading):
         import pyarrow as pa
@@ -176,12 +180,13 @@ class _Metadata:
         except pa.ArrowException as error:
             raise DataError(f"{self.place} and the others beside it differ in their columns: {shortened(error)}") from error
         columns = [column for column in columns_of(self.table.schema) if column.name != "file_name"]
-        self.label = choose_label(columns, reading.label_column, self.place)
+        self.columns, self.label = columns, choose_label(columns, reading.label_column, self.place)
         self.caption = choose_caption(columns, reading.caption_column, self.place) if not reading.captions else None
         self.rows, self.notes = rows_of(images, self.listed, self.place)
 
     def labels(self, notes: list[str]) -> Labels | None:
         if self.label is None:
+            notes += label_notes(self.columns, self.caption)
             return None
         values = self.table.column(self.label.name).to_pylist()
         values = one_label(self.rows, values, lambda i: self.files.called(self.images[i]), self.place)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError, shortened
+from ..errors import ConfigError, DataError, shortened
 from ..system.files import parse_json
 from .image_source import MISSING, MOST_CLASSES
 
@@ -54,6 +54,12 @@ def classes_of(values: Sequence[Any], sure: bool = False) -> Labels:
 
 def _one_hot(value: list) -> bool:
     return all(part in (0, 1) for part in value) and sum(value) == 1
+
+
+def check_there(labels: np.ndarray | None, description: str) -> None:
+    """Raises ConfigError where data that are asked for with their labels have none."""
+    if labels is None:
+        raise ConfigError(f"data.conditional needs class labels, and the data have none ({description}): leave labels out with --unconditional")
 
 
 def edm_labels(content: bytes, place: str) -> list[tuple[str, int]] | None:

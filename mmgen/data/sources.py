@@ -16,7 +16,7 @@ from .image_source import ImageSource, Reading
 from .images import METADATA, open_images
 from .splits import canonical, no_split, select_split, split_of
 from .subsets import choose, configs_of
-from .walk import Listing, walk
+from .walk import Listing, by_suffix, walk
 
 __all__ = ["ImageSource", "open_source"]
 
@@ -125,5 +125,5 @@ def _refusal(path: Path, listing: Listing) -> DataError:
         found = listing.ending(*ends)
         if found:
             return DataError(f"{path} holds no images but {what} ({found[0]}): {instead}")
-    what = "holds no images" if listing.names else "is empty"
+    what = f"holds no images ({by_suffix(listing.names)})" if listing.names else "is empty"
     return DataError("; ".join([f"{path} {what}: mmgen reads {LAYOUTS}", *listing.notes]))

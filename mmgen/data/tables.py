@@ -22,7 +22,7 @@ import numpy as np
 from ..errors import DataError
 from ..system.files import read_json
 from .captions import captions_of
-from .columns import Column, choose_caption, choose_image, choose_label, columns_of
+from .columns import Column, choose_caption, choose_image, choose_label, columns_of, label_notes
 from .image_source import MISSING, CorruptImage, ImageSource, Reading, checked_labels, fingerprint, identity, summary
 from .labels import Labels, NotClasses, classes_of
 from .rows import readable
@@ -231,8 +231,7 @@ def _source(table: _Table, reading: Reading) -> ImageSource:
     notes = [f"images from column {image.name}"]
     labels, class_names = _labels(table, label, reading.label_column is not None, notes)
     if label is None:
-        others = [f"{column.name} ({column.type})" for column in columns if column.kind == "integer"]
-        notes += [f"columns that --label-column could name: {', '.join(others)}"] if others else []
+        notes += label_notes(columns, caption)
     notes += [f"captions in column {caption.name}"] if caption else []
     chosen = {"image": image.name, "label": label and label.name, "caption": caption and caption.name, "split": reading.split}
     return ImageSource(

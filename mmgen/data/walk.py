@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..errors import DataError
+
+
+def by_suffix(names: Iterable[str], most: int = 5) -> str:
+    """How many files end in what: 3 .heic, 1 README."""
+    paths = map(PurePosixPath, names)
+    counted = Counter(path.suffix.lower() or path.name for path in paths).most_common()
+    return ", ".join(f"{count:,} {ending}" for ending, count in counted[:most]) + ", ..." * (len(counted) > most)
 
 
 class Listing(NamedTuple):
@@ -22,7 +31,8 @@ class Listing(NamedTuple):
     def notes(self) -> list[str]:
         if not self.links_left_out:
             return []
-        return [f"{self.links_left_out:,} links that lead out of the folder, or nowhere, not followed (see --follow-links)"]
+        count, one = self.links_left_out, self.links_left_out == 1
+        return [f"{count:,} link{'' if one else 's'} that lead{'s' * one} out of the folder, or nowhere, not followed (see --follow-links)"]
 
 
 def walk(folder: Path, follow_links: bool = False) -> Listing:

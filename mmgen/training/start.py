@@ -15,6 +15,7 @@ import torch
 from .. import data
 from ..config.sections import CAPTIONS, READING, DataSettings, RunSettings, TrainSettings
 from ..data import Dataset, DataShape
+from ..data.labels import check_there
 from ..data.latents import LatentDataset, load_latents
 from ..data.resolve import find_latents
 from ..data.texts import encode_captions, encoded_on_the_fly, without
@@ -50,14 +51,13 @@ def load_data(settings: DataSettings, progress: Callable[[int, int], None] | Non
             channels=settings.channels,
             progress=progress,
             with_captions=settings.text,
+            with_labels=settings.conditional,
             **{key: getattr(settings, key) for key in (*READING, *(CAPTIONS if settings.text else ()))},
         )
     if settings.leave_out:
         dataset = replace(dataset, captions=without(dataset.captions, settings.leave_out))
-    if settings.conditional and dataset.labels is None:
-        raise ConfigError(
-            f"data.conditional needs class labels, and the data have none ({dataset.description}): leave labels out with --unconditional"
-        )
+    if settings.conditional:
+        check_there(dataset.labels, dataset.description)
     if settings.conditional and settings.num_classes not in (None, dataset.num_classes):
         raise ConfigError(f"data.num_classes is {settings.num_classes}, but {settings.name} has {dataset.num_classes} classes")
     return dataset
