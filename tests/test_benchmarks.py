@@ -42,8 +42,8 @@ def test_the_textbooks_imm_loss_is_mmgens(preset, monkeypatch):
     shake(trainer.network)
     objective, batch = trainer.task.parts["model"].objective, next(iter(trainer._batches(0)))
     x, augment = objective.inputs.images(batch)
-    s, t = imm.draw_times(config.loss, config.flow, keys(0, batch.index[:: config.loss.group_size], imm._TIME))
-    drawn = plain_imm.Drawn(normal(keys(0, batch.index, imm._NOISE), x.shape[1:]), s, t)
+    s, t = imm.draw_times(config.loss, config.flow, keys(0, batch.index[:: config.loss.group_size], imm.TIME))
+    drawn = plain_imm.Drawn(normal(keys(0, batch.index, imm.NOISE), x.shape[1:]), s, t)
     step = imm_step.plain_step(trainer, config)
     condition = objective.inputs.condition(batch)
     label = None if condition is None else condition.classes

@@ -52,8 +52,8 @@ def textbook_loss(objective, batch):
     """Equation 67 in float64 from the definitions: y_t and y_r by the flow map, full kernel matrices, direct sums."""
     flow, loss = objective.config.flow, objective.config.loss
     x = batch.images.double() / 127.5 - 1
-    noise = flow.sigma_data * normal(keys(0, batch.index, imm._NOISE), x.shape[1:], torch.float32).double()
-    s, t = draw_times(loss, flow, keys(0, batch.index[:: loss.group_size], imm._TIME))
+    noise = flow.sigma_data * normal(keys(0, batch.index, imm.NOISE), x.shape[1:], torch.float32).double()
+    s, t = draw_times(loss, flow, keys(0, batch.index[:: loss.group_size], imm.TIME))
     r = earlier_time(loss, flow, s, t)
     schedule, total = flow.get_schedule(), 0.0
     label, target_label = objective._conditions(batch)

@@ -17,7 +17,7 @@ from mmgen.cli import app
 from mmgen.diffusion.process import diffuse
 from mmgen.losses.imm import draw_times, earlier_time
 from mmgen.methods import IMM, timing
-from mmgen.methods.imm import objective as imm
+from mmgen.methods.imm import flow_objective as imm
 from mmgen.methods.run import train
 from mmgen.models.files import read_config
 from mmgen.models.flow_model import flow_map
@@ -107,11 +107,11 @@ def test_numbers_of_imm_by_level():
     objective, batch = make(**{"loss.k": 4})
     _, numbers = objective(batch)
     flow, loss, size = objective.config.flow, objective.config.loss, objective.config.loss.group_size
-    s, t = draw_times(loss, flow, keys(0, batch.index[::size], imm._TIME))
+    s, t = draw_times(loss, flow, keys(0, batch.index[::size], imm.TIME))
     r = earlier_time(loss, flow, s, t)
     schedule, expected = flow.get_schedule(), {name: torch.zeros(2, imm.LEVELS, dtype=torch.float64) for name in numbers}
     x = batch.images.double() / 127.5 - 1
-    noise = flow.sigma_data * normal(keys(0, batch.index, imm._NOISE), x.shape[1:], torch.float32).double()
+    noise = flow.sigma_data * normal(keys(0, batch.index, imm.NOISE), x.shape[1:], torch.float32).double()
     label, target_label = objective._conditions(batch)
     for group in range(len(t)):
         eta = float(schedule.eta(t[group]))

@@ -9,6 +9,7 @@ from typing import Any
 from .sections import DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, require, require_positive
 from ..diffusion.flow_map import FlowMapSettings
 from ..losses.imm import ImmSettings, documented_times
+from ..losses.mean_flow import MeanFlowSettings
 from ..models.config import SamplingSettings
 from ..networks import NetworkSettings, UNetSettings
 
@@ -20,6 +21,7 @@ class ImmConfig:
     network: NetworkSettings = field(default_factory=UNetSettings)
     flow: FlowMapSettings = FlowMapSettings()
     loss: ImmSettings = ImmSettings()
+    mean_flow: MeanFlowSettings = MeanFlowSettings()
     data: DataSettings = DataSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
@@ -33,34 +35,34 @@ class ImmConfig:
 def resolve(*tables: dict[str, Any]) -> ImmConfig:
     """One config from tables of rising precedence; what depends on other settings is filled in, what cannot be is refused."""
     config = build(ImmConfig, *tables)
-    low, high = documented_times(config.loss.mapping, config.flow.get_schedule().t_max)
+    mean_flow = config.loss.objective == "mean_flow"
+    low, high = (0.0, 1.0) if mean_flow else documented_times(config.loss.mapping, config.flow.get_schedule().t_max)
     flow = dataclasses.replace(
         config.flow,
         t_min=low if config.flow.t_min is None else config.flow.t_min,
         t_max=high if config.flow.t_max is None else config.flow.t_max,
     )
-    config = dataclasses.replace(config, flow=flow)
+    sampling = config.sampling
+    if config.loss.jump == "end" and sampling.sampler == "default":
+        sampling = dataclasses.replace(sampling, sampler="restart")
+    config = dataclasses.replace(config, flow=flow, sampling=sampling)
     check(config)
     return config
 
 
 def check(config: ImmConfig) -> None:
     """Raises ConfigError for values that are impossible, alone or together."""
-    flow, loss, train, run = config.flow, config.loss, config.train, config.run
+    flow, loss, train = config.flow, config.loss, config.train
     require_positive({
         "loss.group_size": loss.group_size, "flow.sigma_data": flow.sigma_data, "flow.time_scale": flow.time_scale,
         "loss.distance_floor": loss.distance_floor, "loss.lognormal_std": loss.lognormal_std,
+        "mean_flow.floor": config.mean_flow.floor, "mean_flow.time_std": config.mean_flow.time_std,
     })  # fmt: skip
     check_shared(config)
     require(
         len(train.ema_betas) + len(train.ema_half_lives) + len(train.ema_lengths) > 0,
         "train.ema_betas, train.ema_half_lives and train.ema_lengths are all empty",
     )
-    require(min(loss.min_gap, loss.a) >= 0, "loss.min_gap and loss.a cannot be negative")
-    require(train.batch_size % loss.group_size == 0,
-            f"train.batch_size {train.batch_size} must be a multiple of loss.group_size {loss.group_size}")  # fmt: skip
-    require(run.batch_per_device == "auto" or run.batch_per_device >= loss.group_size,
-            f"run.batch_per_device {run.batch_per_device} must hold a group of loss.group_size {loss.group_size}")  # fmt: skip
     require(
         0 <= flow.t_min < flow.t_max <= 1,
         f"0 <= flow.t_min < flow.t_max <= 1 must hold, not {flow.t_min}, {flow.t_max}",
@@ -69,6 +71,40 @@ def check(config: ImmConfig) -> None:
         flow.parametrization != "euler_fm" or flow.schedule == "fm",
         "flow.parametrization euler_fm needs flow.schedule fm",
     )
+    if loss.objective == "mean_flow":
+        _check_mean_flow(config)
+    else:
+        _check_imm(config)
+
+
+def _check_mean_flow(config: ImmConfig) -> None:
+    flow, own, run = config.flow, config.mean_flow, config.run
+    for field_ in dataclasses.fields(ImmSettings):
+        require(field_.name == "objective" or getattr(config.loss, field_.name) == field_.default,
+                f"loss.{field_.name} is of IMM's own loss: leave it out, or set loss.objective=imm")  # fmt: skip
+    require(0 <= own.share <= 1, f"mean_flow.share must be from 0 to 1, not {own.share}")
+    require(own.power >= 0, f"mean_flow.power cannot be negative, and is {own.power}")
+    require(flow.parametrization == "euler_fm", "loss.objective mean_flow needs flow.parametrization=euler_fm: its network is the mean velocity")
+    require((flow.t_min, flow.t_max) == (0, 1), "loss.objective mean_flow trains all times from 0 to 1: leave flow.t_min and flow.t_max out")
+    for name, used in (
+        ("run.gradient_checkpointing", run.gradient_checkpointing), ("run.compile", run.compile),
+        (f"train.precision {config.train.precision}", config.train.precision in ("bf16", "fp16")),
+    ):  # fmt: skip
+        require(not used, f"{name} does not go with loss.objective mean_flow, which takes a derivative in forward mode: leave it out")
+
+
+def _check_imm(config: ImmConfig) -> None:
+    flow, loss, train, run = config.flow, config.loss, config.train, config.run
+    require(config.mean_flow == MeanFlowSettings(), "the section mean_flow needs loss.objective=mean_flow: set it, or leave the section out")
+    require(
+        loss.jump == "drawn" or config.sampling.sampler == "restart",
+        "loss.jump end trains jumps to the end only, which the sampler restart takes: leave sampling.sampler out",
+    )
+    require(min(loss.min_gap, loss.a) >= 0, "loss.min_gap and loss.a cannot be negative")
+    require(train.batch_size % loss.group_size == 0,
+            f"train.batch_size {train.batch_size} must be a multiple of loss.group_size {loss.group_size}")  # fmt: skip
+    require(run.batch_per_device == "auto" or run.batch_per_device >= loss.group_size,
+            f"run.batch_per_device {run.batch_per_device} must hold a group of loss.group_size {loss.group_size}")  # fmt: skip
     require(loss.mapping not in ("eta", "log_snr") or flow.t_max < 1, f"loss.mapping {loss.mapping} needs flow.t_max < 1")
     require(loss.mapping not in ("log_snr", "inverse_eta") or flow.t_min > 0,
             f"loss.mapping {loss.mapping} needs flow.t_min > 0")  # fmt: skip

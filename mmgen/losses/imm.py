@@ -25,6 +25,7 @@ from .mmd import Kernel, group_mmd
 class ImmSettings:
     """The loss of IMM. Defaults are the paper's for CIFAR-10 (table 5)."""
 
+    objective: Literal["imm", "mean_flow"] = "imm"  # mean_flow: MeanFlow's, whose settings are the section mean_flow, not these
     group_size: int = 4  # M, particles that share (s, r, t); 1 is a consistency model
     kernel: Kernel = "laplace"
     distance_floor: float = 1e-8  # smallest distance in the Laplace kernel; the public training code has 1e-4
@@ -38,6 +39,8 @@ class ImmSettings:
     time_distribution: Literal["uniform", "lognormal"] = "uniform"  # of t and s; lognormal: log eta is normal
     lognormal_mean: float = -1.1  # mean of log eta
     lognormal_std: float = 2.0  # standard deviation of log eta
+    # Where jumps end: at an s drawn in (t_min, t), or all at t_min, as those of a consistency model do
+    jump: Literal["drawn", "end"] = "drawn"
     target_labels: Literal["dropped", "undropped"] = "dropped"  # what the target sees where a label was dropped
 
 
@@ -74,11 +77,11 @@ def documented_times(mapping: str, schedule_t_max: float) -> tuple[float, float]
 
 
 def draw_times(settings: ImmSettings, flow: FlowMapSettings, key: Tensor) -> tuple[Tensor, Tensor]:
-    """(s, t), float64 [G], one pair per key int64 [G]: t in (t_min, t_max) and s in (t_min, t) (appendix C.7)."""
+    """(s, t), float64 [G], one pair per key int64 [G]: t in (t_min, t_max) and s in (t_min, t) (appendix C.7), or s = t_min."""
     first, second = uniform(key, (2,)).unbind(1)
     if settings.time_distribution == "uniform":
         t = flow.t_min + (flow.t_max - flow.t_min) * first
-        return flow.t_min + (t - flow.t_min) * second, t
+        return _jump(settings, flow, flow.t_min + (t - flow.t_min) * second), t
     # log eta ~ N(mean, std^2), cut to the range exactly: a uniform draw between the cumulative probabilities of the ends
     schedule = flow.get_schedule()
     low, high = _eta_probability(settings, schedule.eta(_ends(flow))).tolist()
@@ -86,7 +89,11 @@ def draw_times(settings: ImmSettings, flow: FlowMapSettings, key: Tensor) -> tup
     p_s = low + (p_t - low) * second
     t, s = (schedule.eta_inverse(torch.exp(settings.lognormal_mean + settings.lognormal_std * torch.special.ndtri(p)))
             for p in (p_t, p_s))  # fmt: skip
-    return s.clamp(flow.t_min), t.clamp(flow.t_min, flow.t_max)
+    return _jump(settings, flow, s.clamp(flow.t_min)), t.clamp(flow.t_min, flow.t_max)
+
+
+def _jump(settings: ImmSettings, flow: FlowMapSettings, s: Tensor) -> Tensor:
+    return s if settings.jump == "drawn" else torch.full_like(s, flow.t_min)
 
 
 def _ends(flow: FlowMapSettings) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +25,8 @@ from ...training.cost import IMM as WORK
 from ...training.task import TrainedNetwork, Task
 from ..fresh import fresh_model_config
 from ..method import Training
-
-LEVELS = 8  # noise levels that numbers are logged for
-_WIDEST = 0.002, 80.0  # the levels lie between these
-_NOISE, _TIME = 103, 104  # purposes of random numbers, drawn with the seed and the number of the image: see `inputs`
-
+from .flow_objective import NOISE, TIME, FlowObjective
+from .mean_flow import MeanFlowObjective
 
 def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
     """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
@@ -44,21 +40,16 @@ def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
     """A freshly initialised network with IMM's objective."""
     check_weights(model_config)
     network = FlowModel(model_config).network
-    objective = ImmObjective(network, config, model_config.latents)
-    advice = "loss.group_size of 4 or more, "
+    kind = MeanFlowObjective if config.loss.objective == "mean_flow" else ImmObjective
+    objective = kind(network, config, model_config.latents)
+    advice = "loss.group_size of 4 or more, " if kind is ImmObjective else "a smaller mean_flow.share, "
     return Task(
-        {"model": TrainedNetwork(network, objective)}, model_config, group_size=config.loss.group_size, advice=advice,
+        {"model": TrainedNetwork(network, objective)}, model_config, group_size=_group_size(config), advice=advice,
         levels=objective.levels,
     )  # fmt: skip
 
 
-def level_edges(flow: FlowMapSettings) -> list[float]:
-    """sigma/alpha [LEVELS + 1], evenly spaced in the logarithm; what lies outside counts to the first or the last level."""
-    ends = flow.get_schedule().eta(torch.tensor([flow.t_min, flow.t_max], dtype=torch.float64)).clamp(*_WIDEST).log()
-    return torch.linspace(*ends.tolist(), LEVELS + 1, dtype=torch.float64).exp().tolist()
-
-
-class ImmObjective(nn.Module):
+class ImmObjective(FlowObjective):
     """`objective(batch)` is the mean loss over a part of the batch, a scalar float64 tensor, and for the log by the noise at t
 
         loss_by_t    the loss of a group
@@ -69,21 +60,14 @@ class ImmObjective(nn.Module):
     half precision, and the target's with train.frozen_precision half; the loss is float32, times and coefficients float64.
     """
 
-    def __init__(self, network: nn.Module, config: ImmConfig, latents: LatentSettings | None = None) -> None:
-        super().__init__()
-        self.network, self.config = network, config
-        self.inputs = Inputs(config.data, config.train.seed, latents)
-        self.levels = level_edges(config.flow)
-        self.has_dropout = getattr(config.network, "dropout", 0) > 0
-
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, flow, seed = self.config.loss, self.config.flow, self.config.train.seed
         full_precision = torch.autocast(batch.images.device.type, enabled=False)
         with full_precision:
             x, augment_label = self.inputs.images(batch)
             condition, target_condition = self._conditions(batch)
-            noise = flow.sigma_data * normal(keys(seed, batch.index, _NOISE), x.shape[1:])
-            s, t = draw_times(loss, flow, keys(seed, batch.index[:: loss.group_size], _TIME))  # one draw a group
+            noise = flow.sigma_data * normal(keys(seed, batch.index, NOISE), x.shape[1:])
+            s, t = draw_times(loss, flow, keys(seed, batch.index[:: loss.group_size], TIME))  # one draw a group
             r = earlier_time(loss, flow, s, t)
             each_s, each_r, each_t = (time.repeat_interleave(loss.group_size) for time in (s, r, t))
 
@@ -96,15 +80,7 @@ class ImmObjective(nn.Module):
             each = imm_loss(loss, flow, s, r, t, difference, y_r)
             distance = difference.detach().double().square().mean((1, 2, 3)).reshape(-1, loss.group_size).mean(1).sqrt()
             numbers = {"loss_by_t": each.detach(), "r_is_s": (r == s).double(), "distance": distance}
-            return each.mean(), {name: self._by_level(value, t) for name, value in numbers.items()}
-
-    def _by_level(self, values: Tensor, t: Tensor) -> Tensor:
-        """Sums and counts of the groups' values, float64 [2, LEVELS], by the noise at t."""
-        low, high = self.levels[0], self.levels[-1]
-        place = (self.config.flow.get_schedule().eta(t).log() - math.log(low)) / math.log(high / low)
-        level = (LEVELS * place).floor().clamp(0, LEVELS - 1).long()
-        both = torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)])
-        return both.new_zeros(2, LEVELS).index_add_(1, level, both)
+            return each.mean(), {name: self.by_level(value, t) for name, value in numbers.items()}
 
     def _conditions(self, batch: Batch) -> tuple[Condition | None, Condition | None]:
         """For the student and for the target."""
@@ -131,8 +107,13 @@ class ImmObjective(nn.Module):
         return self.network(scaled, time, second, condition, augment_label).float()
 
 
+def _group_size(config: ImmConfig) -> int:
+    """How many images stay together in a pass."""
+    return 1 if config.loss.objective == "mean_flow" else config.loss.group_size
+
+
 def _notes(config: ImmConfig) -> list[str]:
-    if config.train.precision == "fp16" and (config.loss.min_gap < 1e-4 or config.flow.second_time != "t-s"):
+    if config.loss.objective == "imm" and config.train.precision == "fp16" and (config.loss.min_gap < 1e-4 or config.flow.second_time != "t-s"):
         return ["the paper trains fp16 with loss.min_gap=1e-4, flow.second_time=t-s and loss.a=2 (appendix I.6)"]
     return []
 
@@ -142,6 +123,6 @@ TRAINING = Training(
     resolve=resolve,
     model_config=lambda config, shape, source: imm_model_config(config, shape),
     task=lambda start: imm_task(start.config, start.model_config),
-    work=lambda config: (WORK, config.loss.group_size),
+    work=lambda config: (WORK, _group_size(config)),  # of MeanFlow too: its derivative takes about one more pass
     notes=_notes,
 )
