@@ -132,24 +132,24 @@ def teacher(out: Path, iterations: int) -> Path:
     return out
 
 
-def student(place: str, variant: Variant, steps: int, seed: int, iterations: int, out: Path):
+def student(path: str, variant: Variant, steps: int, seed: int, iterations: int, out: Path):
     """Distils the teacher at `place` in a folder in `out`, or finds the student there."""
     images = iterations * STUDENT["train.batch_size"]
     settings = {
         **STUDENT, **variant.changes, "train.seed": seed, "train.max_images": images, "optimizer.warmup_images": images // 20,
     }  # fmt: skip
     folder = out / f"{''.join(c if c.isalnum() else '-' for c in variant.name)}-{steps}-{seed}"
-    run = mmgen.distill(place, steps=steps, preset="digits-distill", settings=settings, out=folder, progress=False, device="cpu")
+    run = mmgen.distill(path, steps=steps, preset="digits-distill", settings=settings, out=folder, progress=False, device="cpu")
     return ended(run).load()
 
 
 def compare(options: argparse.Namespace) -> None:
-    place = options.teacher or str(teacher(options.out / "teacher", options.teacher_iterations))
-    model = mmgen.load(place)
+    path = options.teacher or str(teacher(options.out / "teacher", options.teacher_iterations))
+    model = mmgen.load(path)
     if model.config.denoiser is None:
-        raise ModelError(f"{place} is a flow map, which no student is distilled from: give a diffusion or flow-matching teacher")
+        raise ModelError(f"{path} is a flow map, which no student is distilled from: give a diffusion or flow-matching teacher")
     if model.image_shape != (1, 8, 8):
-        raise ConfigError(f"the teacher {place} knows images of {model.image_shape}, and the digits are of (1, 8, 8)")
+        raise ConfigError(f"the teacher {path} knows images of {model.image_shape}, and the digits are of (1, 8, 8)")
     table = Table(options.samples, options.seeds)
     for steps in TEACHER_STEPS:
         table.measure("teacher", steps, [model] * options.seeds)
@@ -158,7 +158,7 @@ def compare(options: argparse.Namespace) -> None:
         if variant is VARIANTS[0]:  # what the others are compared with
             chosen = chosen or (8,)
         for steps in chosen:
-            models = [student(place, variant, steps, seed, options.iterations, options.out) for seed in range(options.seeds)]
+            models = [student(path, variant, steps, seed, options.iterations, options.out) for seed in range(options.seeds)]
             table.measure(variant.name, steps, models)
     table.write(options.out)
 

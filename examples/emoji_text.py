@@ -139,12 +139,12 @@ def score(arguments: argparse.Namespace) -> None:
     print("| model | steps | w | seed | FD | R@1 | R@5 | R@10 | cosine | cosine, shuffled | R@10, shuffled | variance | within a prompt |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for word in arguments.models:
-        place, steps, *w = word.split(":")
+        path, steps, *w = word.split(":")
         weight, began = float(w[0]) if w else 1.0, time.monotonic()
-        images = mmgen.load(place, device="cpu").sample(
+        images = mmgen.load(path, device="cpu").sample(
             len(captions), steps=int(steps), guidance=weight, prompts=captions, seed=arguments.seed
         ).images.numpy()
-        folder = arguments.samples / f"{Path(place).name}-{steps}-w{weight:g}-seed{arguments.seed}"
+        folder = arguments.samples / f"{Path(path).name}-{steps}-w{weight:g}-seed{arguments.seed}"
         keep(folder, images, captions)
         found = mmgen.fid(
             folder, metrics="fid,retrieval", clip=arguments.judge, features=str(arguments.judge / "images.pt"),
@@ -156,7 +156,7 @@ def score(arguments: argparse.Namespace) -> None:
         chance = ((similar > wrong + 1e-6).sum(1) < 10).float().mean()
         x = images.astype(np.float64).reshape(arguments.per_prompt, len(prompts), -1) / 127.5
         distance = next(value for name, value in found.items() if name.startswith("FD"))
-        cells = [place, steps, f"{weight:g}", str(arguments.seed), f"{distance:.3g}"]
+        cells = [path, steps, f"{weight:g}", str(arguments.seed), f"{distance:.3g}"]
         cells += [f"{found[name]:.3f}" for name in ("R@1", "R@5", "R@10", "cosine")] + [f"{wrong.mean():.3f}", f"{chance:.3f}"]
         cells += [f"{x.reshape(-1, x.shape[2]).var(0).mean():.4f}", f"{x.var(0, ddof=1).mean():.4f}" if len(x) > 1 else ""]
         print("| " + " | ".join(cells) + f" | {time.monotonic() - began:.0f} s", flush=True)

@@ -43,7 +43,7 @@ def write_latents(folder: Path, rows: int) -> LatentDataset:
         arrays.append(np.load(folder / f"{start // SHARD:06d}.npy", mmap_mode="r"))
     latents = LatentSettings(vae="none", vae_sha256="", mean=(0.0,) * CHANNELS, std=(1.0,) * CHANNELS)
     labels = np.arange(rows) % 1000
-    return LatentDataset("rehearsal", Rows(arrays), labels, None, "rehearsal", "rehearsal", latents, "rehearsal", place=str(folder))
+    return LatentDataset("rehearsal", Rows(arrays), labels, None, "rehearsal", "rehearsal", latents, "rehearsal", path=str(folder))
 
 
 def make_trainer(dataset: LatentDataset, folder: Path) -> Trainer:

@@ -90,9 +90,9 @@ class Hungry(nn.Module):
 def hungry_task(largest, tried, rehearsed=None):
     def make(accelerator):
         task = toy_task(accelerator)
-        for name, part in task.parts.items():
+        for name, part in task.trained.items():
             rehearse = None if rehearsed is None else lambda batch: rehearsed.append(len(batch.images))
-            task.parts[name] = TrainedNetwork(part.network, Hungry(part.objective, largest, tried), part.prepare, rehearse)
+            task.trained[name] = TrainedNetwork(part.network, Hungry(part.objective, largest, tried), part.prepare, rehearse)
         return replace(task, group_size=2)
 
     return make
@@ -101,17 +101,17 @@ def hungry_task(largest, tried, rehearsed=None):
 def test_a_trial_leaves_no_trace():
     tried, rehearsed = [], []
     task = hungry_task(4, tried, rehearsed)(None)
-    optimizers = {name: torch.optim.Adam(part.network.parameters()) for name, part in task.parts.items()}
+    optimizers = {name: torch.optim.Adam(part.network.parameters()) for name, part in task.trained.items()}
     dataset = load("digits")
     batch_of = lambda size: fetch(dataset, 0, size, 0, torch.device("cpu"))  # noqa: E731
-    before = {name: {k: v.clone() for k, v in part.network.state_dict().items()} for name, part in task.parts.items()}
+    before = {name: {k: v.clone() for k, v in part.network.state_dict().items()} for name, part in task.trained.items()}
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    attempt = auto_batch.one_pass(task.parts, optimizers, batch_of, torch.device("cpu"))
+    attempt = auto_batch.one_pass(task.trained, optimizers, batch_of, torch.device("cpu"))
     assert auto_batch.largest_that_fits([2, 4, 8, 16], attempt) == 4
     assert set(tried) == {4, 8} or set(tried) == {4, 8, 16} and len(rehearsed) > 0
     assert torch.equal(torch.get_rng_state(), state)
-    for name, part in task.parts.items():
+    for name, part in task.trained.items():
         assert all(torch.equal(value, before[name][key]) for key, value in part.network.state_dict().items())
         assert all(parameter.grad is None for parameter in part.network.parameters())
         assert not optimizers[name].state

@@ -177,7 +177,7 @@ def guide(place, tmp_path_factory):  # noqa: F811
 def test_the_teacher_is_led_away_from_its_guide(place, guide):  # noqa: F811
     changes = {"teacher.guide": str(guide), "teacher.guidance": 2.0, "teacher.guidance_interval": [0.5, 5]}
     task, teacher = task_for(place, **changes)
-    used = next(iter(task.parts.values())).objective.matching
+    used = next(iter(task.trained.values())).objective.matching
     noised = used.noised(digits())
     with torch.no_grad():
         good, bad = (m.x_hat(noised.z_t, noised.s, used.schedule, noised.condition) for m in (teacher.model, load_model(guide)))

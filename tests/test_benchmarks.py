@@ -40,7 +40,7 @@ def test_the_textbooks_imm_loss_is_mmgens(preset, monkeypatch):
     config = imm_config(preset, **{**imm_step.TINY[preset], "train.batch_size": 8})
     trainer = imm_trainer(config, "cpu")
     shake(trainer.network)
-    objective, batch = trainer.task.parts["model"].objective, next(iter(trainer._batches(0)))
+    objective, batch = trainer.task.trained["model"].objective, next(iter(trainer._batches(0)))
     x, augment = objective.inputs.images(batch)
     s, t = imm.draw_times(config.loss, config.flow, keys(0, batch.index[:: config.loss.group_size], imm.TIME))
     drawn = plain_imm.Drawn(normal(keys(0, batch.index, imm.NOISE), x.shape[1:]), s, t)
@@ -61,7 +61,7 @@ def test_the_textbooks_imm_loss_is_mmgens(preset, monkeypatch):
 @pytest.mark.parametrize("method", ["alternating", "instant"])
 def test_the_textbooks_matching_losses_are_mmgens(method):
     run = matching_step.distilling(method, 16, "tiny", "cpu")
-    parts, batch = run.task.parts, next(iter(run._batches(0)))
+    parts, batch = run.task.trained, next(iter(run._batches(0)))
     used = next(iter(parts.values())).objective.matching
     shake(used.student.network)
     (student, _), (teacher, parameters) = (matching_step.copied(model) for model in (used.student, used.teacher))

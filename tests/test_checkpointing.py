@@ -19,7 +19,7 @@ from mmgen.config.imm import resolve
 from mmgen.losses.moment_matching import forward_derivative, teacher_gradient
 from mmgen.models.config import ModelConfig
 from mmgen.networks import ADMSettings, DiTSettings, EDM2Settings, UNetSettings, UViTSettings, build_network, checkpoint_blocks
-from mmgen.training.batches import Parts
+from mmgen.training.batches import BatchSplit
 from mmgen.training.cost import DENOISING, estimate, pass_cost
 from mmgen.methods.imm.objective import imm_task
 from mmgen.methods import IMM
@@ -137,14 +137,14 @@ def test_the_estimate_knows_it():
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # torch 2.6 counts no other on a CPU
         network(x, t).sum().backward()
     train = resolve({"train": {"batch_size": 2}}, {"loss": {"group_size": 1}}).train
-    cost = estimate(train, config, Parts(2, 1, 1), DENOISING, checkpointing=True)
+    cost = estimate(train, config, BatchSplit(2, 1, 1), DENOISING, checkpointing=True)
     assert cost.flops_per_step == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_settings_reach_the_network():
     config = resolve({"network": {"kind": "dit", "hidden_size": 32, "depth": 1, "num_heads": 2}})
     model = ModelConfig(network=config.network, flow=FlowMapSettings(), resolution=8, channels=1)
-    network = imm_task(config, model).parts["model"].network
+    network = imm_task(config, model).trained["model"].network
     assert not network.settings.gradient_checkpointing
     checkpoint_blocks(network)
     assert network.settings.gradient_checkpointing and not model.network.gradient_checkpointing

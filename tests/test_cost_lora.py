@@ -13,7 +13,7 @@ from mmgen.models.config import ModelConfig
 from mmgen.models.denoiser import DenoiserSettings
 from mmgen.networks import DiffusersUNetSettings, build_network
 from mmgen.networks.lora import LoraBase
-from mmgen.training.batches import Parts
+from mmgen.training.batches import BatchSplit
 from mmgen.training.cost import ALTERNATING, INSTANT, Adapters, PassCost, estimate, pass_cost
 
 KINDS = {**NETWORKS, "diffusers": DiffusersUNetSettings(config=UNET2D.replace('"num_class_embeds": 10, ', ""))}
@@ -37,12 +37,12 @@ def test_adapters_are_counted_and_frozen_weights_are_no_activations(kind):
 
 def test_bytes_of_a_distillation_by_lora():
     one = pass_cost(model("dit"), "fp32", adapters=Adapters((4, 2)))
-    cost = estimate(TrainSettings(ema_betas=(0.9,)), model("dit"), Parts(8, 1, 1), ALTERNATING, one=one, moments=1, adapters=Adapters((4, 2)))
+    cost = estimate(TrainSettings(ema_betas=(0.9,)), model("dit"), BatchSplit(8, 1, 1), ALTERNATING, one=one, moments=1, adapters=Adapters((4, 2)))
     first, second = one.adapters
     assert cost.trained == first + second
     assert cost.weights == 4 * (one.parameters + first + second + first)  # the base once, adapters, a gradient
     assert cost.optimizer == 4 * (first + second) and cost.averages == 4 * first
-    instant = estimate(TrainSettings(ema_betas=()), model("dit"), Parts(8, 1, 1), INSTANT, one=one, moments=1, adapters=Adapters((4, 2)))
+    instant = estimate(TrainSettings(ema_betas=()), model("dit"), BatchSplit(8, 1, 1), INSTANT, one=one, moments=1, adapters=Adapters((4, 2)))
     assert instant.optimizer == 4 * first  # the auxiliary's adapter only says where the direction lies ...
     assert instant.weights == 4 * (one.parameters + first + second + first + 2 * second)  # ... its gradient and the direction are there
 
@@ -50,7 +50,7 @@ def test_bytes_of_a_distillation_by_lora():
 def test_half_precision_copies():
     """Autocast keeps those of weights with a gradient for the time of a pass; of frozen ones what the graph holds."""
     full, lora = (pass_cost(model("dit"), "bf16", adapters=adapters) for adapters in (None, Adapters((4, 2))))
-    train, parts = TrainSettings(precision="bf16", ema_betas=()), Parts(8, 1, 1)
+    train, parts = TrainSettings(precision="bf16", ema_betas=()), BatchSplit(8, 1, 1)
     assert estimate(train, model("dit"), parts, ALTERNATING, one=full).copies == 2 * 2 * full.parameters
     assert estimate(train, model("dit"), parts, ALTERNATING, one=lora, adapters=Adapters((4, 2))).copies == 2 * lora.parameters
     assert estimate(train, model("dit"), parts, ALTERNATING, checkpointing=True, one=lora, adapters=Adapters((4, 2))).copies == 0
@@ -78,7 +78,7 @@ def test_sizes_of_known_models(name, weights, attention, gib):
 def test_memory_of_stable_diffusion():
     """In full, alternating: weights of three networks, a gradient, two moments each: 25.6 GiB, and 19.2 without Adam's first."""
     one = PassCost(859_520_964, 0.8e12, 0.91 * 2**30)
-    train, parts = TrainSettings(ema_betas=()), Parts(1, 1, 1)
+    train, parts = TrainSettings(ema_betas=()), BatchSplit(1, 1, 1)
     found = [estimate(train, model("dit"), parts, ALTERNATING, one=one, moments=kept) for kept in (2, 1)]
     assert [(cost.total - cost.activations) / 2**30 for cost in found] == pytest.approx([25.6, 19.2], abs=0.05)
     lora = replace(one, adapters=(12_754_944,) * 2)

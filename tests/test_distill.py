@@ -103,7 +103,7 @@ def test_teacher_and_inputs_stay_as_they_are(place):
     for method in ("alternating", "instant"):
         task, teacher = task_for(place, **{"loss.method": method})
         before = {k: v.clone() for k, v in teacher.model.network.state_dict().items()}
-        for part in task.parts.values():
+        for part in task.trained.values():
             optimizer = torch.optim.Adam(part.network.parameters(), lr=0.1)
             for _ in range(2):
                 if part.prepare is not None:
@@ -160,7 +160,7 @@ def test_the_same_noise_and_classes_in_all_rows(place, monkeypatch):
 def test_second_moments_are_the_mean_squares_of_gradients_on_the_data(place, monkeypatch):
     monkeypatch.setattr(instant, "MOMENT_BATCHES", 3)
     task, teacher = task_for(place, **{"loss.method": "instant"})
-    used = task.parts["model"].objective.matching
+    used = task.trained["model"].objective.matching
     found = instant.data_second_moments(used, data.load("digits"), One(), 8, 4)
     teacher.model.requires_grad_(True)
     expected = {}
@@ -185,7 +185,7 @@ def test_teachers_of_all_coordinates(tmp_path, denoiser):
     place = make_denoiser(tmp_path / "teacher.safetensors", denoiser, channels=1)
     for method in ("alternating", "instant"):
         task, _ = task_for(place, **{"loss.method": method, "loss.weighting": "output", "student.steps": 1})
-        for part in task.parts.values():
+        for part in task.trained.values():
             if part.prepare is not None:
                 part.prepare(lambda: iter([digits(0, 64)]))
             loss, numbers = part.objective(digits(0, 64))

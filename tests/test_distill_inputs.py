@@ -40,7 +40,7 @@ def test_augmentation_is_the_teachers_alone(tmp_path, kind):
     schedule, label = make_schedule(COSINE), Labels(torch.arange(4), 10)
     z, t = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
     expected = teacher.model.x_hat(z, t, schedule, label)
-    denoisers = task.parts["student"].objective.student, task.parts["auxiliary"].objective.auxiliary
+    denoisers = task.trained["student"].objective.student, task.trained["auxiliary"].objective.auxiliary
     for denoiser in denoisers:
         assert denoiser.config.augment_dim == 0 and not any("augment" in key for key in denoiser.network.state_dict())
         assert torch.equal(denoiser.x_hat(z, t, schedule, label), expected)
@@ -52,7 +52,7 @@ def test_augmentation_is_the_teachers_alone(tmp_path, kind):
 def test_every_parameter_has_a_gradient(tmp_path, kind, method):
     """DistributedDataParallel refuses the second update of a network where one has none."""
     task, _ = task_for(teacher_of(kind, tmp_path), **{"loss.method": method, "loss.preconditioner": "identity"})
-    for part in task.parts.values():
+    for part in task.trained.values():
         if part.prepare is not None:
             part.prepare(lambda: iter([digits()]))
         part.objective(digits())[0].backward()

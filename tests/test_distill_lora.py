@@ -46,26 +46,26 @@ def test_the_teacher_is_the_base_without_adapters(place, method):
     """Difference 0, before and after steps of the parts; parts train adapters alone, and the gradient of one is its own."""
     task, _ = task_for(place, **{"loss.method": method, "student.lora": 4})
     plain = load_model(place)
-    matching = next(iter(task.parts.values())).objective.matching
+    matching = next(iter(task.trained.values())).objective.matching
     noised = matching.noised(digits())
     with torch.no_grad():
         expected = plain.x_hat(noised.z_t, noised.s, matching.schedule, noised.condition)
         at_t = plain.x_hat(noised.z_t, noised.t, matching.schedule, noised.condition)
         assert torch.equal(matching.student_x(noised), at_t)  # the student begins as the teacher
-    for name, part in reversed(task.parts.items()):  # the auxiliary first: before it has moved the student has no gradient
+    for name, part in reversed(task.trained.items()):  # the auxiliary first: before it has moved the student has no gradient
         optimizer = torch.optim.Adam(part.network.parameters(), lr=0.1)
         for _ in range(2):
             if part.prepare is not None:
                 part.prepare(lambda: iter([digits()]))
             part.objective(digits())[0].backward()
-            others = [p for key, other in task.parts.items() if key != name for p in other.network.parameters()]
+            others = [p for key, other in task.trained.items() if key != name for p in other.network.parameters()]
             assert all(p.grad is None for p in others)
             optimizer.step()
             optimizer.zero_grad()
     with torch.no_grad():
         assert torch.equal(matching.teacher_x(noised.z_t, noised), expected)
         assert not torch.equal(matching.student_x(noised), at_t)
-    for part in task.parts.values():
+    for part in task.trained.values():
         assert {id(p) for p in part.objective.parameters()} == {id(p) for p in part.network.parameters()}
         assert all(".lora_A." in key or ".lora_B." in key for key in part.network.state_dict())
 
@@ -74,18 +74,18 @@ def test_the_students_gradient_is_that_of_all_weights_through_the_product(place)
     """Chain rule: of W + B A with the gradient G of W, dB = G A^T and dA = B^T G; G of the whole distillation, algorithm 2."""
     lora, _ = task_for(place, **{"student.lora": 4})
     full, _ = task_for(place)
-    student = lora.parts["student"].network
+    student = lora.trained["student"].network
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in [*student.parameters(), *lora.parts["auxiliary"].network.parameters()]:
+        for parameter in [*student.parameters(), *lora.trained["auxiliary"].network.parameters()]:
             parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     from mmgen.networks.lora import merged
 
     for name in ("student", "auxiliary"):
-        full.parts[name].network.load_state_dict(merged(student.base.network, lora.parts[name].network.state_dict()))
-    full.parts["student"].objective(digits())[0].backward()
-    lora.parts["student"].objective(digits())[0].backward()
-    ours, whole = dict(student.named_parameters()), dict(full.parts["student"].network.named_parameters())
+        full.trained[name].network.load_state_dict(merged(student.base.network, lora.trained[name].network.state_dict()))
+    full.trained["student"].objective(digits())[0].backward()
+    lora.trained["student"].objective(digits())[0].backward()
+    ours, whole = dict(student.named_parameters()), dict(full.trained["student"].network.named_parameters())
     for name in student.base.names:
         a, b, g = ours[f"{name}.lora_A.weight"], ours[f"{name}.lora_B.weight"], whole[f"{name}.weight"].grad
         for found, expected in ((b.grad.flatten(1), g.flatten(1) @ a.flatten(1).T), (a.grad.flatten(1), b.flatten(1).T @ g.flatten(1))):
@@ -97,9 +97,9 @@ def test_the_instant_directions_are_those_of_the_auxiliarys_matrices_b(place):
     lora, _ = task_for(place, **{"loss.method": "instant", "student.lora": 4, "student.lora_auxiliary": 2})
     full, _ = task_for(place, **{"loss.method": "instant"})
     for task in (lora, full):
-        task.parts["model"].prepare(lambda: iter([digits()]))
-    ours, whole = (task.parts["model"].objective.direction for task in (lora, full))
-    parameters = lora.parts["model"].objective.teacher.parameters
+        task.trained["model"].prepare(lambda: iter([digits()]))
+    ours, whole = (task.trained["model"].objective.direction for task in (lora, full))
+    parameters = lora.trained["model"].objective.teacher.parameters
     names = [key.removesuffix(".lora_A.weight") for key in ours if key.endswith(".lora_A.weight")]
     assert len(names) > 20
     for name in names:
@@ -115,7 +115,7 @@ def test_finite_differences_serve_as_well(place):
     for jvp in ("auto", "finite"):
         torch.manual_seed(0)  # the directions are random
         task, _ = task_for(place, **{"loss.method": "instant", "loss.jvp": jvp, "student.lora": 4})
-        part = task.parts["model"]
+        part = task.trained["model"]
         assert part.objective.derivative is (forward_derivative if jvp == "auto" else finite_derivative)
         part.prepare(lambda: iter([digits()]))
         found[jvp] = grads(part.objective(digits())[0], part.network)
@@ -148,7 +148,7 @@ def test_files_hold_adapters_alone_and_the_model_is_merged(place, tmp_path):
     ours, theirs = (draw(m, chosen, range(8))[0] for m in (unmerged, model))
     assert (ours.int() - theirs.int()).abs().max() <= 1
     z, t = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
-    matching = task.parts["student"].objective.matching
+    matching = task.trained["student"].objective.matching
     with torch.no_grad():
         ours, theirs = (m.x_hat(z, t, matching.schedule) for m in (unmerged, model))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())

@@ -52,7 +52,7 @@ def close(a, b, tolerance=1e-4):
 
 def test_the_students_gradient_is_that_of_algorithm_2(place):
     task, teacher = task_for(place, **{"student.steps": 3})
-    objective = task.parts["student"].objective
+    objective = task.trained["student"].objective
     (auxiliary,) = objective._others
     perturb(auxiliary.network)
     batch = digits()
@@ -74,7 +74,7 @@ def test_the_students_gradient_is_that_of_algorithm_2(place):
 
 def test_the_auxiliarys_gradient_is_that_of_algorithm_2(place):
     task, teacher = task_for(place, **{"student.steps": 3})
-    objective = task.parts["auxiliary"].objective
+    objective = task.trained["auxiliary"].objective
     perturb(objective.auxiliary.network)
     perturb(objective.matching.student.network)
     batch = digits()
@@ -91,7 +91,7 @@ def test_the_auxiliarys_gradient_is_that_of_algorithm_2(place):
 def test_the_instant_gradient_is_that_of_the_squared_norm_by_double_backward(place):
     """1/2 <grad L_A, grad L_B>, of which only the x~ of B is differentiated; A: even images, B: odd ones."""
     task, teacher = task_for(place, **{"loss.method": "instant"})
-    objective, part = task.parts["model"].objective, task.parts["model"]
+    objective, part = task.trained["model"].objective, task.trained["model"]
     batch = digits()
     part.prepare(lambda: iter([batch]))
     loss, _ = objective(batch)
@@ -118,7 +118,7 @@ def test_finite_differences_serve_as_well(place):
     found = {}
     for jvp in ("auto", "finite"):
         task, _ = task_for(place, **{"loss.method": "instant", "loss.jvp": jvp})
-        part = task.parts["model"]
+        part = task.trained["model"]
         assert part.objective.derivative is (forward_derivative if jvp == "auto" else finite_derivative)
         part.prepare(lambda: iter([digits()]))
         found[jvp] = grads(part.objective(digits())[0], part.network)
@@ -130,20 +130,20 @@ def test_a_network_without_forward_mode_falls_back_and_says_so(place, monkeypatc
     teacher, config = find_teacher(config_for(place, **{"loss.method": "instant"}))
     dataset, reporter = data.load("digits"), Quiet()
     task = distill_task(config, teacher, student_model_config(config, teacher, dataset), dataset, reporter, One())
-    assert task.parts["model"].objective.derivative is finite_derivative
+    assert task.trained["model"].objective.derivative is finite_derivative
     assert any("finite differences" in note and "no rule" in note for note in reporter.notes)
 
 
 def test_an_objective_trains_its_own_network_alone(place):
     task, _ = task_for(place)
-    for name, part in task.parts.items():
+    for name, part in task.trained.items():
         own = {id(p) for p in part.network.parameters()}
         assert {id(p) for p in part.objective.parameters()} == own
-        others = [p for other in task.parts.values() if other is not part for p in other.network.parameters()]
+        others = [p for other in task.trained.values() if other is not part for p in other.network.parameters()]
         part.objective(digits())[0].backward()
         assert all(p.grad is None for p in others), name
         part.network.zero_grad()
-    assert [turn(i) for i in range(4)] == ["auxiliary", "student"] * 2 and next(iter(task.parts)) == "student"
+    assert [turn(i) for i in range(4)] == ["auxiliary", "student"] * 2 and next(iter(task.trained)) == "student"
 
 
 @pytest.mark.parametrize("method", ["alternating", "instant"])
@@ -154,7 +154,7 @@ def test_results_do_not_depend_on_how_the_batch_is_cut(place, method):
     for size in (16, 4):
         batches = [digits(start, size) for start in range(0, 16, size)]
         total = []
-        for part in task.parts.values():
+        for part in task.trained.values():
             if part.prepare is not None:
                 part.prepare(lambda batches=batches: iter(batches))
             loss = sum(part.objective(batch)[0] for batch in batches) / len(batches)
@@ -165,7 +165,7 @@ def test_results_do_not_depend_on_how_the_batch_is_cut(place, method):
 
 def test_draws_are_all_different(place):
     task, _ = task_for(place)
-    used = task.parts["student"].objective.matching
+    used = task.trained["student"].objective.matching
     noised = used.noised(digits())
     purposes = {v for k, v in vars(matching).items() if k.startswith("_") and k.isupper() and isinstance(v, int)}
     assert len(purposes) == 7 and not purposes & {100, 101, 102, 105, 120, 121}
@@ -212,10 +212,10 @@ def test_dropout_of_the_teacher_is_off_and_clipping_too(tmp_path):
             torch.nn.init.normal_(weight, std=0.3)
     save_model(path, config, model.network.state_dict())
     task, teacher = task_for(path)
-    for part in task.parts.values():
+    for part in task.trained.values():
         assert part.objective(digits())[0].item() == part.objective(digits())[0].item()
         assert not any(m.training for m in part.network.modules())
-    used = task.parts["student"].objective.matching
+    used = task.trained["student"].objective.matching
     assert not teacher.model.training and not used.teacher.training
     noised = used.noised(digits())
     assert used.teacher_x(3 * noised.z_t, noised).abs().max() > 1 and used.student_x(noised).abs().max() > 1
@@ -224,7 +224,7 @@ def test_dropout_of_the_teacher_is_off_and_clipping_too(tmp_path):
 
 def test_guidance_is_the_teachers_alone(place):
     task, teacher = task_for(place, **{"teacher.guidance": 2.5})
-    used = task.parts["student"].objective.matching
+    used = task.trained["student"].objective.matching
     noised = used.noised(digits())
     z = noised.z_t
     plain = teacher.model.x_hat(z, noised.s, used.schedule, noised.condition)
@@ -237,7 +237,7 @@ def test_guidance_is_the_teachers_alone(place):
 
 def test_a_students_own_noise_differs_between_images_and_repeats(place):
     task, _ = task_for(place, **{"student.noise_channels": 1})
-    objective = task.parts["student"].objective
+    objective = task.trained["student"].objective
     with torch.no_grad():
         for name, weight in objective.student.network.named_parameters():
             if weight.ndim == 4 and weight.shape[1] == 2:

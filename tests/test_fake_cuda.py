@@ -20,7 +20,7 @@ from mmgen.networks import ADMSettings, DiTSettings, TextSettings, UNetSettings,
 from mmgen.networks.conditions import Labels  # noqa: E402
 from mmgen.networks.text import byte_text  # noqa: E402
 from mmgen.training.ema import EMA  # noqa: E402
-from mmgen.training.numbers import MetricAccumulator  # noqa: E402
+from mmgen.training.accumulator import MetricAccumulator  # noqa: E402
 from mmgen.training.optim import build_optimizer  # noqa: E402
 from mmgen.training.updates import LAG, Updates  # noqa: E402
 
@@ -34,7 +34,7 @@ def passes(case: Case, monkeypatch: Any) -> dict[str, Pass]:
     batch = replace(batch, images=on_device(batch.images), condition=batch.condition.map(on_device), index=on_device(batch.index))
     # Autograd asks for a real device
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, **options: [torch.zeros_like(value) for value in inputs])
-    for name, part in trainer.task.parts.items():
+    for name, part in trainer.task.trained.items():
         objective = part.objective
         matching = move_objective(objective)
         if part.rehearse is not None:
@@ -79,12 +79,12 @@ def test_a_whole_step_waits_for_nothing(name, optimizer, monkeypatch):
     batch = replace(batch, images=on_device(batch.images), condition=batch.condition.map(on_device), index=on_device(batch.index))
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, **options: [torch.zeros_like(value) for value in inputs])
     monkeypatch.setattr(trainer, "_batches", lambda first: iter([batch]))
-    updates, part = Updates(trainer.accelerator, str, str, lag=LAG), trainer.task.parts[trainer.task.turn(0)]
-    for each in trainer.task.parts.values():
+    updates, part = Updates(trainer.accelerator, str, str, lag=LAG), trainer.task.trained[trainer.task.turn(0)]
+    for each in trainer.task.trained.values():
         move_objective(each.objective)
     trainer.updates, part.prepare = updates, None
-    trainer.optimizers = {key: build_optimizer(trainer.optimizer, own.network.parameters()) for key, own in trainer.task.parts.items()}
-    trainer._prepared = {key: (own.objective, trainer.optimizers[key]) for key, own in trainer.task.parts.items()}
+    trainer.optimizers = {key: build_optimizer(trainer.optimizer, own.network.parameters()) for key, own in trainer.task.trained.items()}
+    trainer._prepared = {key: (own.objective, trainer.optimizers[key]) for key, own in trainer.task.trained.items()}
     network = part.network
     trainer.ema = EMA(network, trainer.ema.decays)
 
@@ -93,7 +93,7 @@ def test_a_whole_step_waits_for_nothing(name, optimizer, monkeypatch):
             parameter.grad = torch.zeros_like(parameter)
 
     monkeypatch.setattr(trainer.accelerator, "backward", backward)
-    trainer.numbers = MetricAccumulator(trainer.accelerator, single=True)
+    trainer.metrics = MetricAccumulator(trainer.accelerator, single=True)
     for _ in range(2):  # the second time with an optimiser that has moments
         trainer.progress.images = 0
         found = record(trainer._step)

@@ -31,7 +31,7 @@ from mmgen.sampling.drawing import SampleSettings
 from mmgen.system.tensor_files import save_array, save_tensors, save_torch
 from mmgen.models.files import read_config
 from mmgen.training import checkpoint
-from mmgen.training.figures import Scorer
+from mmgen.training.scorer import Scorer
 from mmgen.training.run_folder import RunFolder
 from mmgen.methods import IMM
 from mmgen.methods.run import train
@@ -301,7 +301,7 @@ def test_clocks_that_stand_still_or_go_back(tmp_path, monkeypatch):
 
 class _Data:
     def __init__(self, fingerprint, description):
-        self.fingerprint, self.description, self.place = fingerprint, description, "folder"
+        self.fingerprint, self.description, self.path = fingerprint, description, "folder"
 
 
 @pytest.mark.parametrize("now, words", [

@@ -73,7 +73,7 @@ def test_half_precision_of_frozen_networks_needs_that_of_the_trained_one():
 @pytest.mark.parametrize("frozen", ["full", "half"])
 def test_x_tilde_is_the_same_in_both_turns_and_the_small_difference_is_full(frozen):
     trainer = CASES["distill, alternating"].make("cpu", "bf16", 8, **{"train.frozen_precision": frozen})
-    matching = trainer.task.parts["student"].objective.matching
+    matching = trainer.task.trained["student"].objective.matching
     student, auxiliary, teacher = trainer.networks["student"], trainer.networks["auxiliary"], matching.teacher.network
     answers, dtypes = [], {name: watched(network) for name, network in
                            (("student", student), ("auxiliary", auxiliary), ("teacher", teacher))}  # fmt: skip

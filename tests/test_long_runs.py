@@ -14,7 +14,7 @@ from test_training import Quiet, tiny
 from mmgen.training import collapse, evaluation
 from mmgen.training.collapse import Spread, spread_of, spread_of_data
 from mmgen.training.gradients import measure_and_clip
-from mmgen.training.numbers import MetricAccumulator
+from mmgen.training.accumulator import MetricAccumulator
 from mmgen.methods import IMM
 from mmgen.methods.run import train
 

@@ -33,7 +33,7 @@ def make(device="cpu", seed=0, **changes):
     config = resolve(table, configs.nest(changes, ImmConfig))
     dataset = data.load("digits")
     torch.manual_seed(seed)
-    part = imm_task(config, imm_model_config(config, dataset.shape)).parts["model"]
+    part = imm_task(config, imm_model_config(config, dataset.shape)).trained["model"]
     with torch.no_grad():  # outputs of the order of one, not of the initial 1e-5
         for parameter in part.network.parameters():
             if parameter.ndim > 1:

@@ -123,7 +123,7 @@ def test_numbers_are_means_over_the_images_of_all_steps(tmp_path):
 def test_a_bad_loss_names_its_part(tmp_path):
     def broken(accelerator):
         task = toy_task(accelerator)
-        objective = task.parts["auxiliary"].objective
+        objective = task.trained["auxiliary"].objective
         forward, calls = objective.forward, []
 
         def nan_at_the_third_turn(batch):

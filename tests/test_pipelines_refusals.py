@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import mmgen
 from mmgen.cli import app
 from mmgen.errors import MmgenError
-from mmgen.formats.pipelines import word_of
+from mmgen.formats.pipelines import source_of
 from mmgen.formats.reading import read
 from mmgen.formats.recognise import describe
 
@@ -145,5 +145,5 @@ def test_a_hub_id(whole, tmp_path, monkeypatch):
 
 def test_a_repository_in_the_hubs_cache_is_called_by_its_name(tmp_path):
     place = tmp_path / "hub/models--user--tiny-sd/snapshots/0123abcd"
-    assert word_of(place) == "user/tiny-sd"
-    assert word_of(tmp_path / "x") == str(tmp_path / "x")
+    assert source_of(place) == "user/tiny-sd"
+    assert source_of(tmp_path / "x") == str(tmp_path / "x")

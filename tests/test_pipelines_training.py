@@ -84,7 +84,7 @@ def test_recomputed_blocks_give_the_same_gradients(folders, kind):
 def test_forward_mode_agrees_with_differences(folders, kind):
     """Jacobian-vector products in the parameters, as the instant method takes them, with guidance."""
     task, _ = task_for(folders[kind], **{"loss.method": "instant", "teacher.guidance": 2.0})
-    matching = task.parts["model"].objective.matching
+    matching = task.trained["model"].objective.matching
     assert choose_derivative(matching) == (forward_derivative, None)
     matching.teacher.network.double()
     noised = matching.noised(batch_for(kind, matching.teacher.config, 2))
@@ -105,13 +105,13 @@ def test_alternating_begins_with_no_gap_and_learns(folders, kind):
     auxiliary bring it towards what the student gives."""
     task, teacher = task_for(folders[kind])
     batch = batch_for(kind, teacher.model.config)
-    gap = task.parts["auxiliary"].objective(batch)[1]["moment_gap"][0].item()
+    gap = task.trained["auxiliary"].objective(batch)[1]["moment_gap"][0].item()
     assert gap < 1e-6
 
     task, teacher = task_for(folders[kind], **{"teacher.guidance": 3.0})
     kept = {k: v.clone() for k, v in teacher.model.network.state_dict().items()}
     for name in ("auxiliary", "student"):
-        part = task.parts[name]
+        part = task.trained[name]
         part.network.requires_grad_(True)
         optimizer = torch.optim.Adam(part.network.parameters(), lr=1e-4)
         losses = []
@@ -130,7 +130,7 @@ def test_alternating_begins_with_no_gap_and_learns(folders, kind):
 def test_guidance_range(folders):
     """w for each image: the teacher follows it exactly, student and auxiliary are told it through an input that begins at 0."""
     task, teacher = task_for(folders["sdxl"], **{"student.guidance_range": [1, 8]})
-    matching = task.parts["student"].objective.matching
+    matching = task.trained["student"].objective.matching
     batch = batch_for("sdxl", teacher.model.config, 8)
     noised = matching.noised(batch)
     w = noised.condition.guidance
@@ -142,8 +142,8 @@ def test_guidance_range(folders):
     plain = matching.teacher.x_hat(noised.z_t, noised.t, matching.schedule, batch.condition)
     torch.testing.assert_close(matching.student_x(noised), plain, rtol=1e-4, atol=1e-5)  # the student begins as the unguided teacher
     for name in ("student", "auxiliary"):
-        network = task.parts[name].network.requires_grad_(True)
-        task.parts[name].objective(batch)[0].backward()
+        network = task.trained[name].network.requires_grad_(True)
+        task.trained[name].objective(batch)[0].backward()
         told = network.model.time_embedding.cond_proj.weight
         assert not told.any() and told.grad.abs().max() > 0
         network.requires_grad_(False)

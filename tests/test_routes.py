@@ -105,7 +105,7 @@ def test_a_set_against_itself_is_zero_by_every_route(tmp_path, kinds):
     for (name, samples), (other, reference) in itertools.product(sets.items(), sets.items()):
         np.testing.assert_array_equal(pixels[name], pixels[other], err_msg=f"{name} against {other}")
         found = score(samples, collect_reference(reference, extractor), extractor)
-        assert abs(next(iter(found.figures.values()))) < 1e-6, f"{name} against {other}"
+        assert abs(next(iter(found.metrics.values()))) < 1e-6, f"{name} against {other}"
 
 
 def test_the_images_are_nasty():

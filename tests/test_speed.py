@@ -24,7 +24,7 @@ from mmgen.models.flow_model import flow_map
 from mmgen.system.random import keys, normal
 from mmgen.training import speed
 from mmgen.training.loop import Trainer
-from mmgen.training.batches import Parts
+from mmgen.training.batches import BatchSplit
 from mmgen.training.cost import IMM as WORK
 from mmgen.training.cost import pass_cost
 
@@ -62,16 +62,16 @@ def test_a_long_step_is_timed_by_its_parts(monkeypatch):
     """A clock that goes on by 3 with each pass and 1 with each update: a step of 100 passes takes 301."""
     clock = [0.0]
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
-    trainer = SimpleNamespace(parts=Parts(8, 100, 1), task=SimpleNamespace(parts={"a": 0, "b": 0}), accelerator=SimpleNamespace(device=torch.device("cpu")))
+    trainer = SimpleNamespace(split=BatchSplit(8, 100, 1), task=SimpleNamespace(trained={"a": 0, "b": 0}), accelerator=SimpleNamespace(device=torch.device("cpu")))
 
     def step():
-        clock[0] += 3 * trainer.parts.rounds + 1
+        clock[0] += 3 * trainer.split.rounds + 1
 
     trainer._step = step
-    assert speed.time_steps(trainer, 10.0) == pytest.approx(301) and trainer.parts.rounds == 100
+    assert speed.time_steps(trainer, 10.0) == pytest.approx(301) and trainer.split.rounds == 100
     before = clock[0]
     assert speed.time_steps(trainer, 0.1) == pytest.approx(400) and clock[0] - before == 2 * 2 * 4  # two turns of two networks, no more
-    trainer.parts = Parts(8, 1, 1)
+    trainer.split = BatchSplit(8, 1, 1)
     assert speed.time_steps(trainer, 0.1) == pytest.approx(4)
 
 
@@ -90,7 +90,7 @@ def test_a_dry_run_on_a_cpu_takes_few_images_at_a_time(monkeypatch):
     sizes, plain = [], Trainer._step
 
     def step(self):
-        sizes.append(self.parts.size)
+        sizes.append(self.split.size)
         plain(self)
 
     monkeypatch.setattr(Trainer, "_step", step)

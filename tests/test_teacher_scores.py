@@ -39,7 +39,7 @@ def drawn(monkeypatch) -> list[tuple[str, int, int]]:
         seen.append((chosen.sampler, chosen.steps, num))
         return original(model, chosen, num, **options)
 
-    monkeypatch.setattr("mmgen.training.figures.drawn_images", noting)
+    monkeypatch.setattr("mmgen.training.scorer.drawn_images", noting)
     return seen
 
 

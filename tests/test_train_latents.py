@@ -37,7 +37,7 @@ from mmgen.system.random import keys, normal
 from mmgen.training.batches import data_indices, fetch
 from mmgen.methods.imm.objective import ImmObjective, imm_model_config, imm_task
 from mmgen.system.processes import ProcessGroup
-from mmgen.training.figures import make_scorer
+from mmgen.training.scorer import make_scorer
 from mmgen.training.inputs import LATENT
 from mmgen.methods import IMM
 from mmgen.methods import run as methods
@@ -142,7 +142,7 @@ def test_what_the_network_sees_is_drawn_anew_and_normalised(place, tmp_path):
     config = tiny(place)
     dataset = load_data(config.data)
     model_config = imm_model_config(config, dataset.shape)
-    objective = imm_task(config, model_config).parts["model"].objective
+    objective = imm_task(config, model_config).trained["model"].objective
     moments = np.concatenate([np.load(f) for f in sorted((place / "latents/shards").glob("*.npy"))]).astype(np.float64)
     seen = []
     for first in (40, 40 + 90):  # the second time in another epoch
@@ -180,7 +180,7 @@ def test_pixels_are_as_before(place):
 
 def test_labels_are_hidden_as_often_as_configured(place):
     config = tiny(place, **{"data.label_dropout": 0.25})
-    objective = imm_task(config, imm_model_config(config, load_data(config.data).shape)).parts["model"].objective
+    objective = imm_task(config, imm_model_config(config, load_data(config.data).shape)).trained["model"].objective
     batch = replace(fetch(load_data(config.data), 0, 8, 0, torch.device("cpu")), index=torch.arange(4000))
     batch.condition = Labels(torch.zeros(4000, dtype=torch.int64), 3)
     label = objective._conditions(batch)[0].classes

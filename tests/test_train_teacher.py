@@ -48,7 +48,7 @@ def make(count=16, **changes):
     config, dataset = tiny(**changes), data.load("digits")
     torch.manual_seed(0)
     model_config = teacher_model_config(config, dataset.shape)
-    part = teacher_task(config, model_config).parts["model"]
+    part = teacher_task(config, model_config).trained["model"]
     with torch.no_grad():
         for parameter in part.network.parameters():
             if parameter.ndim > 1:

@@ -176,8 +176,8 @@ def _show(record: dict[str, Any], out: Path, speed: _Speed) -> None:
     for name in record["skipped"][:3]:
         console.print(f"left out: {name}", highlight=False, markup=False, soft_wrap=True)
     if (record.get("text") or {}).get("settings"):
-        place = record["text"]["settings"]["encoder"]
-        console.print(f"next:     mmgen distill --teacher {shlex.quote(place)} --data {shlex.quote(str(out))}", highlight=False, markup=False)
+        path = record["text"]["settings"]["encoder"]
+        console.print(f"next:     mmgen distill --teacher {shlex.quote(path)} --data {shlex.quote(str(out))}", highlight=False, markup=False)
     elif record["channels"] == 4 and record["size"] == 32:
         console.print(f"next:     mmgen train-imm --data {out} --preset imagenet256-imm-xl", highlight=False, markup=False)
 

@@ -21,7 +21,7 @@ _answers = partial(typer.Option, rich_help_panel="Reading answers")
 
 
 def compare(
-    places: Annotated[
+    paths: Annotated[
         list[str],
         typer.Argument(metavar="A B...", help="Folders of samples, npz files or models; or a study, with --answers."),
     ],
@@ -50,12 +50,12 @@ def compare(
     Then: mmgen compare study/ --answers answers-*.json
     """  # fmt: skip
     if answers is not None:
-        _results(Path(places[0]), [answers, *map(Path, places[1:])])
+        _results(Path(paths[0]), [answers, *map(Path, paths[1:])])
         return
     check_device(device)
     if num < 1 or (questions is not None and questions < 1):
         raise ConfigError("--num and --questions must be at least 1")
-    names = [place.rstrip("/") for place in places]
+    names = [path.rstrip("/") for path in paths]
     if len(set(names)) < len(names):
         raise ConfigError(f"{next(n for n in names if names.count(n) > 1)} is given twice: compare different sets of images")
     texts = _prompts(prompts, num) if prompts is not None else None
@@ -107,7 +107,7 @@ def _captions(sets: dict[str, ImageSet], num: int) -> list[str] | None:
     found = {}
     for name, images in sets.items():
         try:
-            found[name] = read_captions(images) if images.place is not None or images.captions is not None else None
+            found[name] = read_captions(images) if images.path is not None or images.captions is not None else None
         except DataError:
             found[name] = None
     texts = {name: one for name, one in found.items() if one is not None}

@@ -10,7 +10,7 @@ import typer
 
 from .options import FLAGS, GUIDE_ALL, HEADS, NUM_CLASSES, TYPE
 
-_PLACE = "A file, a diffusers folder, or a hub repository user/name."
+_WHERE = "A file, a diffusers folder, or a hub repository user/name."
 _WEIGHTS = "ema (averaged) or model, where the file has both."
 Type = Annotated[str | None, typer.Option(**TYPE)]
 Preset = Annotated[str | None, typer.Option(**FLAGS)]
@@ -21,7 +21,7 @@ GuideAll = Annotated[bool, typer.Option("--guide-all", **GUIDE_ALL)]
 
 
 def convert(
-    place: Annotated[str, typer.Argument(metavar="IN", help=_PLACE)],
+    path: Annotated[str, typer.Argument(metavar="IN", help=_WHERE)],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="NAME.safetensors, NAME.pt (--to pt) or a folder (--to diffusers).")],
     to: Annotated[
         str,
@@ -55,7 +55,7 @@ def convert(
     from ..formats.convert import convert_file
 
     options = ConvertOptions(type, preset, precision, heads, num_classes, guide_all)
-    done = convert_file(place, out, options, to=to, weights=weights, overwrite=overwrite, lora_only=lora_only)
+    done = convert_file(path, out, options, to=to, weights=weights, overwrite=overwrite, lora_only=lora_only)
     config = done.config
     rows: dict[str, Any] = {
         "family": FAMILIES[done.family].title,
@@ -74,7 +74,7 @@ def convert(
 
 
 def inspect(
-    place: Annotated[str, typer.Argument(metavar="FILE", help=_PLACE)],
+    path: Annotated[str, typer.Argument(metavar="FILE", help=_WHERE)],
     type: Type = None,
     preset: Preset = None,
     heads: Heads = None,
@@ -93,7 +93,7 @@ def inspect(
     from ..formats.recognise import describe
 
     options = ConvertOptions(type, preset, None, heads, num_classes, guide_all)
-    _show(describe(read(place, weights=weights), options))
+    _show(describe(read(path, weights=weights), options))
 
 
 def _show(rows: dict[str, Any]) -> None:

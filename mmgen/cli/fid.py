@@ -184,7 +184,7 @@ def _keep(report: Report, out: Path | None) -> None:
 
     files: dict[Path | None, list[dict[str, Any]]] = {}
     for row in report.rows:
-        if row.score.figures:
+        if row.score.metrics:
             files.setdefault(out or row.subject.draws[0].beside, []).append(entry(row, report))
     for file, entries in files.items():
         if file is None:
@@ -193,9 +193,9 @@ def _keep(report: Report, out: Path | None) -> None:
             append(file, entries)
             print(f"kept in: {file}")
     chart = sweep_chart(report)
-    place = next((file for file in files if file is not None), None)
-    if chart is not None and place is not None:
-        picture = place.with_suffix(".png")
+    path = next((file for file in files if file is not None), None)
+    if chart is not None and path is not None:
+        picture = path.with_suffix(".png")
         with replacing(picture) as temporary:
             chart.save(temporary, format="PNG")
         print(f"chart: {picture}")
@@ -208,7 +208,7 @@ def _show(report: Report, save_stats: Path | None) -> None:
 
     # Where the output goes to a file, lines are not broken
     console = Console(width=None if sys.stdout.isatty() else 1000)
-    if any(row.score.figures for row in report.rows):
+    if any(row.score.metrics for row in report.rows):
         _print_table(console, report.rows)
     for line in explanation(report):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -249,19 +249,19 @@ def _cells(rows: list[Row]) -> list[list[str]]:
     """The names of the columns, then the text of each row."""
     drawn = any("steps" in row.subject.record for row in rows)
     excess = any(row.score.excess is not None for row in rows)
-    names = list(dict.fromkeys(name for row in rows for name in row.score.figures))
+    names = list(dict.fromkeys(name for row in rows for name in row.score.metrics))
     header = ["samples", *(["steps", "NFE", "guidance"] if drawn else []), "images", *names, *(["excess"] if excess else [])]
     lines = [header]
     for row in rows:
         record = row.subject.record
         how = [f"{record[key]:g}" if key in record else "" for key in ("steps", "nfe", "guidance")] if drawn else []
         more = [f"about {row.score.excess:.2g}" if row.score.excess is not None else ""] if excess else []
-        lines.append([row.subject.name, *how, f"{row.score.num:,}", *(_figure(row, name) for name in names), *more])
+        lines.append([row.subject.name, *how, f"{row.score.num:,}", *(_metric(row, name) for name in names), *more])
     return lines
 
 
-def _figure(row: Row, name: str) -> str:
-    if name not in row.score.figures:
+def _metric(row: Row, name: str) -> str:
+    if name not in row.score.metrics:
         return ""
     spread = row.score.spreads.get(name)
-    return f"{row.score.figures[name]:.4g}" + ("" if spread is None else f" ± {spread:.2g}")
+    return f"{row.score.metrics[name]:.4g}" + ("" if spread is None else f" ± {spread:.2g}")

@@ -65,8 +65,8 @@ def sigma_interval(text: str | None, option: str) -> tuple[float, ...] | None:
     return None if text is None else tuple(numbers(text, float, option, "0.3,5"))
 
 
-def home(place: Place) -> Place:
+def home(path: Place) -> Place:
     """A name or path with ~ at its start read as the home folder: shells leave it as it is in --option=~/file."""
-    if place is None or not str(place).startswith("~"):
-        return place
-    return type(place)(os.path.expanduser(place))
+    if path is None or not str(path).startswith("~"):
+        return path
+    return type(path)(os.path.expanduser(path))

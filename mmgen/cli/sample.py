@@ -137,7 +137,7 @@ def sample(
     """
     with _interruptible():
         step_counts = [None] if steps is None else numbers(steps, int, "--steps", "1,2,4")
-        layout, places = _places(out, format, step_counts)
+        layout, paths = _paths(out, format, step_counts)
         check_device(device)
         etas = tuple(numbers(eta, float, "--eta", "1.4")) if eta is not None else ()
         for option, value in (("--num", num), ("--per-prompt", per_prompt)):
@@ -169,10 +169,10 @@ def sample(
         write = {"png": sample_folder.write_png, "npz": sample_file.write_npz, "grid": sample_file.write_grid}[layout]
 
         written = []
-        for one, chosen, place in zip(settings, plans, places, strict=True):
+        for one, chosen, path in zip(settings, plans, paths, strict=True):
             description = f"{chosen.steps} step{'s' * (chosen.steps > 1)}"
             with progress_bar(description, num) if process_group.is_main else contextlib.nullcontext() as update:
-                written.append(write(loaded, place, num, one, origin, overwrite=overwrite, progress=update, process_group=process_group))
+                written.append(write(loaded, path, num, one, origin, overwrite=overwrite, progress=update, process_group=process_group))
         if process_group.is_main:
             _show(written)
 
@@ -193,7 +193,7 @@ def _texts(
     return texts, per_prompt * len(texts)
 
 
-def _places(out: Path, format: str | None, steps: list[int] | list[None]) -> tuple[str, list[Path]]:
+def _paths(out: Path, format: str | None, steps: list[int] | list[None]) -> tuple[str, list[Path]]:
     """The format, and a folder or file for each number of steps. Raises ConfigError."""
     if format is not None and format not in FORMATS:
         raise ConfigError(f"unknown format {format!r}: {nearest(format, FORMATS)}")
@@ -255,7 +255,7 @@ def _show(written: list[Written]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("where", overflow="fold")
     for one in written:
-        where = str(one.place) + "/" * one.place.is_dir()
+        where = str(one.path) + "/" * one.path.is_dir()
         table.add_row(str(one.record["steps"]), str(one.record["nfe"]), f"{one.num:,}", f"{one.drawn:,}", where)
     # Where the output goes to a file, paths are not broken
     Console(width=None if sys.stdout.isatty() else 1000).print(table, highlight=False, markup=False)

@@ -150,7 +150,7 @@ def show_outcome(outcome: Outcome, chosen: Chosen, method: Method) -> None:
         return
     results = outcome.results or {}
     if results.get("values"):
-        _show_figures(results)
+        _show_scores(results)
     if results.get("comparison"):
         _show_comparison(results["comparison"])
     show(f"trained on {outcome.images:,} images in {results.get('seconds', 0) / 60:.1f} minutes")
@@ -170,7 +170,7 @@ def fid_command(folder: Path, results: dict[str, Any], run: RunSettings) -> str:
     return " ".join(["mmgen fid", shlex.quote(str(folder)), *options])
 
 
-def _show_figures(results: dict[str, Any]) -> None:
+def _show_scores(results: dict[str, Any]) -> None:
     title = results["figure"]
     table = table_of("steps", title)
     for count, value in results["values"].items():

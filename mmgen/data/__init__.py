@@ -71,4 +71,4 @@ def load(
         dataset = cache.decode_in_memory(source, resolution, channels, **options)
     else:
         dataset = cache.prepare(source, resolution, channels, cache_dir=cache_dir, **options)
-    return replace(dataset, place=locate(name))
+    return replace(dataset, path=locate(name))

@@ -70,7 +70,7 @@ def _holds_bytes(kind: pyarrow.DataType) -> bool:
     return types.is_binary(kind) or types.is_large_binary(kind)
 
 
-def choose_image(columns: list[Column], wanted: str | None, place: str) -> Column:
+def choose_image(columns: list[Column], wanted: str | None, path: str) -> Column:
     """The column of images: the one wanted, else the only Image feature, else one that holds bytes under a usual name.
 
     Among several Image features (an image and its mask) the one with a usual name is taken. Raises DataError if that leaves none
@@ -78,7 +78,7 @@ def choose_image(columns: list[Column], wanted: str | None, place: str) -> Colum
     """
     possible = [c for c in columns if c.kind in _KINDS["images"]]
     if wanted is not None:
-        return _wanted(columns, wanted, place, "images", "--image-column")
+        return _wanted(columns, wanted, path, "images", "--image-column")
     candidates = [c for c in columns if c.kind == "image"]
     if len(candidates) != 1:
         usual = [c for c in candidates or possible if c.name in IMAGE_NAMES]
@@ -87,16 +87,16 @@ def choose_image(columns: list[Column], wanted: str | None, place: str) -> Colum
         return candidates[0]
     if candidates:
         names = ", ".join(c.name for c in candidates)
-        raise DataError(f"{place} has several columns of images ({names}): choose one with --image-column")
+        raise DataError(f"{path} has several columns of images ({names}): choose one with --image-column")
     listing = ", ".join(f"{c.name} ({c.type})" for c in columns)
     hint = ": choose one with --image-column" if possible else ""
-    raise DataError(f"{place} has no column that is known to hold images; it has {listing or 'no columns'}{hint}")
+    raise DataError(f"{path} has no column that is known to hold images; it has {listing or 'no columns'}{hint}")
 
 
-def choose_label(columns: list[Column], wanted: str | None, place: str) -> Column | None:
+def choose_label(columns: list[Column], wanted: str | None, path: str) -> Column | None:
     """The column of labels: the one wanted, else the first ClassLabel, else one under a usual name, else None."""
     if wanted is not None:
-        return _wanted(columns, wanted, place, "labels", "--label-column")
+        return _wanted(columns, wanted, path, "labels", "--label-column")
     first = next((c for c in columns if c.kind == "class"), None)
     return first or _usual(columns, LABEL_NAMES, "labels")
 
@@ -111,10 +111,10 @@ def label_notes(columns: Sequence[Column], caption: Column | None) -> list[str]:
     return notes + ([f"columns that --label-column could name: {shown}"] if possible else [])
 
 
-def choose_caption(columns: list[Column], wanted: str | None, place: str) -> Column | None:
+def choose_caption(columns: list[Column], wanted: str | None, path: str) -> Column | None:
     """The column of captions: the one wanted, else one of texts under a usual name, else None."""
     if wanted is not None:
-        return _wanted(columns, wanted, place, "captions", "--caption-column")
+        return _wanted(columns, wanted, path, "captions", "--caption-column")
     return _usual(columns, CAPTION_NAMES, "captions")
 
 
@@ -123,12 +123,12 @@ def _usual(columns: list[Column], names: tuple[str, ...], what: str) -> Column |
     return next((by_name[name] for name in names if name in by_name), None)
 
 
-def _wanted(columns: list[Column], wanted: str, place: str, what: str, option: str) -> Column:
+def _wanted(columns: list[Column], wanted: str, path: str, what: str, option: str) -> Column:
     possible = [c.name for c in columns if c.kind in _KINDS[what]]
     valid = nearest(wanted, possible) if possible else f"none of its columns holds {what}"
     for column in columns:
         if column.name == wanted and wanted in possible:
             return column
         if column.name == wanted:
-            raise DataError(f"{option}: column {wanted!r} of {place} is {column.type}, not {what}: {valid}")
-    raise DataError(f"{option}: {place} has no column {wanted!r}: {valid}")
+            raise DataError(f"{option}: column {wanted!r} of {path} is {column.type}, not {what}: {valid}")
+    raise DataError(f"{option}: {path} has no column {wanted!r}: {valid}")

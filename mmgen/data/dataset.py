@@ -48,7 +48,7 @@ class Labelled:
     @property
     def identity(self) -> dict[str, Any]:
         """What a run, a model and a record call these data by, wherever they are looked at again; as JSON has it."""
-        return {"place": self.place, "fingerprint": self.fingerprint}
+        return {"place": self.path, "fingerprint": self.fingerprint}
 
     @property
     def shape(self) -> DataShape:
@@ -77,7 +77,7 @@ class Dataset(Labelled):
     description: str  # one line: layout, number of images, columns, classes, resolution, what was left out
     fingerprint: str  # SHA-256 of shape, pixels, labels and captions: the same data has the same one wherever it lies
     captions: pa.ListArray | None = None  # list<string> [N], at least one text each, where they were asked for
-    place: str = ""  # what the name meant: see `resolve.locate`
+    path: str = ""  # what the name meant: see `resolve.locate`
     texts: EncodedCaptions | CaptionsOnTheFly | None = None  # the captions as a model is conditioned on them
 
     def __len__(self) -> int:

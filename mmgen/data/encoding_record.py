@@ -112,7 +112,7 @@ def _latents(task: Task, moments: np.ndarray, note: Note) -> LatentSettings:
             shown = ", ".join(f"{value:.2f}" for value in after)
             note(f"IMM's normalisation gives these latents standard deviations of {shown}, not 0.5: --normalisation measure fits")
     return LatentSettings(
-        vae=vae.place,
+        vae=vae.path,
         vae_sha256=vae.sha256,
         kind=vae.kind,
         mean=IMM_MEAN if imm else tuple(mean.tolist()),

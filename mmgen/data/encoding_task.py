@@ -103,7 +103,7 @@ def job_of(task: Task) -> dict[str, Any]:
         "images": source.length,
         "resolution": task.plan.resolution,
         "on_corrupt": settings.on_corrupt,
-        "vae": task.vae.place,
+        "vae": task.vae.path,
         "vae_sha256": task.vae.sha256,
         "normalisation": task.normalisation,
         "dtype": settings.dtype,

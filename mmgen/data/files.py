@@ -23,7 +23,7 @@ MOST_LABELS = 1 << 27  # bytes of a list: four million images
 @dataclass(frozen=True)
 class Files:
     layout: str  # "folder", "zip" or "tars"
-    place: Path
+    path: Path
     names: list[str]  # sorted, with slashes
     read: Callable[[str], bytes]  # raises CorruptImage where one is damaged, DataError where none of them can be read
     called: Callable[[str], str]  # a name in messages
@@ -33,23 +33,23 @@ class Files:
 
 
 def files_in_folder(listing: Listing) -> Files:
-    place = listing.folder
+    path = listing.folder
 
     def read(name: str) -> bytes:
         try:
-            if name.endswith(LISTS) and (place / name).stat().st_size > MOST_LABELS:
-                raise DataError(f"{place / name} is larger than {MOST_LABELS:,} bytes")
-            return (place / name).read_bytes()
+            if name.endswith(LISTS) and (path / name).stat().st_size > MOST_LABELS:
+                raise DataError(f"{path / name} is larger than {MOST_LABELS:,} bytes")
+            return (path / name).read_bytes()
         except OSError as error:
-            raise DataError(f"cannot read {place / name}: {error.strerror or error}") from error
+            raise DataError(f"cannot read {path / name}: {error.strerror or error}") from error
 
     return Files(
         layout="folder",
-        place=place,
+        path=path,
         names=listing.names,
         read=read,
-        called=lambda name: str(place / name),
-        identity=lambda names: identity([place / name for name in names]),
+        called=lambda name: str(path / name),
+        identity=lambda names: identity([path / name for name in names]),
         notes=listing.notes,
     )
 
@@ -79,7 +79,7 @@ def files_in_zip(path: Path) -> Files:
 
     return Files(
         layout="zip",
-        place=path,
+        path=path,
         names=sorted(entries),
         read=read,
         called=lambda name: f"{name} of {path.name}",
@@ -136,7 +136,7 @@ def files_in_tars(folder: Path, tars: list[str]) -> Files:
 
     return Files(
         layout="tars",
-        place=paths[0] if len(paths) == 1 else folder,
+        path=paths[0] if len(paths) == 1 else folder,
         names=list(where),  # in the order in which they were packed
         read=read,
         called=lambda name: f"{name[prefix[name] :]} of {paths[where[name][0]].name}",

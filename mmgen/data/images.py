@@ -37,16 +37,16 @@ _FEW = 5  # such lists
 
 def open_images(files: Files, reading: Reading, split_chosen: bool = False) -> ImageSource:
     """Images and what is known of them. `split_chosen`: the files are those of the split. Raises DataError."""
-    place = str(files.place)
+    path = str(files.path)
     images = [name for name in files.names if name.lower().endswith(image_suffixes())]
     if not images:
         latents = any(name.endswith(".npy") for name in files.names)
         what = "latents (.npy), not images" if latents else "no images: unpack it and give the folder"
-        raise DataError(f"{place} holds {what}")
+        raise DataError(f"{path} holds {what}")
     prefix, notes = "", []
     if not split_chosen:
-        images, prefix, notes = _of_split(images, reading.split, place)
-    beside = _Beside(files, images, reading, place)
+        images, prefix, notes = _of_split(images, reading.split, path)
+    beside = _Beside(files, images, reading, path)
     images = beside.images
     lists = [name for name in files.names if PurePosixPath(name).name in (EDM_LABELS, *METADATA) and _lies_by(name, prefix)]
     edm, labels = _edm(files, lists, images, notes)
@@ -55,7 +55,7 @@ def open_images(files: Files, reading: Reading, split_chosen: bool = False) -> I
     if not edm:
         labels, class_names = metadata.labels(notes) or beside.labels() or (None, None)
     if labels is None and not edm:
-        labels, class_names, more = folder_classes([files.inner(name[len(prefix) :]) for name in images], place)
+        labels, class_names, more = folder_classes([files.inner(name[len(prefix) :]) for name in images], path)
         layout, notes = "class folders" if labels is not None else layout, notes + more
     if labels is not None:
         labels, class_names = checked_labels(labels, class_names, lambda i: files.called(images[i]))
@@ -63,7 +63,7 @@ def open_images(files: Files, reading: Reading, split_chosen: bool = False) -> I
     texts = [] if reading.captions is None else [at_home(reading.captions)]
     if reading.captions is not None:
         captions = captions_from(reading.captions, images, reading.caption_column)
-    _refuse_columns(reading, metadata.label or beside.label, metadata.caption or beside.caption or reading.captions, place)
+    _refuse_columns(reading, metadata.label or beside.label, metadata.caption or beside.caption or reading.captions, path)
     used = [*lists, *beside.used]
     notes += ["with captions"] * (captions is not None) + _left_out(files, prefix, {*images, *used}, labels is None)
     choices = {key: getattr(reading, key) for key in ("split", "image_column", "label_column", "caption_column", "captions")}
@@ -80,7 +80,7 @@ def open_images(files: Files, reading: Reading, split_chosen: bool = False) -> I
     )
 
 
-def _of_split(images: list[str], split: str, place: str) -> tuple[list[str], str, list[str]]:
+def _of_split(images: list[str], split: str, path: str) -> tuple[list[str], str, list[str]]:
     """The images below the folder of a split, that folder's name with a slash, and notes; all, and "", where there are none.
 
     Folders are splits if one is called train, or all are called like splits: a class may be called test. They may lie in
@@ -95,11 +95,11 @@ def _of_split(images: list[str], split: str, place: str) -> tuple[list[str], str
             break
         if len(folders) != 1 or any(len(parts) == 1 for parts in inside):
             if canonical(split) != "train":
-                raise no_split(place, split, ["train"])
+                raise no_split(path, split, ["train"])
             return images, "", []
         prefix += folders[0] + "/"
     if canonical(split) not in splits:
-        raise no_split(place, split, splits)
+        raise no_split(path, split, splits)
     prefix += splits[canonical(split)] + "/"
     chosen = [image for image in images if image.startswith(prefix)]
     loose = sum(len(parts) == 1 or parts[0] not in splits.values() for parts in inside)
@@ -118,7 +118,7 @@ def _edm(files: Files, lists: list[str], images: list[str], notes: list[str]) ->
     found = sorted((name for name in lists if PurePosixPath(name).name == EDM_LABELS), key=lambda name: name.count("/"))
     for name in found:
         if sum(other.count("/") == name.count("/") for other in found) > 1:
-            raise DataError(f"{files.place} holds several lists of labels ({', '.join(found[:3])}): give the folder of one")
+            raise DataError(f"{files.path} holds several lists of labels ({', '.join(found[:3])}): give the folder of one")
         try:
             pairs = edm_labels(files.read(name), files.called(name))
         except KeyError:
@@ -145,12 +145,12 @@ def _left_out(files: Files, prefix: str, used: set[str], unlabelled: bool) -> li
     return notes + [f"no labels are read from {', '.join(lists)}, but from {', '.join(METADATA)} with columns file_name and label"] * bool(lists)
 
 
-def _refuse_columns(reading: Reading, label: Any, caption: Any, place: str) -> None:
+def _refuse_columns(reading: Reading, label: Any, caption: Any, path: str) -> None:
     for option, wanted, found in (
         ("--label-column", reading.label_column, label), ("--caption-column", reading.caption_column, caption),
     ):  # fmt: skip
         if wanted is not None and not found:
-            raise DataError(f"{option} {wanted}: {place} holds image files, which have no columns: leave it out")
+            raise DataError(f"{option} {wanted}: {path} holds image files, which have no columns: leave it out")
 
 
 class _Metadata:
@@ -166,7 +166,7 @@ class _Metadata:
         self.files, self.images, self.sure = files, images, reading.label_column is not None
         if not names:
             return
-        self.place = files.called(names[0])
+        self.path = files.called(names[0])
         tables, self.listed = [], []
         for name in names:
             table = read_rows(name, files.read(name), files.called(name))
@@ -178,26 +178,26 @@ class _Metadata:
         try:
             self.table = pa.concat_tables(tables, promote_options="default")
         except pa.ArrowException as error:
-            raise DataError(f"{self.place} and the others beside it differ in their columns: {shortened(error)}") from error
+            raise DataError(f"{self.path} and the others beside it differ in their columns: {shortened(error)}") from error
         columns = [column for column in columns_of(self.table.schema) if column.name != "file_name"]
-        self.columns, self.label = columns, choose_label(columns, reading.label_column, self.place)
-        self.caption = choose_caption(columns, reading.caption_column, self.place) if not reading.captions else None
-        self.rows, self.notes = rows_of(images, self.listed, self.place)
+        self.columns, self.label = columns, choose_label(columns, reading.label_column, self.path)
+        self.caption = choose_caption(columns, reading.caption_column, self.path) if not reading.captions else None
+        self.rows, self.notes = rows_of(images, self.listed, self.path)
 
     def labels(self, notes: list[str]) -> Labels | None:
         if self.label is None:
             notes += label_notes(self.columns, self.caption)
             return None
         values = self.table.column(self.label.name).to_pylist()
-        values = one_label(self.rows, values, lambda i: self.files.called(self.images[i]), self.place)
+        values = one_label(self.rows, values, lambda i: self.files.called(self.images[i]), self.path)
         try:
             labels = classes_of(values, self.sure)
         except NotClasses as error:
             if self.sure:
-                raise DataError(f"--label-column {self.label.name} of {self.place} holds no classes but {error}") from error
+                raise DataError(f"--label-column {self.label.name} of {self.path} holds no classes but {error}") from error
             notes.append(f"column {self.label.name} not taken as classes: {error}")
             return None
-        notes += [f"labels from column {self.label.name} of {self.place}", *self.notes]
+        notes += [f"labels from column {self.label.name} of {self.path}", *self.notes]
         return labels
 
     def captions(self) -> Callable[[], pa.ListArray] | None:
@@ -209,9 +209,9 @@ class _Metadata:
 class _Beside:
     """Files that are called as an image is, with another ending; in tars all that comes after the first dot is the ending."""
 
-    def __init__(self, files: Files, images: list[str], reading: Reading, place: str):
+    def __init__(self, files: Files, images: list[str], reading: Reading, path: str):
         self.files, self.names, self.in_tars = files, set(files.names), files.layout == "tars"
-        self.images = self._of_field(images, reading.image_column, place)
+        self.images = self._of_field(images, reading.image_column, path)
         self.stems = [self._split(image)[0] for image in self.images]
         self.label = self._find(reading.label_column, ("cls",))
         self.caption = self._find(reading.caption_column, _TEXTS) if not reading.captions else None
@@ -230,7 +230,7 @@ class _Beside:
         try:
             return classes_of(values, sure=True)
         except NotClasses as error:
-            raise DataError(f"{'.'.join(filter(None, self.label))} beside the images of {self.files.place}: {error}") from error
+            raise DataError(f"{'.'.join(filter(None, self.label))} beside the images of {self.files.path}: {error}") from error
 
     def captions(self) -> Callable[[], pa.ListArray] | None:
         return None if self.caption is None else lambda: captions_of(self._values(*self.caption))
@@ -240,10 +240,10 @@ class _Beside:
         stem, _, ending = base.partition(".") if self.in_tars else base.rpartition(".")
         return folder + slash + stem, ending
 
-    def _of_field(self, images: list[str], wanted: str | None, place: str) -> list[str]:
+    def _of_field(self, images: list[str], wanted: str | None, path: str) -> list[str]:
         """The images of one ending, where a sample of a tar has several: a picture and its mask."""
         if wanted is not None and not self.in_tars:
-            raise DataError(f"--image-column {wanted}: {place} holds image files, which have no columns: leave it out")
+            raise DataError(f"--image-column {wanted}: {path} holds image files, which have no columns: leave it out")
         if not self.in_tars:
             return images
         fields = Counter(self._split(name)[1] for name in images)
@@ -252,7 +252,7 @@ class _Beside:
         if wanted is None and several and len(plain) == 1:
             wanted = plain[0]
         if wanted is not None and wanted not in fields or wanted is None and several:
-            raise DataError(f"{place} holds images called {', '.join(sorted(fields))}: choose with --image-column")
+            raise DataError(f"{path} holds images called {', '.join(sorted(fields))}: choose with --image-column")
         return images if wanted is None else [name for name in images if self._split(name)[1] == wanted]
 
     def _has(self, ending: str) -> bool:

@@ -62,7 +62,7 @@ def check_there(labels: np.ndarray | None, description: str) -> None:
         raise ConfigError(f"data.conditional needs class labels, and the data have none ({description}): leave labels out with --unconditional")
 
 
-def edm_labels(content: bytes, place: str) -> list[tuple[str, int]] | None:
+def edm_labels(content: bytes, path: str) -> list[tuple[str, int]] | None:
     """dataset.json = {"labels": [[name, class], ...]} or null. Raises DataError; KeyError where it is something else."""
     try:
         found = parse_json(content)
@@ -76,10 +76,10 @@ def edm_labels(content: bytes, place: str) -> list[tuple[str, int]] | None:
                 raise ValueError(f"the label of {shortened(name)} is {shortened(label)}, not an integer class")
         return pairs
     except (ValueError, TypeError) as error:
-        raise DataError(f'{place} is not {{"labels": [[name, class], ...]}}: {shortened(error)}') from error
+        raise DataError(f'{path} is not {{"labels": [[name, class], ...]}}: {shortened(error)}') from error
 
 
-def rows_of(images: Sequence[str], listed: Sequence[str], place: str) -> tuple[list[list[int]], list[str]]:
+def rows_of(images: Sequence[str], listed: Sequence[str], path: str) -> tuple[list[list[int]], list[str]]:
     """Which rows of a list of names belong to each image, and notes on what does not match.
 
     Backslashes count as slashes. Where no name is an image's, the same names without their first folders are tried; they must
@@ -95,13 +95,13 @@ def rows_of(images: Sequence[str], listed: Sequence[str], place: str) -> tuple[l
                 other = _joined(shorter, [_without(name, total - fewer) for name in listed])
                 if all(other) and len(set(shorter)) == len(shorter):
                     names = [listed[other[0][0]], images[0]]
-                    return other, [f"{place} calls the first image {names[0]}, here it is {names[1]}"]
+                    return other, [f"{path} calls the first image {names[0]}, here it is {names[1]}"]
     matching = sum(map(bool, found))
     if matching < len(images) or sum(map(len, found)) < len(listed):
         known = set(images)
         stranger = next((name for name in listed if name not in known), None)
         left = next((name for name, rows in zip(images, found) if not rows), None)
-        notes.append(f"{place} lists {len(listed):,} names, and {matching:,} of {len(images):,} images are among them")
+        notes.append(f"{path} lists {len(listed):,} names, and {matching:,} of {len(images):,} images are among them")
         if stranger is not None:
             notes.append(f"the first name without an image is {shortened(stranger)}")
         if left is not None:
@@ -109,12 +109,12 @@ def rows_of(images: Sequence[str], listed: Sequence[str], place: str) -> tuple[l
     return found, notes
 
 
-def one_label(rows: list[list[int]], labels: Sequence[Any], names: Callable[[int], str], place: str) -> list[Any]:
+def one_label(rows: list[list[int]], labels: Sequence[Any], names: Callable[[int], str], path: str) -> list[Any]:
     """The label of each image, None where it has no row. Raises DataError where two rows contradict each other."""
     for i, own in enumerate(rows):
         if any(labels[row] != labels[own[0]] for row in own):
             both = " and ".join(shortened(labels[row]) for row in own[:2])
-            raise DataError(f"{place} gives {names(i)} two labels, {both}: take out the wrong one")
+            raise DataError(f"{path} gives {names(i)} two labels, {both}: take out the wrong one")
     return [labels[own[0]] if own else None for own in rows]
 
 
@@ -135,7 +135,7 @@ def _joined(images: list[str | None], listed: list[str | None]) -> list[list[int
     return [rows.get(name, []) if name is not None else [] for name in images]
 
 
-def folder_classes(names: list[str], place: str) -> tuple[np.ndarray | None, list[str] | None, list[str]]:
+def folder_classes(names: list[str], path: str) -> tuple[np.ndarray | None, list[str] | None, list[str]]:
     """(labels, class names, notes) of images in the folders of their classes; folders that hold everything are passed over.
 
     A single folder of images is no class: it says nothing about any image. Nor are numbered parts. Raises DataError.
@@ -148,7 +148,7 @@ def folder_classes(names: list[str], place: str) -> tuple[np.ndarray | None, lis
     loose = next((name for name, p in zip(names, parts) if len(p) == depth + 1), None)
     if folders and loose is not None:
         raise DataError(
-            f"{place} holds images both directly ({loose}) and in folders ({folders[0]}): "
+            f"{path} holds images both directly ({loose}) and in folders ({folders[0]}): "
             "put each in the folder of its class, or all in one folder"
         )
     if not folders:

@@ -164,7 +164,7 @@ class LatentTexts:
 
     captions: pa.ListArray  # of each row of the latents
     settings: TextSettings | None  # of the pipeline that they are for
-    place: str
+    path: str
     own: pa.ListArray  # of each image
     sizes: np.ndarray | None  # int32 [rows, 6]
     tokens: Ragged | None = None  # of all captions; None: they are encoded when they are drawn
@@ -178,7 +178,7 @@ class LatentTexts:
             what = f"texts of {self.settings.length} tokens by a {self.settings.pipeline}, and the model takes {text.length} by a {text.pipeline}"
             if self.settings.length == text.length:
                 what = f"texts by the encoders of {self.settings.encoder}, and the model's are those of {text.encoder}, which differ"
-            raise ConfigError(f"{self.place} holds {what}: make latents for it with `mmgen cache-latents --pipeline {text.encoder}`")
+            raise ConfigError(f"{self.path} holds {what}: make latents for it with `mmgen cache-latents --pipeline {text.encoder}`")
         import pyarrow.compute as pc
 
         coded = pc.dictionary_encode(self.own.flatten())
@@ -187,13 +187,13 @@ class LatentTexts:
         return EncodedCaptions(self.tokens, self.tokens.mask, self.pooled, Choices.of(captions, number), self.empty, self.cut)
 
 
-def load_texts(place: Path, record: dict[str, Any], rows_per_image: int) -> LatentTexts:
+def load_texts(path: Path, record: dict[str, Any], rows_per_image: int) -> LatentTexts:
     """Raises DataError or ValueError for what is missing or damaged."""
     import pyarrow as pa
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    known, folder = record["text"], place / FOLDER
+    known, folder = record["text"], path / FOLDER
     settings = None if known["settings"] is None else from_dict(TextSettings, known["settings"])
     try:
         own = read_texts(folder / "captions.arrow")
@@ -202,7 +202,7 @@ def load_texts(place: Path, record: dict[str, Any], rows_per_image: int) -> Late
             raise ValueError("it holds the captions of other images")
         sizes = np.load(folder / "sizes.npy", allow_pickle=False)[images] if (folder / "sizes.npy").is_file() else None
         captions = own if rows_per_image == 1 else own.take(pa.array(images))
-        found = LatentTexts(captions, settings, str(place), own, sizes, cut=known["cut"])
+        found = LatentTexts(captions, settings, str(path), own, sizes, cut=known["cut"])
         if not known["features"]:
             return found
         mask = np.load(folder / "mask.npy", mmap_mode="r", allow_pickle=False)

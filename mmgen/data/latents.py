@@ -66,7 +66,7 @@ class LatentDataset(Labelled):
     fingerprint: str  # SHA-256 of VAE, normalisation, moments and labels
     latents: LatentSettings
     source: str  # the name of the images
-    place: str = ""  # of the folder, absolute
+    path: str = ""  # of the folder, absolute
     images: dict[str, Any] = field(default_factory=dict)  # the images, for a scorer: name, place, content hash, reading options
     captions: pa.ListArray | None = None  # list<string> [N], at least one text each, where they were kept
     kept: LatentTexts | None = None  # the captions as the folder has them
@@ -88,29 +88,29 @@ class LatentDataset(Labelled):
         return len(self.latents.mean)
 
 
-def is_latents(place: Path) -> bool:
+def is_latents(path: Path) -> bool:
     """Whether a folder holds latents, whole or not yet."""
-    return (place / RECORD).is_file() or (place / JOB).is_file()
+    return (path / RECORD).is_file() or (path / JOB).is_file()
 
 
-def source_of(place: Path) -> str:
+def source_of(path: Path) -> str:
     """The name of the images that a folder of latents came from, to be shown; the resolution is beside it."""
     try:
-        record = read_json(place / (RECORD if (place / RECORD).is_file() else JOB))
+        record = read_json(path / (RECORD if (path / RECORD).is_file() else JOB))
         return f"{record['source']['word']} at {record['resolution']} pixels"
     except (OSError, ValueError, KeyError, TypeError):
         return "images"
 
 
-def shard_file(place: Path, number: int) -> Path:
-    return place / SHARDS / f"{number:06d}.npy"
+def shard_file(path: Path, number: int) -> Path:
+    return path / SHARDS / f"{number:06d}.npy"
 
 
-def read_record(place: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """latents.json. Raises DataError where it is not there yet, damaged, or of a later version."""
-    file = place / RECORD
+    file = path / RECORD
     if not file.is_file():
-        raise DataError(f"{place} is not whole yet: the same `mmgen cache-latents` command that began it continues it")
+        raise DataError(f"{path} is not whole yet: the same `mmgen cache-latents` command that began it continues it")
     try:
         record = read_json(file)
         if record["format"] != FORMAT:
@@ -120,23 +120,23 @@ def read_record(place: Path) -> dict[str, Any]:
         raise DataError(f"{file} is damaged: {error!r}") from error
 
 
-def load_latents(place: Path, name: str = "") -> LatentDataset:
+def load_latents(path: Path, name: str = "") -> LatentDataset:
     """Maps a folder of latents. Raises DataError naming a file that is missing, damaged, or does not fit latents.json."""
-    record = read_record(place)
+    record = read_record(path)
     try:
         latents = from_dict(LatentSettings, record["latents"])
         shape = (record["channels"] * (2 if latents.kind == "kl" else 1), record["size"], record["size"])
-        arrays = [_map(shard_file(place, i), (n, *shape), record["dtype"]) for i, n in enumerate(record["shards"])]
-        labels = _map(place / LABELS, (record["number"],), "int64") if record["labelled"] else None
+        arrays = [_map(shard_file(path, i), (n, *shape), record["dtype"]) for i, n in enumerate(record["shards"])]
+        labels = _map(path / LABELS, (record["number"],), "int64") if record["labelled"] else None
         kept = None
         if "text" in record:
             from .latent_texts import load_texts
 
-            kept = load_texts(place, record, 2 if record["xflip"] else 1)
+            kept = load_texts(path, record, 2 if record["xflip"] else 1)
         if sum(record["shards"]) != record["number"] or not record["number"]:
             raise ValueError("its numbers contradict each other")
         return LatentDataset(
-            name=name or str(place),
+            name=name or str(path),
             moments=Rows(arrays),
             labels=None if labels is None else np.array(labels),
             class_names=record["class_names"],
@@ -144,13 +144,13 @@ def load_latents(place: Path, name: str = "") -> LatentDataset:
             fingerprint=record["fingerprint"],
             latents=latents,
             source=record["source"]["word"],
-            place=str(place.absolute()),
+            path=str(path.absolute()),
             images=_images(record),
             captions=None if kept is None else kept.captions,
             kept=kept,
         )
     except (KeyError, TypeError, ValueError, IndexError, ConfigError) as error:
-        raise DataError(f"{place / RECORD} is damaged: {error!r}") from error
+        raise DataError(f"{path / RECORD} is damaged: {error!r}") from error
 
 
 def _images(record: dict[str, Any]) -> dict[str, Any]:

@@ -42,16 +42,16 @@ def resolve(name: str, **options: Any) -> ImageSource:
         return open_digits(reading)
     looked = []
     full_name = SHORT_NAMES.get(name, name)
-    for place in _places(name, full_name):
-        if exists(place):
-            if is_latents(place):
-                raise DataError(f"{place} holds latents, not images: give the images that they came from, {source_of(place)}")
+    for path in _paths(name, full_name):
+        if exists(path):
+            if is_latents(path):
+                raise DataError(f"{path} holds latents, not images: give the images that they came from, {source_of(path)}")
             if reading.revision is None:
-                return open_source(place, **options)
+                return open_source(path, **options)
             if not _HUB_ID.match(full_name):
-                what = f"{place} is on this machine, only the hub has revisions"
+                what = f"{path} is on this machine, only the hub has revisions"
                 raise DataError(f"--revision {reading.revision}: {what}: leave it out")
-        looked.append(str(place))
+        looked.append(str(path))
     if _HUB_ID.match(full_name):
         folder, notes = hub.fetch(full_name, reading, looked)
         source = open_source(folder, **options)
@@ -68,15 +68,15 @@ def locate(name: str) -> str:
     if name == DIGITS:
         return name
     full_name = SHORT_NAMES.get(name, name)
-    return next((str(place.absolute()) for place in _places(name, full_name) if exists(place)), full_name)
+    return next((str(path.absolute()) for path in _paths(name, full_name) if exists(path)), full_name)
 
 
 def find_latents(name: str) -> Path | None:
     """The folder of latents that `name` means, a path or a name in $MMGEN_DATA_DIR; None where it means something else."""
     if name == DIGITS:
         return None
-    place = next((place for place in _places(name, SHORT_NAMES.get(name, name)) if exists(place)), None)
-    return place if place is not None and is_latents(place) else None
+    path = next((path for path in _paths(name, SHORT_NAMES.get(name, name)) if exists(path)), None)
+    return path if path is not None and is_latents(path) else None
 
 
 def open_digits(reading: Reading = Reading()) -> ImageSource:
@@ -103,13 +103,13 @@ def open_digits(reading: Reading = Reading()) -> ImageSource:
     )
 
 
-def _places(name: str, full_name: str) -> list[Path]:
+def _paths(name: str, full_name: str) -> list[Path]:
     """Where a name may lie on this machine, most specific first."""
-    places = [] if name in SHORT_NAMES else [at_home(name)]
+    paths = [] if name in SHORT_NAMES else [at_home(name)]
     folder = _data_dir()
     if folder is not None and (_HUB_ID.match(full_name) or _NAME.match(full_name)):
-        places += [folder / full_name, folder / full_name.split("/")[-1]]
-    return list(dict.fromkeys(places))
+        paths += [folder / full_name, folder / full_name.split("/")[-1]]
+    return list(dict.fromkeys(paths))
 
 
 def _data_dir() -> Path | None:

@@ -64,8 +64,8 @@ def open_source(path: Path, **options: Any) -> ImageSource:
         return tables.open_parquet(path, *_of_split(parquet, reading, chosen, listing), reading)
     arrow = [name for name in listing.ending(".arrow") if not PurePosixPath(name).name.startswith(("cache-", "tmp"))]
     if arrow:
-        names, place, notes = _of_split(arrow, reading, chosen, listing)
-        return _noted(tables.open_arrow(path, names, place, reading), notes)
+        names, source, notes = _of_split(arrow, reading, chosen, listing)
+        return _noted(tables.open_arrow(path, names, source, reading), notes)
     if images:
         return open_images(files_in_folder(listing), reading, chosen)
     if tars:

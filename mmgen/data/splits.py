@@ -38,7 +38,7 @@ def split_of(name: str) -> str | None:
     return shard["prefix"] if shard else None
 
 
-def select_split(names: Iterable[str], split: str, place: str) -> list[str]:
+def select_split(names: Iterable[str], split: str, path: str) -> list[str]:
     """The names that belong to a split, sorted. Where no name says a split, all of them are `train`.
 
     Raises DataError where there is no such split, or where its files are several data sets side by side.
@@ -50,14 +50,14 @@ def select_split(names: Iterable[str], split: str, place: str) -> list[str]:
     if not groups:
         groups["train"] = unnamed
     if canonical(split) not in groups:
-        raise no_split(place, split, groups)
+        raise no_split(path, split, groups)
     chosen = groups[canonical(split)]
-    _check_one_configuration(chosen, place)
+    _check_one_configuration(chosen, path)
     return chosen
 
 
-def no_split(place: str, split: str, available: Iterable[str]) -> DataError:
-    return DataError(f"{place} has no split {split!r}: {nearest(split, sorted(available))}")
+def no_split(path: str, split: str, available: Iterable[str]) -> DataError:
+    return DataError(f"{path} has no split {split!r}: {nearest(split, sorted(available))}")
 
 
 def parts_missing(names: Iterable[str]) -> int:
@@ -70,9 +70,9 @@ def parts_missing(names: Iterable[str]) -> int:
     return sum(int(total) - len(indices) for (_, total), indices in present.items())
 
 
-def _check_one_configuration(names: list[str], place: str) -> None:
+def _check_one_configuration(names: list[str], path: str) -> None:
     """Refuses `a/train.parquet` beside `b/train.parquet`: variants of a data set, not to be trained on together."""
     folders = sorted({str(PurePosixPath(n).parent) for n in names})
     files = [PurePosixPath(n).name for n in names]
     if len(folders) > 1 and len(set(files)) < len(files):
-        raise DataError(f"{place} holds several data sets side by side ({', '.join(folders)}): give the path of one, or --subset")
+        raise DataError(f"{path} holds several data sets side by side ({', '.join(folders)}): give the path of one, or --subset")

@@ -39,7 +39,7 @@ def _patterns(config: dict[str, Any]) -> dict[str | None, list[str]]:
     return patterns
 
 
-def choose(names: list[str], split: str, subset: str | None, configs: Configs, place: str) -> tuple[list[str], bool]:
+def choose(names: list[str], split: str, subset: str | None, configs: Configs, path: str) -> tuple[list[str], bool]:
     """The files of a subset, and whether they are already those of the split. Raises DataError where there is none such."""
     defaults = [name for name in configs if name == "default" or len(configs) == 1]
     wanted = subset if subset is not None else next(iter(defaults), None)
@@ -48,18 +48,18 @@ def choose(names: list[str], split: str, subset: str | None, configs: Configs, p
         if not any(by_split.values()):
             if subset is None:
                 return names, False  # a README of other files: those that are there are meant
-            raise DataError(f"{place} has no files of the subset {subset!r}")
+            raise DataError(f"{path} has no files of the subset {subset!r}")
         if None in by_split:
             return by_split[None], False
         if not by_split.get(canonical(split)):
-            raise no_split(place, split, [name for name, found in by_split.items() if found])
+            raise no_split(path, split, [name for name, found in by_split.items() if found])
         return by_split[canonical(split)], True
     if subset is None:
         return names, False
     inside = [name for name in names if subset in PurePosixPath(name).parts[:-1]]
     if not inside:
         folders = sorted({part for name in names for part in PurePosixPath(name).parts[:-1]})
-        raise DataError(f"{place} has no subset {subset!r}: {nearest(subset, [*configs, *folders][:50])}")
+        raise DataError(f"{path} has no subset {subset!r}: {nearest(subset, [*configs, *folders][:50])}")
     return inside, False
 
 

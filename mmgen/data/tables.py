@@ -40,7 +40,7 @@ _MOST_RECENT, _MOST_ROWS = 1 << 27, 1 << 12  # bytes and number of encoded image
 @dataclass(frozen=True)
 class _Table:
     layout: str
-    place: Path  # for messages
+    path: Path  # for messages
     folder: Path  # that paths in cells start from
     schema: pa.Schema
     length: int
@@ -51,7 +51,7 @@ class _Table:
     notes: list[str]
 
 
-def open_parquet(folder: Path, names: list[str], place: Path, notes: list[str], reading: Reading) -> ImageSource:
+def open_parquet(folder: Path, names: list[str], source: Path, notes: list[str], reading: Reading) -> ImageSource:
     """Parquet files of one data set, in this order. Raises DataError."""
     import pyarrow.parquet as pq
 
@@ -75,7 +75,7 @@ def open_parquet(folder: Path, names: list[str], place: Path, notes: list[str], 
         import pyarrow as pa
 
         check(name)
-        with readable(place):
+        with readable(source):
             batches = _stream(paths, schema, name).with_format("arrow").iter(batch_size=1 << 16)
             return pa.chunked_array([chunk for batch in batches for chunk in batch.column(name).chunks])
 
@@ -87,7 +87,7 @@ def open_parquet(folder: Path, names: list[str], place: Path, notes: list[str], 
 
     if missing := parts_missing(names):
         notes = [*notes, f"{missing:,} of its {missing + len(names):,} files are not there"]
-    table = _Table("parquet", place, folder, schema, starts[-1], cells, column, row_name, paths, notes)
+    table = _Table("parquet", source, folder, schema, starts[-1], cells, column, row_name, paths, notes)
     return _source(table, reading)
 
 
@@ -172,23 +172,23 @@ def open_saved(folder: Path, reading: Reading) -> ImageSource:
     """A folder written by Dataset.save_to_disk or DatasetDict.save_to_disk. Raises DataError."""
     import datasets
 
-    chosen, place, split = folder, str(folder), reading.split
+    chosen, path, split = folder, str(folder), reading.split
     if (folder / "dataset_dict.json").is_file():
         with readable(folder / "dataset_dict.json"):
             names = read_json(folder / "dataset_dict.json")["splits"]
         by_split = {canonical(name): name for name in names}
         if canonical(split) not in by_split:
-            raise no_split(place, split, names)
+            raise no_split(path, split, names)
         chosen = folder / Path(by_split[canonical(split)]).name  # .name: the file must not lead elsewhere
     with readable(chosen):
         table = datasets.load_from_disk(str(chosen))
     if chosen == folder and canonical(split) not in ("train", canonical(str(table.split))):
-        raise no_split(place, split, ["train" if table.split is None else str(table.split)])
+        raise no_split(path, split, ["train" if table.split is None else str(table.split)])
     files = sorted(p for p in chosen.iterdir() if p.is_file())
     return _source(_mapped("save_to_disk folder", table, files, chosen), reading)
 
 
-def open_arrow(folder: Path, names: list[str], place: Path, reading: Reading) -> ImageSource:
+def open_arrow(folder: Path, names: list[str], source: Path, reading: Reading) -> ImageSource:
     """.arrow files such as `datasets` keeps in its cache. Raises DataError."""
     import datasets
 
@@ -196,11 +196,11 @@ def open_arrow(folder: Path, names: list[str], place: Path, reading: Reading) ->
     for path in paths:
         with readable(path):
             tables.append(datasets.Dataset.from_file(str(path)))
-    with readable(place):
-        return _source(_mapped("arrow", datasets.concatenate_datasets(tables), paths, place), reading)
+    with readable(source):
+        return _source(_mapped("arrow", datasets.concatenate_datasets(tables), paths, source), reading)
 
 
-def _mapped(layout: str, table: datasets.Dataset, files: list[Path], place: Path) -> _Table:
+def _mapped(layout: str, table: datasets.Dataset, files: list[Path], path: Path) -> _Table:
     import datasets
 
     table = table.with_format(None)
@@ -212,21 +212,21 @@ def _mapped(layout: str, table: datasets.Dataset, files: list[Path], place: Path
         return lambda i: images[i][name]
 
     return _Table(
-        layout, place, place if place.is_dir() else place.parent, table.features.arrow_schema, len(table), cells,
-        lambda name: table.select_columns([name]).with_format("arrow")[:].column(name), f"row {{}} of {place.name}".format, files,
+        layout, path, path if path.is_dir() else path.parent, table.features.arrow_schema, len(table), cells,
+        lambda name: table.select_columns([name]).with_format("arrow")[:].column(name), f"row {{}} of {path.name}".format, files,
         [] if table.split is None else [f"split {table.split}"],
     )  # fmt: skip
 
 
 def _source(table: _Table, reading: Reading) -> ImageSource:
-    place, columns = str(table.place), columns_of(table.schema)
+    path, columns = str(table.path), columns_of(table.schema)
     if table.length == 0:
-        raise DataError(f"{place} has no rows")
+        raise DataError(f"{path} has no rows")
     if reading.captions is not None:
-        raise DataError(f"--captions {reading.captions}: {place} is a table, whose captions are a column: --caption-column")
-    image = choose_image(columns, reading.image_column, place)
-    label = choose_label(columns, reading.label_column, place)
-    caption = choose_caption(columns, reading.caption_column, place)
+        raise DataError(f"--captions {reading.captions}: {path} is a table, whose captions are a column: --caption-column")
+    image = choose_image(columns, reading.image_column, path)
+    label = choose_label(columns, reading.label_column, path)
+    caption = choose_caption(columns, reading.caption_column, path)
     cell = table.cells(image.name)
     notes = [f"images from column {image.name}"]
     labels, class_names = _labels(table, label, reading.label_column is not None, notes)
@@ -253,20 +253,20 @@ def _labels(table: _Table, label: Column | None, sure: bool, notes: list[str]) -
     values, class_names = table.column(label.name), label.class_names
     try:
         if label.kind in ("class", "integer"):
-            with readable(table.place):
+            with readable(table.path):
                 labels = _integers(values)
         else:
             labels, class_names = classes_of(values.to_pylist(), sure)
     except NotClasses as error:
         if sure:
-            raise DataError(f"--label-column: column {label.name!r} of {table.place} holds no classes but {error}") from error
+            raise DataError(f"--label-column: column {label.name!r} of {table.path} holds no classes but {error}") from error
         notes.append(f"column {label.name} not taken as classes: {error}")
         return None, None
     notes.append(f"labels from column {label.name}")
     try:
         return checked_labels(labels, class_names, table.row_name)
     except DataError as error:
-        raise DataError(f"{table.place}, column {label.name}: {error}") from error
+        raise DataError(f"{table.path}, column {label.name}: {error}") from error
 
 
 def _encoded(value: Any, folder: Path) -> bytes:

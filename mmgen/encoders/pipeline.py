@@ -18,9 +18,9 @@ class PipelineParts:
     latents: LatentSettings  # with the pipeline's own scaling
 
 
-def pipeline_parts(word: str, resolution: int) -> PipelineParts:
+def pipeline_parts(name: str, resolution: int) -> PipelineParts:
     """Of the pipeline in a folder or repository, for images of this size. Raises ModelError with one sentence for what is missing."""
-    folder = text_folder(word)
-    place = str(at_home(word).absolute()) if at_home(word).exists() else word.removeprefix("hf://")
-    name = read_index(folder, word)["_class_name"]
-    return PipelineParts(described(TextSettings(encoder=place, pipeline=name)), pipeline_latents(folder, place, resolution))
+    folder = text_folder(name)
+    path = str(at_home(name).absolute()) if at_home(name).exists() else name.removeprefix("hf://")
+    kind = read_index(folder, name)["_class_name"]
+    return PipelineParts(described(TextSettings(encoder=path, pipeline=kind)), pipeline_latents(folder, path, resolution))

@@ -130,16 +130,16 @@ class PipelineEncoder:
 
 
 @lru_cache(maxsize=1)
-def pipeline_encoder(place: str, name: str, length: int | None = None) -> PipelineEncoder:
+def pipeline_encoder(path: str, name: str, length: int | None = None) -> PipelineEncoder:
     """The text parts of the pipeline in a folder or repository, which must be of the class `name`.
 
     Raises ConfigError where diffusers or transformers is missing, and ModelError with one sentence for what is not whole, of
     another class, or not safe to read.
     """
-    folder = text_folder(place)
-    index = read_index(folder, place, name)
-    parts = {part: _load(folder / part, kind, part, place) for part, kind in _text_parts(index).items()}
-    _check_parts(index, parts, name, place)
+    folder = text_folder(path)
+    index = read_index(folder, path, name)
+    parts = {part: _load(folder / part, kind, part, path) for part, kind in _text_parts(index).items()}
+    _check_parts(index, parts, name, path)
     pipeline_class = _class_of("diffusers", name)
     others = [key for key in inspect.signature(pipeline_class.__init__).parameters if key not in ("self", *parts)]
     options = {"requires_safety_checker": False, "add_watermarker": False,
@@ -147,31 +147,31 @@ def pipeline_encoder(place: str, name: str, length: int | None = None) -> Pipeli
     with quiet_libraries():
         pipeline = pipeline_class(**parts, **{key: options.get(key) for key in others})
     if name == "StableDiffusion3Pipeline" and parts.get("text_encoder_3") is None:  # zeros stand for T5, as wide as this says
-        pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=_joint_width(folder, place)))
+        pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=_joint_width(folder, path)))
     encoder = PipelineEncoder(pipeline, name, text_sha256(folder), length)
     if name in CLIP_ONLY and length not in (None, pipeline.tokenizer_2.model_max_length if name in WITH_SIZES else pipeline.tokenizer.model_max_length):
-        raise ConfigError(f"text.length is {length}, and the encoders of {place} give {encoder(['a'])[0].shape[1]} tokens: leave it out")
+        raise ConfigError(f"text.length is {length}, and the encoders of {path} give {encoder(['a'])[0].shape[1]} tokens: leave it out")
     return encoder
 
 
-def text_folder(place: str) -> Path:
+def text_folder(path: str) -> Path:
     """The folder of a pipeline: on this machine, or the hub's cache filled with the text parts. Raises ModelError."""
-    folder = at_home(place)
-    return folder if folder.exists() else hub_folder(place, _FILES, lambda found: (found / _INDEX).is_file())
+    folder = at_home(path)
+    return folder if folder.exists() else hub_folder(path, _FILES, lambda found: (found / _INDEX).is_file())
 
 
-def read_index(folder: Path, place: str, name: str | None = None) -> dict[str, Any]:
+def read_index(folder: Path, path: str, name: str | None = None) -> dict[str, Any]:
     """model_index.json of a pipeline that mmgen knows, of the class `name` if given. Raises ModelError."""
     try:
         index = read_json(folder / _INDEX)
         found = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = "it has no model_index.json" if not (folder / _INDEX).is_file() else shortened(error)
-        raise ModelError(f"{place} is not the folder of a pipeline of diffusers: {what}") from error
+        raise ModelError(f"{path} is not the folder of a pipeline of diffusers: {what}") from error
     if found not in PIPELINES:
-        raise ModelError(f"{place} is a pipeline of the class {shortened(found)}, which mmgen does not know: {nearest(str(found), PIPELINES)}")
+        raise ModelError(f"{path} is a pipeline of the class {shortened(found)}, which mmgen does not know: {nearest(str(found), PIPELINES)}")
     if name not in (None, found):
-        raise ModelError(f"{place} is a {found}, and the model's texts are encoded by a {name}")
+        raise ModelError(f"{path} is a {found}, and the model's texts are encoded by a {name}")
     return index
 
 
@@ -197,27 +197,27 @@ def _text_parts(index: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _check_parts(index: dict[str, Any], parts: dict[str, Any], name: str, place: str) -> None:
+def _check_parts(index: dict[str, Any], parts: dict[str, Any], name: str, path: str) -> None:
     """Raises ModelError where a text part is missing that cannot be done without."""
     needed = {
         "StableDiffusionXLPipeline": ("text_encoder_2", "tokenizer_2"),
         "StableDiffusion3Pipeline": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     }.get(name, ("text_encoder", "tokenizer"))
     if missing := [part for part in needed if part not in parts]:
-        raise ModelError(f"{place} has no {missing[0]} (null in its {_INDEX}), without which no text can be encoded: fetch the whole pipeline")
+        raise ModelError(f"{path} has no {missing[0]} (null in its {_INDEX}), without which no text can be encoded: fetch the whole pipeline")
 
 
-def _load(folder: Path, kind: str, part: str, place: str) -> Any:
+def _load(folder: Path, kind: str, part: str, path: str) -> Any:
     is_encoder = part.startswith("text_encoder")
     if not (kind in _ENCODERS if is_encoder else kind.endswith(("Tokenizer", "TokenizerFast")) and kind.isidentifier()):
-        raise ModelError(f"the {part} of {place} is a {shortened(kind)}, which mmgen does not read")
+        raise ModelError(f"the {part} of {path} is a {shortened(kind)}, which mmgen does not read")
     if not folder.is_dir():
-        raise ModelError(f"{place} has no folder {part}, which its {_INDEX} names: fetch the whole pipeline")
+        raise ModelError(f"{path} has no folder {part}, which its {_INDEX} names: fetch the whole pipeline")
     try:
         found = _class_of("transformers", kind)
         if not is_encoder:
             return found.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        _check_weights(folder, part, place)
+        _check_weights(folder, part, path)
         with quiet_libraries():
             model, report = found.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True,
@@ -226,13 +226,13 @@ def _load(folder: Path, kind: str, part: str, place: str) -> Any:
     except (ModelError, ConfigError):
         raise
     except Exception as error:  # whatever transformers, tokenizers and safetensors raise for what they cannot read
-        raise ModelError(f"the {part} of {place} cannot be read: {shortened(error, 300)}") from error
+        raise ModelError(f"the {part} of {path} cannot be read: {shortened(error, 300)}") from error
     if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"the {part} of {place} is not whole: its weights lack {', '.join(missing[:3])}")
+        raise ModelError(f"the {part} of {path} is not whole: its weights lack {', '.join(missing[:3])}")
     return model.float().eval().requires_grad_(False)
 
 
-def _check_weights(folder: Path, part: str, place: str) -> None:
+def _check_weights(folder: Path, part: str, source: str) -> None:
     """Raises ModelError unless there are weights in full precision as safetensors."""
     names = [path.name for path in folder.iterdir()]
     if any(name.endswith((".safetensors", ".safetensors.index.json")) and ".fp16." not in name for name in names):
@@ -241,22 +241,22 @@ def _check_weights(folder: Path, part: str, place: str) -> None:
     pickled = next((name for name in names if name.endswith(".bin")), None)
     if variant is not None:
         raise ModelError(
-            f"the {part} of {place} holds weights in half precision only ({variant}): fetch model.safetensors too, or load the "
+            f"the {part} of {source} holds weights in half precision only ({variant}): fetch model.safetensors too, or load the "
             "pipeline with variant='fp16' in diffusers and save it again with save_pretrained"
         )
     if pickled is not None:
         raise ModelError(
-            f"the {part} of {place} holds only {pickled}, a pickle, which is not read: load the pipeline in diffusers and save it "
+            f"the {part} of {source} holds only {pickled}, a pickle, which is not read: load the pipeline in diffusers and save it "
             "again with save_pretrained"
         )
-    raise ModelError(f"the {part} of {place} holds no weights (model.safetensors): fetch the whole pipeline")
+    raise ModelError(f"the {part} of {source} holds no weights (model.safetensors): fetch the whole pipeline")
 
 
-def _joint_width(folder: Path, place: str) -> int:
+def _joint_width(folder: Path, path: str) -> int:
     try:
         return int(read_json(folder / "transformer" / "config.json")["joint_attention_dim"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{place} has no T5 encoder, and no transformer/config.json that says how wide its texts are") from error
+        raise ModelError(f"{path} has no T5 encoder, and no transformer/config.json that says how wide its texts are") from error
 
 
 def _class_of(library: str, name: str) -> Any:

@@ -104,17 +104,17 @@ def open_encoder(settings: TextSettings) -> Encoder:
 
     Raises ModelError where it is not there or cannot be read, ConfigError where it is not the one of the training.
     """
-    place = os.environ.get("MMGEN_ENCODER") or settings.encoder
+    path = os.environ.get("MMGEN_ENCODER") or settings.encoder
     try:
         if settings.pipeline:
-            encoder = pipeline_encoder(place, settings.pipeline, settings.length)
+            encoder = pipeline_encoder(path, settings.pipeline, settings.length)
         else:
-            encoder = frozen_encoder(place, settings.length)
+            encoder = frozen_encoder(path, settings.length)
     except ModelError as error:
         raise ModelError(f"{error}; $MMGEN_ENCODER may name another place of the text encoder") from error
     if settings.sha256 and encoder.sha256 != settings.sha256:
         raise ConfigError(
-            f"the text encoder in {place} is not the one of the training, or has changed since: bring that back, or set "
+            f"the text encoder in {path} is not the one of the training, or has changed since: bring that back, or set "
             "$MMGEN_ENCODER to its folder"
         )
     return encoder
@@ -124,8 +124,8 @@ def described(settings: TextSettings) -> TextSettings:
     """With what follows from the encoder's folder: its sizes and its hash. Raises ConfigError and ModelError."""
     if settings.encoder == BYTES:
         return replace(settings, pooled=settings.width, sha256="")
-    place = at_home(settings.encoder)
-    folder = str(place.absolute()) if place.exists() or not settings.pipeline else settings.encoder
+    path = at_home(settings.encoder)
+    folder = str(path.absolute()) if path.exists() or not settings.pipeline else settings.encoder
     if settings.pipeline:
         encoder = pipeline_encoder(folder, settings.pipeline, None if settings.length == TextSettings().length else settings.length)
     else:
@@ -143,7 +143,7 @@ def sizes_of(settings: TextSettings) -> TextSettings:
 
 
 @lru_cache(maxsize=1)
-def frozen_encoder(place: str, length: int) -> FrozenEncoder:
+def frozen_encoder(path: str, length: int) -> FrozenEncoder:
     """The text model in a folder of transformers: BERT's kind, the encoder of T5's kind, the text tower of CLIP's.
 
     Weights are read as safetensors only, and no code of the folder is run. Raises ConfigError where transformers is missing,
@@ -153,10 +153,10 @@ def frozen_encoder(place: str, length: int) -> FrozenEncoder:
         from transformers import AutoModel, AutoTokenizer
     except ImportError as error:
         raise ConfigError("a frozen text encoder needs transformers: pip install 'mmgen[clip]'") from error
-    folder = at_home(place)
+    folder = at_home(path)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"there is no text encoder in {place}: give a folder saved by transformers, with config.json")
-    with _readable(place), quiet_libraries():
+        raise ModelError(f"there is no text encoder in {path}: give a folder saved by transformers, with config.json")
+    with _readable(path), quiet_libraries():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True)
         if model.config.is_encoder_decoder:
@@ -176,9 +176,9 @@ def folder_sha256(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _readable(place: str) -> Iterator[None]:
+def _readable(path: str) -> Iterator[None]:
     """Whatever transformers raises for a folder that it cannot read becomes one sentence."""
     try:
         yield
     except Exception as error:
-        raise ModelError(f"{place} cannot be read as a text encoder of transformers, with its tokenizer: {shortened(error, 300)}") from error
+        raise ModelError(f"{path} cannot be read as a text encoder of transformers, with its tokenizer: {shortened(error, 300)}") from error

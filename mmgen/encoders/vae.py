@@ -56,7 +56,7 @@ class Vae:
     decode: Callable[[Tensor, bool], Tensor]
 
     @property
-    def place(self) -> str:
+    def path(self) -> str:
         """Where it is, whatever folder one stands in: an absolute path, or the hub id."""
         return str(at_home(self.source).absolute()) if at_home(self.source).exists() else self.source
 
@@ -229,11 +229,11 @@ def _read_module(model_class: Any, folder: Path, source: str) -> torch.nn.Module
 
 
 def _folder(source: str) -> Path:
-    """The folder with config.json and the weights: below `word`, or the hub's cache, filled by download."""
-    place = at_home(source)
-    if place.is_dir():
-        return _inside(place, source)
-    if place.is_file():
+    """The folder with config.json and the weights: below `source`, or the hub's cache, filled by download."""
+    path = at_home(source)
+    if path.is_dir():
+        return _inside(path, source)
+    if path.is_file():
         raise ModelError(f"{source} is a file: give the folder that holds the VAE's config.json and {WEIGHTS}")
     if not _HUB_ID.match(source):
         raise ModelError(f"there is no folder {source}: give a folder of diffusers or a hub id such as stabilityai/sd-vae-ft-ema")

@@ -44,7 +44,7 @@ class Written:
 
 
 def convert_file(
-    place: str | os.PathLike,
+    path: str | os.PathLike,
     out: str | os.PathLike,
     options: ConvertOptions = ConvertOptions(),
     *,
@@ -73,8 +73,8 @@ def convert_file(
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} exists: choose another name, or replace it with --overwrite")
     if lora_only:
-        return _adapter(place, out, to)
-    found = read(place, weights=weights)
+        return _adapter(path, out, to)
+    found = read(path, weights=weights)
     converted = _own(found, to) if family_of(found) == "mmgen" else _checked(found, complete(convert(found, options)), weights)
     for written in (out, out.with_suffix(".md")):
         remove_leftovers(written.parent, written.name)
@@ -96,10 +96,10 @@ def convert_file(
     return _written(out, None, converted, found)
 
 
-def _adapter(place: str | os.PathLike, out: Path, to: str) -> Written:
+def _adapter(path: str | os.PathLike, out: Path, to: str) -> Written:
     if to != "diffusers":
         raise ConfigError("--lora-only is for --to diffusers: add that, or leave it out")
-    model = find_model(place)
+    model = find_model(path)
     file = lora_file(model)
     if not file.is_file():
         raise ModelError(f"there is no {file.name} beside {model}: only students that were distilled with --lora have one")

@@ -52,7 +52,7 @@ def expected_state(config: ModelConfig) -> dict[str, Tensor]:
     return network.state_dict()
 
 
-def place(
+def path(
     found: Found,
     config: ModelConfig,
     names: Callable[[str], str],

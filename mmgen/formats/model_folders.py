@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ModelError, shortened
 from ..system.files import at_home, exists, read_json
 from ..models.files import MODEL_FILE
-from ..models.places import missing_run
+from ..models.missing_run import missing_run
 
 COMPONENTS = ("unet", "transformer")
 _STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")
@@ -52,30 +52,30 @@ def is_checkpoint(path: Path) -> bool:
 def model_folder(folder: Path) -> Folder:
     """What a folder holds. Raises ModelError, with one sentence, where it holds no model."""
     pipeline = _json(folder / "model_index.json")
-    place, left_out = folder, {}
+    inside, left_out = folder, {}
     if pipeline is not None:
         inner = [folder / name for name in COMPONENTS if (folder / name / "config.json").is_file()]
         if not inner and not (folder / "config.json").is_file():
             raise ModelError(f"{folder} is a pipeline without a unet or transformer folder, which are what mmgen reads")
-        place = inner[0] if inner else folder
+        inside = inner[0] if inner else folder
         for name, kind in pipeline.items():
-            if isinstance(kind, list) and name not in (place.name, "scheduler") and (folder / name).is_dir():
+            if isinstance(kind, list) and name not in (inside.name, "scheduler") and (folder / name).is_dir():
                 left_out[name] = _role(name, any(str(part).startswith("text_encoder") for part in pipeline))
-    config = _json(place / "config.json")
-    name = weights_file({path.name for path in place.iterdir()})
+    config = _json(inside / "config.json")
+    name = weights_file({path.name for path in inside.iterdir()})
     if name is None:
-        raise ModelError(f"{place} is a folder without weights: it has no diffusion_pytorch_model.safetensors or .bin")
+        raise ModelError(f"{inside} is a folder without weights: it has no diffusion_pytorch_model.safetensors or .bin")
     arguments = {} if config is None else {"config": config}
-    above = [parent / "scheduler" for parent in (place.parent.parent, place.parent) if _has_pipeline(parent)]
-    for scheduler in (place, folder / "scheduler", *above):
+    above = [parent / "scheduler" for parent in (inside.parent.parent, inside.parent) if _has_pipeline(parent)]
+    for scheduler in (inside, folder / "scheduler", *above):
         if (found := _json(scheduler / "scheduler_config.json")) is not None and config is not None:
             arguments["scheduler"] = found
     if pipeline is not None:
         arguments["model_index"] = pipeline
     if not name.endswith(".json"):
-        return Folder([place / name], arguments, left_out)
-    weight_map = _weight_map(place / name)
-    return Folder([place / shard for shard in sorted(set(weight_map.values()))], arguments, left_out, weight_map)
+        return Folder([inside / name], arguments, left_out)
+    weight_map = _weight_map(inside / name)
+    return Folder([inside / shard for shard in sorted(set(weight_map.values()))], arguments, left_out, weight_map)
 
 
 def _role(part: str, by_text: bool) -> str:
@@ -113,16 +113,16 @@ def _json(path: Path) -> dict | None:
     return content
 
 
-def locate(place: str | os.PathLike) -> Path:
+def locate(source: str | os.PathLike) -> Path:
     """The file or folder that a name means: a path, hf://user/name, user/name, or hf://user/name/file for one file of it.
 
     A run folder of mmgen's means the model in it. Of a repository, only the settings and one set of weights are fetched. Raises
     ModelError saying where it looked.
     """
-    path = at_home(place)
+    path = at_home(source)
     if exists(path):
         return path / MODEL_FILE if (path / MODEL_FILE).is_file() and (path / "log.jsonl").is_file() else path
-    given = str(place)
+    given = str(source)
     repository, _, file = given.removeprefix("hf://").partition("/")
     name, _, file = file.partition("/")
     if (sentence := missing_run(given)) is not None:
@@ -130,7 +130,7 @@ def locate(place: str | os.PathLike) -> Path:
     local = given.startswith(("/", ".", "~")) or not name or (not given.startswith("hf://") and (file or name.endswith(_SINGLE)))
     if local:
         raise ModelError(
-            f"there is no file or folder {place if len(given) < 1000 else shortened(given)}: give one, or a hub repository as hf://user/name"
+            f"there is no file or folder {source if len(given) < 1000 else shortened(given)}: give one, or a hub repository as hf://user/name"
         )
     return _fetch(f"{repository}/{name}", file)
 

@@ -47,7 +47,7 @@ class OpenedModel:
 
 
 def open_model(
-    place: str | os.PathLike, ema: str | None = None, *, weights: str = "ema", options: ConvertOptions = ConvertOptions()
+    path: str | os.PathLike, ema: str | None = None, *, weights: str = "ema", options: ConvertOptions = ConvertOptions()
 ) -> OpenedModel:
     """A run folder or model file of mmgen's, anything that `mmgen convert` reads, or a hub repository with either.
 
@@ -55,13 +55,13 @@ def open_model(
     Raises ModelError for what cannot be found or read, and ConfigError for an option that is missing or does not apply.
     """
     given = ", ".join(filter(None, ("--weights" * (weights != "ema"), words_of(options))))
-    refusal = ConfigError(f"{place} is a model of mmgen's, which says itself what it is: leave out {given}")
-    own = find_model(place, ema) if ema else _own_file(place)
+    refusal = ConfigError(f"{path} is a model of mmgen's, which says itself what it is: leave out {given}")
+    own = find_model(path, ema) if ema else _own_file(path)
     if own is not None:
         if given:
             raise refusal
         return OpenedModel(own, sha256_of(own), read_config(own), None)
-    found = read(place, weights=weights)
+    found = read(path, weights=weights)
     if family_of(found) == "mmgen":
         if given:
             raise refusal
@@ -73,21 +73,21 @@ def open_model(
     return OpenedModel(found.path, found.sha256, replace(converted.config, training=training), converted.state, notes)
 
 
-def _own_file(place: str | os.PathLike) -> Path | None:
+def _own_file(source: str | os.PathLike) -> Path | None:
     """The file of a model of mmgen's; None for what another project wrote. Raises ModelError where nothing is found."""
     from huggingface_hub.errors import EntryNotFoundError
 
-    path = Path(place)
+    path = Path(source)
     if path.is_dir():
         if not (path / MODEL_FILE).is_file() and (path / "config.json").is_file() and (path / "checkpoints").is_dir():
-            return find_model(place)  # which says that the run has not saved yet
+            return find_model(source)  # which says that the run has not saved yet
         return path / MODEL_FILE if _is_own(path / MODEL_FILE) else None
     if path.exists():
         return path if _is_own(path) else None
-    if str(place).startswith("hf://") and str(place).removeprefix("hf://").count("/") > 1:  # one file of a repository
+    if str(source).startswith("hf://") and str(source).removeprefix("hf://").count("/") > 1:  # one file of a repository
         return None
     try:
-        file = find_model(place)
+        file = find_model(source)
     except ModelError as error:
         if isinstance(error.__cause__, EntryNotFoundError):  # a repository, perhaps of another layout
             return None

@@ -64,20 +64,20 @@ def write_pipeline(config: ModelConfig, state: dict[str, Tensor], folder: str | 
 
 def source_of(config: ModelConfig) -> Path:
     """The folder of the pipeline that a model was made of, or the one in $MMGEN_ENCODER. Raises ModelError where it has changed."""
-    place = os.environ.get("MMGEN_ENCODER") or config.text.encoder
+    path = os.environ.get("MMGEN_ENCODER") or config.text.encoder
     hint = "the model's text encoders and autoencoder are copied from there; $MMGEN_ENCODER may name another place of it"
     try:
-        source = locate(place)
+        source = locate(path)
         if not source.is_dir():
-            raise ModelError(f"{place} is no folder of a pipeline")
+            raise ModelError(f"{path} is no folder of a pipeline")
         texts, name = text_sha256(source), config.latents.vae
-        vae_config(source, str(place))
+        vae_config(source, str(path))
         decoder = sha256_of(source / "vae" / WEIGHTS)
     except ModelError as error:
         raise ModelError(f"{error}; {hint}") from error
     for what, found, wanted in (("text encoders", texts, config.text.sha256), ("autoencoder", decoder, config.latents.vae_sha256)):
         if wanted and found != wanted:
-            raise ModelError(f"{place} has other {what} than the model was trained with ({name}): bring those back; {hint}")
+            raise ModelError(f"{path} has other {what} than the model was trained with ({name}): bring those back; {hint}")
     return source
 
 

@@ -34,7 +34,7 @@ class Found:
     sha256: str  # of the file; of a folder's file of weights; of shards: of their digests' text, in order of their names
 
 
-def read(place: str | os.PathLike, *, weights: str = "ema") -> Found:
+def read(source: str | os.PathLike, *, weights: str = "ema") -> Found:
     """Reads a file, a folder or a hub repository (user/name, hf://user/name, hf://user/name/file).
 
     `weights`: "ema" for the averaged weights where there are any, "model" for those that are not averaged.
@@ -48,7 +48,7 @@ def read(place: str | os.PathLike, *, weights: str = "ema") -> Found:
     """
     if weights not in _WEIGHTS:
         raise ConfigError(f"unknown weights {weights!r}: {nearest(weights, _WEIGHTS)}")
-    path = locate(place)
+    path = locate(source)
     if not path.is_dir():
         return _read_file(path, weights)
     inner, beside = weights_place(path, weights)

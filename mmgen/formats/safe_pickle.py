@@ -323,13 +323,13 @@ def read_legacy(machine: TorchMachine, file: IO[bytes], buffer: Any) -> Any:
         raise Damaged("no list of storages")
     if len(keys) != len(machine.storages) or set(keys) != set(machine.storages):
         raise Damaged("the list of storages is not that of the tensors")
-    place = file.tell()
+    position = file.tell()
     for key in keys:
         storage = machine.storages[key]
-        if int.from_bytes(buffer[place : place + 8], "little") != storage.numel:
+        if int.from_bytes(buffer[position : position + 8], "little") != storage.numel:
             raise Damaged("a storage and its note differ in size")
-        storage.place(buffer, place + 8, size)
-        place += 8 + storage.nbytes
+        storage.place(buffer, position + 8, size)
+        position += 8 + storage.nbytes
     return value
 
 

@@ -123,23 +123,23 @@ class _View:
     """A mapped file as the file that zipfile wants, whose `close` leaves the mapping open."""
 
     def __init__(self, content: mmap.mmap) -> None:
-        self.content, self.place = content, 0
+        self.content, self.position = content, 0
 
     def seekable(self) -> bool:
         return True
 
     def tell(self) -> int:
-        return self.place
+        return self.position
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        place = offset + (0, self.place, len(self.content))[whence]
-        if place < 0:
+        position = offset + (0, self.position, len(self.content))[whence]
+        if position < 0:
             raise OSError("before the start")
-        self.place = place
-        return place
+        self.position = position
+        return position
 
     def read(self, size: int = -1) -> bytes:
-        stop = len(self.content) if size is None or size < 0 else min(len(self.content), self.place + size)
-        data = self.content[self.place : stop]
-        self.place += len(data)
+        stop = len(self.content) if size is None or size < 0 else min(len(self.content), self.position + size)
+        data = self.content[self.position : stop]
+        self.position += len(data)
         return data

@@ -21,7 +21,7 @@ from ..errors import ConfigError, shortened
 from ..system.schema import flatten, from_dict
 from .method import Method
 
-_PLACES = {"data.name", "data.captions", "text.encoder", "teacher.name", "teacher.guide", "train.init"}  # settings that can be a path
+_PATHS = {"data.name", "data.captions", "text.encoder", "teacher.name", "teacher.guide", "train.init"}  # settings that can be a path
 
 
 @dataclass(frozen=True)
@@ -113,16 +113,16 @@ def default_name(preset: str, config: Any, base: Any) -> str:
     different = {key: value for key, value in differences(config, base).items() if not key.startswith(free)}
     if not different:
         return preset
-    for key in _PLACES & different.keys():
+    for key in _PATHS & different.keys():
         different[key] = _one_spelling(different[key])
     return f"{preset}-{hashlib.sha256(json.dumps(different, sort_keys=True).encode()).hexdigest()[:6]}"
 
 
-def _one_spelling(place: str) -> str:
+def _one_spelling(name: str) -> str:
     """The same for `data/x`, `data/x/` and their absolute path, so that a run is found again however its files are named."""
-    if not os.path.exists(os.path.expanduser(place)):
-        return place  # a name
-    path = os.path.abspath(os.path.expanduser(place))
+    if not os.path.exists(os.path.expanduser(name)):
+        return name  # a name
+    path = os.path.abspath(os.path.expanduser(name))
     inside = os.path.relpath(path)
     return path if inside.startswith(os.pardir) else inside
 

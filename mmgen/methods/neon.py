@@ -62,17 +62,17 @@ def tuning_config(config: ModelConfig, model: Path, samples: Path, images: int, 
 
 
 def neon(
-    place: str, out: Path, *, num: int, steps: int, images: int, lr: float, weight: float, reporter: Reporter, device: str = "auto"
+    path: str, out: Path, *, num: int, steps: int, images: int, lr: float, weight: float, reporter: Reporter, device: str = "auto"
 ) -> tuple[Path, Outcome]:
     """Draws `num` samples in `steps` steps, trains on `images` of them and writes the extrapolated model, where that training ended.
 
     `out` holds samples/, tuned/ and the model. What is there already is not done again, so another weight takes a moment.
     Raises ConfigError for a model that is none of IMM's, of latents, or not trained by mmgen.
     """
-    file = find_model(place)
+    file = find_model(path)
     origin = Origin.of(str(file))
     if origin.config.latents is not None:
-        raise ConfigError(f"{place} draws latents: neon is for models of pixels so far")
+        raise ConfigError(f"{path} draws latents: neon is for models of pixels so far")
     settings = tuning_config(origin.config, file, out / "samples", images, lr)
     result = out / f"model-{weight:g}.safetensors"
     with reporter.work("own samples", num) as update:

@@ -25,14 +25,14 @@ from .towers import Towers
 OWN = "towers.json"
 
 
-def build_towers(place: str, device: torch.device | str = "cpu") -> Towers:
+def build_towers(path: str, device: torch.device | str = "cpu") -> Towers:
     """The towers in a folder, or a CLIP of the hub by its id. Of a folder with both kinds of CLIP open_clip's is taken, as published scores do.
     Raises ConfigError and ModelError."""
-    if (Path(place) / OWN).is_file():
-        return _own(Path(place), device)
-    if (Path(place) / OPEN_CLIP).is_file() and ((Path(place) / WEIGHTS).is_file() or not (Path(place) / "config.json").is_file()):
-        return open_clip_towers(Path(place), device)
-    return clip_towers(place, device)
+    if (Path(path) / OWN).is_file():
+        return _own(Path(path), device)
+    if (Path(path) / OPEN_CLIP).is_file() and ((Path(path) / WEIGHTS).is_file() or not (Path(path) / "config.json").is_file()):
+        return open_clip_towers(Path(path), device)
+    return clip_towers(path, device)
 
 
 def _own(folder: Path, device: torch.device | str) -> Towers:

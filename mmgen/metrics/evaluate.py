@@ -111,9 +111,9 @@ class FidSettings:
             raise ConfigError(
                 f"statistics are written as .safetensors or .npz, by the end of the name: {self.save_stats} has neither"
             )
-        for place in (self.out, self.save_stats):
-            if place is not None and place.is_dir():
-                raise ConfigError(f"{place} is a folder: name a file in it")
+        for path in (self.out, self.save_stats):
+            if path is not None and path.is_dir():
+                raise ConfigError(f"{path} is a folder: name a file in it")
         self._refuse_ignored()
 
     def _refuse_ignored(self) -> None:
@@ -203,12 +203,12 @@ def _under(protocol: Protocol, settings: FidSettings) -> FidSettings:
     return replace(settings, protocol=None, mode=protocol.mode, metrics=metrics)
 
 
-def _towers(place: str | None, metrics: Sequence[str], device: str) -> Towers | None:
+def _towers(path: str | None, metrics: Sequence[str], device: str) -> Towers | None:
     if not any(metric in BY_TOWERS for metric in metrics):
         return None
-    towers = build_towers(place, device)
+    towers = build_towers(path, device)
     if "clip" in metrics and not towers.is_clip:
-        raise ConfigError(f"{place} holds towers of one's own and no CLIP: take --metrics retrieval, which has their cosine too")
+        raise ConfigError(f"{path} holds towers of one's own and no CLIP: take --metrics retrieval, which has their cosine too")
     return towers
 
 

@@ -151,10 +151,10 @@ def _pixels(wanted: Wanted) -> Extractor:
     return Extractor("fd-pixels", "FD-pixels", {"features": "pixels"}, True, False, None, pixel_features, None)
 
 
-def _dinov2(wanted: Wanted, place: str = "dinov2") -> Extractor:
+def _dinov2(wanted: Wanted, path: str = "dinov2") -> Extractor:
     from .pretrained import build_dinov2
 
-    network = build_dinov2(place, wanted.device, allow_download=wanted.allow_download)
+    network = build_dinov2(path, wanted.device, allow_download=wanted.allow_download)
     protocol = {"features": "dinov2", "network": network.name, "sha256": network.sha256}
     name = "DINOv2" if network.is_large else network.name
     metric = "fd-dinov2" if network.is_large else f"fd-{name}"

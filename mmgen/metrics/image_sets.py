@@ -47,7 +47,7 @@ class ImageSet:
         names: what image i is called in messages.
         threaded: whether `read` may run in several threads at once, and gains by it; else blocks are asked for in order.
         fingerprint: () -> a digest of the content; None of images that are drawn.
-        place: where they lie, an absolute path, or a name that means the same in every folder; None of images that are drawn.
+        path: where they lie, an absolute path, or a name that means the same in every folder; None of images that are drawn.
         record: how samples were made, as `sample_record.make_record` has it; None if nothing says.
         beside: the file that keeps their scores; None where there is no place for it.
         captions: of images that are drawn by a model of text, what each is drawn of.
@@ -61,7 +61,7 @@ class ImageSet:
     names: Callable[[int], str]
     threaded: bool = True
     fingerprint: Callable[[], str] | None = None
-    place: str | None = None
+    path: str | None = None
     record: dict[str, Any] | None = None
     beside: Path | None = None
     telling: Callable[[Callable[[float], None]], ImageSet] | None = None
@@ -109,7 +109,7 @@ def image_set(
         read=_reader(source),
         names=source.names,
         fingerprint=partial(content_hash, source),
-        place=locate(name),
+        path=locate(name),
         record=found or record,
         beside=beside,
     )
@@ -129,7 +129,7 @@ def dataset_images(dataset: Dataset) -> ImageSet:
         names=lambda i: f"image {i} of {dataset.name}",
         threaded=False,
         fingerprint=lambda: dataset.fingerprint,
-        place=dataset.place,
+        path=dataset.path,
     )
 
 
@@ -182,7 +182,7 @@ def _npz(name: str, path: Path) -> ImageSet:
         names=lambda i: f"image {i} of {name}",
         threaded=False,
         fingerprint=digest,
-        place=str(path.absolute()),
+        path=str(path.absolute()),
         record=record,
         beside=path.with_name(path.name + ".scores.json"),
     )

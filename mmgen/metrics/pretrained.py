@@ -42,7 +42,7 @@ class Dinov2:
     extract: Callable[[Tensor], Tensor]
 
 
-def build_dinov2(place: str = "dinov2", device: torch.device | str = "cpu", *, allow_download: bool = True) -> Dinov2:
+def build_dinov2(path: str = "dinov2", device: torch.device | str = "cpu", *, allow_download: bool = True) -> Dinov2:
     """DINOv2 features as FD-DINOv2 takes them: the class token after the last layer norm, of images of 224 x 224.
 
     Oquab et al. (2023, arXiv:2304.07193); as a metric: Stein et al. (2023, arXiv:2306.04675); images resized by torch's
@@ -50,17 +50,17 @@ def build_dinov2(place: str = "dinov2", device: torch.device | str = "cpu", *, a
     interpolated as in DINOv2's published code and not as in transformers, which would be other features by a percent.
 
     Args:
-        place: "dinov2" (facebook/dinov2-large), or a folder or hub id.
+        path: "dinov2" (facebook/dinov2-large), or a folder or hub id.
 
     Raises ConfigError where transformers is missing, ModelError where the weights are, or are of another architecture.
     """
     transformers = _transformers()
-    place = DINOV2 if place == "dinov2" else place
-    folder = _folder(place, allow_download)
-    model, digest = _load(transformers.Dinov2Model, "dinov2", folder, place, ignored=("embeddings.mask_token",))
+    path = DINOV2 if path == "dinov2" else path
+    folder = _folder(path, allow_download)
+    model, digest = _load(transformers.Dinov2Model, "dinov2", folder, path, ignored=("embeddings.mask_token",))
     config = model.config
     if _DINOV2_SIZE % config.patch_size:
-        raise ModelError(f"{place} has patches of {config.patch_size}, which do not divide {_DINOV2_SIZE}: not a DINOv2 model")
+        raise ModelError(f"{path} has patches of {config.patch_size}, which do not divide {_DINOV2_SIZE}: not a DINOv2 model")
     _fix_positions(model, _DINOV2_SIZE // config.patch_size)
     model = model.to(device)
     mean, std = (torch.tensor(x, device=device).view(1, 3, 1, 1) for x in (_IMAGENET_MEAN, _IMAGENET_STD))
@@ -72,10 +72,10 @@ def build_dinov2(place: str = "dinov2", device: torch.device | str = "cpu", *, a
         return model(pixel_values=(resized - mean) / std).last_hidden_state[:, 0]
 
     is_large = (config.hidden_size, config.num_hidden_layers, config.patch_size) == (1024, 24, 14)
-    return Dinov2(_name(place), digest, is_large, extract)
+    return Dinov2(_name(path), digest, is_large, extract)
 
 
-def clip_towers(place: str, device: torch.device | str = "cpu", *, allow_download: bool = True) -> Towers:
+def clip_towers(path: str, device: torch.device | str = "cpu", *, allow_download: bool = True) -> Towers:
     """Both towers of a CLIP, from a folder or hub id such as openai/clip-vit-base-patch16. Texts are cut at the model's length.
 
     Images are brought to the model as its own preprocessor_config.json says, but on the device: resized in float, rounded
@@ -84,13 +84,13 @@ def clip_towers(place: str, device: torch.device | str = "cpu", *, allow_downloa
     Raises ConfigError where transformers is missing, ModelError where the weights are, or the preprocessing is unknown.
     """
     transformers = _transformers()
-    folder = _folder(place, allow_download)
-    model, digest = _load(transformers.CLIPModel, "clip", folder, place)
+    folder = _folder(path, allow_download)
+    model, digest = _load(transformers.CLIPModel, "clip", folder, path)
     model = model.to(device)
-    with _quiet(), _readable(place):
+    with _quiet(), _readable(path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         settings, _ = transformers.CLIPImageProcessor.get_image_processor_dict(folder, local_files_only=True)
-    prepare = _preprocessor(settings, place, device)
+    prepare = _preprocessor(settings, path, device)
     longest = model.config.text_config.max_position_embeddings
 
     @torch.no_grad()
@@ -103,14 +103,14 @@ def clip_towers(place: str, device: torch.device | str = "cpu", *, allow_downloa
         output = model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return model.text_projection(output.pooler_output)
 
-    return Towers(_name(place), digest, True, model.config.projection_dim, images, texts)
+    return Towers(_name(path), digest, True, model.config.projection_dim, images, texts)
 
 
-def _preprocessor(settings: dict[str, Any], place: str, device: torch.device | str) -> Callable[[Tensor], Tensor]:
+def _preprocessor(settings: dict[str, Any], path: str, device: torch.device | str) -> Callable[[Tensor], Tensor]:
     """uint8 [N, 3, H, W] to float32 [N, 3, S, S] by the settings of a CLIP preprocessor."""
     resample = settings.get("resample", 3)
     if resample not in _FILTERS:
-        raise ModelError(f"{place} resizes by Pillow's filter {resample}, and only 2 (bilinear) and 3 (bicubic) are known here")
+        raise ModelError(f"{path} resizes by Pillow's filter {resample}, and only 2 (bilinear) and 3 (bicubic) are known here")
     size, crop = settings.get("size", 224), settings.get("crop_size", 224)
     size = {"shortest_edge": size} if isinstance(size, int) else size
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
@@ -165,15 +165,15 @@ def _fix_positions(model: torch.nn.Module, side: int) -> None:
 
 
 def _load(
-    model_class: Any, model_type: str, folder: Path, place: str, ignored: tuple[str, ...] = ()
+    model_class: Any, model_type: str, folder: Path, path: str, ignored: tuple[str, ...] = ()
 ) -> tuple[torch.nn.Module, str]:
     """A model in float32, every weight of which comes from the file, and the file's SHA-256."""
     from transformers import AutoConfig
 
-    with _quiet(), _readable(place):
+    with _quiet(), _readable(path):
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != model_type:
-            raise ModelError(f"{place} is a model of the type {config.model_type!r}, not {model_type!r}")
+            raise ModelError(f"{path} is a model of the type {config.model_type!r}, not {model_type!r}")
         model, report = model_class.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
     missing = [key for key in report["missing_keys"] if key not in ignored]
     if missing or report["mismatched_keys"]:
@@ -192,44 +192,44 @@ def _transformers() -> Any:
     return transformers
 
 
-def _folder(place: str, allow_download: bool) -> Path:
-    """The folder of a model: `place` itself, or the hub's cache of it, filled by download where it is not complete."""
-    if Path(place).is_dir():
+def _folder(path: str, allow_download: bool) -> Path:
+    """The folder of a model: `path` itself, or the hub's cache of it, filled by download where it is not complete."""
+    if Path(path).is_dir():
         for name in ("config.json", _WEIGHTS):
-            if not (Path(place) / name).is_file():
-                raise ModelError(f"{place} holds no {name}: it takes a model saved by transformers, as safetensors in one file")
-        return Path(place)
+            if not (Path(path) / name).is_file():
+                raise ModelError(f"{path} holds no {name}: it takes a model saved by transformers, as safetensors in one file")
+        return Path(path)
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        folder = Path(snapshot_download(place, local_files_only=True, allow_patterns=_FILES))
+        folder = Path(snapshot_download(path, local_files_only=True, allow_patterns=_FILES))
         if (folder / "config.json").is_file() and (folder / _WEIGHTS).is_file():
             return folder
         absent = "its copy in the hub's cache is not complete"
     except Exception:  # not in the cache, which is said in more than one way
         absent = "it is no folder, and not in the hub's cache"
     if not allow_download:
-        raise ModelError(f"cannot load {place}: {absent}, and downloads are switched off")
+        raise ModelError(f"cannot load {path}: {absent}, and downloads are switched off")
     try:
-        info = HfApi().model_info(place)
+        info = HfApi().model_info(path)
         if _WEIGHTS not in [file.rfilename for file in info.siblings or []]:
-            raise ModelError(f"{place} holds no {_WEIGHTS}: weights are read as safetensors only, in one file")
-        return Path(snapshot_download(place, revision=info.sha, allow_patterns=_FILES))
+            raise ModelError(f"{path} holds no {_WEIGHTS}: weights are read as safetensors only, in one file")
+        return Path(snapshot_download(path, revision=info.sha, allow_patterns=_FILES))
     except ModelError:
         raise
     except Exception as error:  # huggingface_hub's own, and those of requests or httpx, by version
-        remedy = f"run `hf download {place} --local-dir DIR` where the hub can be reached, and name DIR"
-        raise ModelError(f"cannot load {place}: {absent}, and the hub cannot be asked ({_line(error)}): {remedy}") from error
+        remedy = f"run `hf download {path} --local-dir DIR` where the hub can be reached, and name DIR"
+        raise ModelError(f"cannot load {path}: {absent}, and the hub cannot be asked ({_line(error)}): {remedy}") from error
 
 
 @contextlib.contextmanager
-def _readable(place: str) -> Iterator[None]:
+def _readable(path: str) -> Iterator[None]:
     from safetensors import SafetensorError
 
     try:
         yield
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot load {place}: {_line(error)}") from error
+        raise ModelError(f"cannot load {path}: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
@@ -252,5 +252,5 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _name(place: str) -> str:
-    return Path(place).resolve().name if Path(place).exists() else place.rpartition("/")[2]
+def _name(path: str) -> str:
+    return Path(path).resolve().name if Path(path).exists() else path.rpartition("/")[2]

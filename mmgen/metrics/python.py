@@ -43,8 +43,8 @@ def fid(
 
     Raises ConfigError, DataError and ModelError, each with one sentence.
     """
-    places = [samples] if isinstance(samples, str | os.PathLike) else samples
-    if not isinstance(places, Sequence) or not places or not all(isinstance(place, str | os.PathLike) for place in places):
+    paths = [samples] if isinstance(samples, str | os.PathLike) else samples
+    if not isinstance(paths, Sequence) or not paths or not all(isinstance(path, str | os.PathLike) for path in paths):
         raise ConfigError(f"samples must be a folder, a file, a model's name or a list of them, not {shortened(samples)}")
     wanted = metrics.split(",") if isinstance(metrics, str) else list(metrics)
     drawing = {name: options.pop(name) for name in _DRAWING if name in options}
@@ -61,7 +61,7 @@ def fid(
         metrics=None if wanted == ["all"] else tuple(dict.fromkeys(name.strip() for name in wanted)), drawing=drawing,
         device=find_device(device), **options,
     )  # fmt: skip
-    report = evaluate([os.fspath(place) for place in places], settings, **({"bar": _bar} if progress else {}))
+    report = evaluate([os.fspath(path) for path in paths], settings, **({"bar": _bar} if progress else {}))
     if settings.out is not None:
         append(settings.out, [entry(row, report) for row in report.rows])
     return report

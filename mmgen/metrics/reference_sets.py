@@ -39,7 +39,7 @@ class ReferenceSet:
     kept: Tensor | None = None  # float32 [N, D]: features of single images, for KID, precision, recall, density, coverage
     image: tuple[int, ...] | None = None  # (C, H, W) of its first image; None for a file without images
     warnings: tuple[str, ...] = ()
-    place: str | None = None  # where it lies: see `ImageSet.place`
+    path: str | None = None  # where it lies: see `ImageSet.path`
     fingerprint: str | None = None  # of its content
 
 
@@ -72,7 +72,7 @@ def collect_reference(
     fingerprint = images.fingerprint() if images.fingerprint is not None else None
     return ReferenceSet(
         images.name, images.description, images.length, gaussian, kept if keep else None, images.shape(extractor.colour),
-        place=images.place, fingerprint=fingerprint,
+        path=images.path, fingerprint=fingerprint,
     )  # fmt: skip
 
 

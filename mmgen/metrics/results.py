@@ -52,7 +52,7 @@ class Report:
     @property
     def scores(self) -> dict[str, float]:
         """Those of the first set of samples, by name."""
-        return self.rows[0].score.figures
+        return self.rows[0].score.metrics
 
 
 def entry(row: Row, report: Report) -> dict[str, Any]:
@@ -60,12 +60,12 @@ def entry(row: Row, report: Report) -> dict[str, Any]:
     score, record, reference, images = row.score, row.subject.record, report.reference, row.subject.draws[0]
     result = {
         "scored": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "figures": score.figures,
+        "figures": score.metrics,
         "spreads": score.spreads,
         "excess_over_50k": score.excess,
         "samples": {
             "name": row.subject.name,
-            "place": images.place,
+            "place": images.path,
             "fingerprint": images.fingerprint() if images.fingerprint is not None else None,
             "description": images.description,
             "num": score.num,
@@ -79,10 +79,12 @@ def entry(row: Row, report: Report) -> dict[str, Any]:
         "versions": versions(),
     }
     if len(row.draws) > 1:  # draw r has images number r N to (r + 1) N - 1: image i has the randomness of (seed, i)
-        result["draws"] = [draw.figures for draw in row.draws]
+        result["draws"] = [draw.metrics for draw in row.draws]
     if reference is not None:
-        keys = ("name", "source", "num", "place", "fingerprint")
-        result["reference"] = {key: getattr(reference, key) for key in keys}
+        result["reference"] = {
+            "name": reference.name, "source": reference.source, "num": reference.num, "place": reference.path,
+            "fingerprint": reference.fingerprint,
+        }  # fmt: skip
     return result
 
 
@@ -114,7 +116,7 @@ def explanation(report: Report) -> list[str]:
 
 def _at(reference: ReferenceSet) -> str:
     """Where it lies, unless its name says so already."""
-    return f", in {reference.place}" if reference.place and not reference.place.endswith(reference.name.rstrip("/")) else ""
+    return f", in {reference.path}" if reference.path and not reference.path.endswith(reference.name.rstrip("/")) else ""
 
 
 def _making(record: dict[str, Any], draws: int) -> str:

@@ -41,7 +41,7 @@ class Score:
 
     num: int
     image: tuple[int, ...]  # (C, H, W) of the first
-    figures: dict[str, float]  # by name, in the order of display
+    metrics: dict[str, float]  # by name, in the order of display
     spreads: dict[str, float] = field(default_factory=dict)  # standard error or deviation, under the metric's name
     excess: float | None = None  # how much higher the distance is than with `ScoreSettings.full` samples, about; None: not estimated
     warnings: list[str] = field(default_factory=list)
@@ -62,10 +62,10 @@ def check_metrics(metrics: Sequence[str], extractor: Extractor, reference: Refer
             )
 
 
-def figure_name(title: str, num: int) -> str:
+def metric_name(title: str, num: int) -> str:
     """FID for 50,000 samples and more, fid10k for fewer; FD-pixels, or FD-pixels-1797 for fewer.
 
-    >>> figure_name("FID", 10_000), figure_name("FD-pixels", 1797), figure_name("FID", 50_000)
+    >>> metric_name("FID", 10_000), metric_name("FD-pixels", 1797), metric_name("FID", 50_000)
     ('fid10k', 'FD-pixels-1797', 'FID')
     """
     if num >= FULL:
@@ -109,13 +109,13 @@ def score(
         pair = Pair(reference.kept, collected.kept, extractor.title)
         for metric in (metric for metric in COMPARISONS if metric in settings.metrics):
             for name, (value, error) in COMPARISONS[metric].scores(pair).items():
-                result.figures[name] = value
+                result.metrics[name] = value
                 if error is not None:
                     result.spreads[name] = error
     if collected.inception is not None:
         mean, deviation = collected.inception.result()
         name = named("Inception Score", "IS", extractor.title)
-        result.figures[name], result.spreads[name] = mean, deviation
+        result.metrics[name], result.spreads[name] = mean, deviation
     if collected.agreement is not None:
         _add_agreement(result, collected.agreement, settings)
     return result
@@ -123,19 +123,19 @@ def score(
 
 def _add_agreement(result: Score, agreement: Agreement, settings: ScoreSettings) -> None:
     if "clip" in settings.metrics and settings.prefix is not None:
-        result.figures["CLIP cosine"] = float(agreement.cosines().mean())
+        result.metrics["CLIP cosine"] = float(agreement.cosines().mean())
     elif "clip" in settings.metrics:
-        result.figures["CLIP score"] = agreement.clip_score()
+        result.metrics["CLIP score"] = agreement.clip_score()
     if "retrieval" in settings.metrics:
-        result.figures |= agreement.retrieval()
+        result.metrics |= agreement.retrieval()
         captions = len(agreement.captions)
         result.warnings.append(f"R@k: among {captions:,} different captions, where chance is k / {captions:,}")
 
 
 def _add_distance(result: Score, collected: Collected, reference: ReferenceSet, extractor: Extractor, full: int) -> None:
-    name = figure_name(extractor.title, collected.num)
+    name = metric_name(extractor.title, collected.num)
     value = frechet_distance(reference.gaussian, collected.statistics)
-    result.figures[name] = value
+    result.metrics[name] = value
     if collected.replicates:
         draws = [frechet_distance(reference.gaussian, replicate) for replicate in collected.replicates]
         result.spreads[name] = _deviation(draws)
@@ -192,15 +192,15 @@ def summary(draws: Sequence[Score]) -> Score:
     if len(draws) == 1:
         return draws[0]
     first = draws[0]
-    values = {name: [draw.figures[name] for draw in draws] for name in first.figures}
-    figures = {
+    values = {name: [draw.metrics[name] for draw in draws] for name in first.metrics}
+    metrics = {
         name: min(found) if name.startswith(("FID", "fid", "FD-")) else sum(found) / len(found) for name, found in values.items()
     }
     spreads = {name: _deviation(found) for name, found in values.items()}
     warnings = list(dict.fromkeys(w for draw in draws for w in draw.warnings))
     estimates = [draw.excess for draw in draws if draw.excess is not None]
     excess = sum(estimates) / len(estimates) if estimates else None
-    return replace(first, figures=figures, spreads=spreads, excess=excess, warnings=warnings)
+    return replace(first, metrics=metrics, spreads=spreads, excess=excess, warnings=warnings)
 
 
 def _deviation(values: Sequence[float]) -> float:

@@ -125,7 +125,7 @@ class TrainingSet:
 
     name: str
     options: dict[str, Any]  # arguments of `data.load`
-    place: str = ""  # see `data.resolve.locate`; "" where the record is of version 0.1, as with what follows
+    path: str = ""  # see `data.resolve.locate`; "" where the record is of version 0.1, as with what follows
     fingerprint: str = ""  # of the pixels that training saw, and labels
     content: str = ""  # of the encoded images, where training saw latents of them
 
@@ -133,7 +133,7 @@ class TrainingSet:
     def identity(self) -> tuple:
         """Equal for the same images, whatever they are called and wherever they lie."""
         content = self.fingerprint or self.content
-        return (content or self.place or self.name, *([] if self.fingerprint else sorted(self.options.items())))
+        return (content or self.path or self.name, *([] if self.fingerprint else sorted(self.options.items())))
 
     def __str__(self) -> str:
         return f"{self.name} ({', '.join(f'{key} {value}' for key, value in self.options.items())})"
@@ -146,7 +146,7 @@ def own_reference(subjects: Sequence[Subject]) -> TrainingSet:
     if other is not None:
         both = f"{named[0]} and on {other}"
         if str(named[0]) == str(other):
-            both = f"{named[0]} in {named[0].place or 'an unknown place'} and on others of that name in {other.place or 'another'}"
+            both = f"{named[0]} in {named[0].path or 'an unknown place'} and on others of that name in {other.path or 'another'}"
         raise ConfigError(f"the samples are of models trained on {both}: give --ref. {TAKES}")
     return named[0]
 
@@ -171,21 +171,21 @@ def training_images(own: TrainingSet, progress: Callable[[int, int], None] | Non
     the same any more.
     """
     others, missing = [], None
-    for name in dict.fromkeys(locate(name) for name in (own.place, own.name) if name):
+    for name in dict.fromkeys(locate(name) for name in (own.path, own.name) if name):
         try:
             found = data.load(name, progress=progress, **own.options)
             if own.fingerprint and found.fingerprint != own.fingerprint or own.content and own.content != _content(name, own):
-                others.append(found.place)
+                others.append(found.path)
                 continue
         except DataError as error:
             missing = missing or error
             continue
         if own.fingerprint or own.content:
             return dataset_images(found), None
-        what = f"nothing says which images {own.name} held when the model was trained: those in {found.place} are taken"
-        return dataset_images(found), None if found.place == DIGITS else what
+        what = f"nothing says which images {own.name} held when the model was trained: those in {found.path} are taken"
+        return dataset_images(found), None if found.path == DIGITS else what
     if others:
-        where = f" in {own.place}" if own.place not in ("", own.name) else ""
+        where = f" in {own.path}" if own.path not in ("", own.name) else ""
         raise DataError(
             f"the model was trained on {own.name}{where}, and {' and '.join(others)} now hold{'s' * (len(others) == 1)} other "
             "images or labels: bring back those of the training, or say with --ref what to compare with"

@@ -31,9 +31,9 @@ def sweep_chart(report: Report) -> Image.Image | None:
 
 def _pair(row: Row) -> tuple[tuple[str, float], tuple[str, float]] | None:
     """(name, value) of the agreement and of the distance."""
-    figures = row.score.figures
-    agreement = next((name for name in _AGREEMENT if name in figures), None)
-    distance = next((name for name in figures if name.startswith(_DISTANCES)), None)
+    metrics = row.score.metrics
+    agreement = next((name for name in _AGREEMENT if name in metrics), None)
+    distance = next((name for name in metrics if name.startswith(_DISTANCES)), None)
     if agreement is None or distance is None:
         return None
-    return (agreement, figures[agreement]), (distance, figures[distance])
+    return (agreement, metrics[agreement]), (distance, metrics[distance])

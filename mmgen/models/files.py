@@ -20,7 +20,7 @@ from .build import AnyModel
 from .config import ModelConfig, check_config, kind_of
 from .denoiser import Denoiser
 from .flow_model import FlowModel
-from .places import missing_run
+from .missing_run import missing_run
 
 METADATA_KEY = "mmgen"
 FORMAT = 1
@@ -93,7 +93,7 @@ def check_state(expected: dict[str, Tensor], found: dict[str, Tensor], name: str
         raise ModelError(f"{name} does not fit its own config: {'; '.join(problems)}")
 
 
-def find_model(place: str | os.PathLike, ema: str | None = None) -> Path:
+def find_model(source: str | os.PathLike, ema: str | None = None) -> Path:
     """The model file that a MODEL argument means: a file, a run folder, or a hub repository (user/name, hf://user/name).
 
     `ema` picks another of the averages a run keeps, such as "0.9999": `model-ema-0.9999.safetensors` beside `model.safetensors`.
@@ -102,24 +102,24 @@ def find_model(place: str | os.PathLike, ema: str | None = None) -> Path:
     name = f"model-ema-{ema}.safetensors" if ema else MODEL_FILE
     if Path(name).name != name or not name.isprintable() or len(name) > 100:
         raise ModelError(f"no average is called {shortened(ema)}: give the NAME of a model-ema-NAME.safetensors")
-    path = Path(place)
+    path = Path(source)
     if path.is_file():
         if ema and path.name != name:
             path = path.with_name(name)
             if not path.is_file():
-                raise ModelError(f"{Path(place).parent} has no {name}; {_averages(Path(place).parent)}")
+                raise ModelError(f"{Path(source).parent} has no {name}; {_averages(Path(source).parent)}")
         return path
     if path.is_dir():
         if (path / name).is_file():
             return path / name
         if ema:
-            raise ModelError(f"{place} has no {name}; {_averages(path)}")
-        raise ModelError(f"{place} is a folder without {MODEL_FILE}: it is not a run folder, or its run has not saved yet")
-    if (sentence := missing_run(str(place))) is not None:
+            raise ModelError(f"{source} has no {name}; {_averages(path)}")
+        raise ModelError(f"{source} is a folder without {MODEL_FILE}: it is not a run folder, or its run has not saved yet")
+    if (sentence := missing_run(str(source))) is not None:
         raise ModelError(sentence)
-    repository = str(place).removeprefix("hf://")
-    if str(place).startswith(("/", ".", "~")) or repository.count("/") != 1 or repository.endswith(".safetensors"):
-        raise ModelError(f"there is no model at {place}: give a .safetensors file, a run folder or a hub repository user/name")
+    repository = str(source).removeprefix("hf://")
+    if str(source).startswith(("/", ".", "~")) or repository.count("/") != 1 or repository.endswith(".safetensors"):
+        raise ModelError(f"there is no model at {source}: give a .safetensors file, a run folder or a hub repository user/name")
     return _download(repository, name)
 
 

@@ -24,21 +24,21 @@ class Pushed:
     kept_card: bool = False  # the repository's own card was kept, because the run has none
 
 
-def push(place: str | os.PathLike, repository: str, *, private: bool = False, message: str | None = None) -> Pushed:
+def push(path: str | os.PathLike, repository: str, *, private: bool = False, message: str | None = None) -> Pushed:
     """Uploads a run folder's model, or a model file, as one commit. Creates the repository user/name if it does not exist.
 
     `private` creates a private repository and refuses an existing public one. The card is the README.md beside the model, else
     the repository's, which somebody may have edited, else a new one. Other files of the folder are not uploaded.
 
-    Raises ConfigError for an invalid name or a missing token, ModelError if `place` is not a model of mmgen, and MmgenError if
+    Raises ConfigError for an invalid name or a missing token, ModelError if `path` is not a model of mmgen, and MmgenError if
     the hub cannot be reached or refuses.
     """
     repository = repository.removeprefix("hf://")
     if not _REPOSITORY.fullmatch(repository):
         raise ConfigError(f"{repository!r} is not the name of a hub repository: use user/name")
-    if not Path(place).exists():
-        raise ModelError(f"there is no run folder or model file {place}")
-    file = find_model(place)
+    if not Path(path).exists():
+        raise ModelError(f"there is no run folder or model file {path}")
+    file = find_model(path)
     config = read_config(file)
 
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token

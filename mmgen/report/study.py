@@ -69,13 +69,13 @@ def write_study(
     for question in questions:
         sides = {}
         for side, system in (("left", question.left), ("right", question.right)):
-            place = (system, question.image)
-            if place not in urls:
+            path = (system, question.image)
+            if path not in urls:
                 content = images[systems[system]][question.image]
                 digest.update(content)
-                urls[place] = len(data)
+                urls[path] = len(data)
                 data.append("data:image/png;base64," + base64.b64encode(content).decode())
-            sides[side] = urls[place]
+            sides[side] = urls[path]
         shown.append({**sides, "prompt": prompts[question.image] if prompts else ""})
     study = Study(systems, questions, digest.hexdigest()[:16])
     # "</" would end the script; JSON may write it otherwise

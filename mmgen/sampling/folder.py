@@ -39,7 +39,7 @@ _OURS = re.compile(r"\d{6,}\.png")
 class Written:
     """What a call of `write_png`, `write_npz` or `write_grid` left behind."""
 
-    place: Path
+    path: Path
     num: int  # images there now
     drawn: int  # of which drawn by this call, in all processes; the others were there
     record: dict[str, Any]
@@ -150,12 +150,12 @@ def _write(path: Path, image: Tensor, temporary: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """What the system says against looking at or clearing a place becomes a MmgenError of one sentence."""
     try:
         yield
     except OSError as error:
-        raise cannot_write(place, error) from error
+        raise cannot_write(path, error) from error
 
 
 def check_num(num: int) -> None:

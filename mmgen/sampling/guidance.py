@@ -25,10 +25,10 @@ class Guide:
     model: AnyModel = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, place: str | os.PathLike) -> Guide:
+    def of(cls, path: str | os.PathLike) -> Guide:
         """From whatever `mmgen sample` takes as MODEL. Raises ModelError and ConfigError."""
-        opened = open_model(place)
-        return cls(str(place), opened.sha256, opened.build())
+        opened = open_model(path)
+        return cls(str(path), opened.sha256, opened.build())
 
 
 def choose_guidance(config: ModelConfig, settings: Any) -> tuple[float, Interval, float]:
@@ -59,7 +59,7 @@ def _check_guide(config: ModelConfig, settings: Any, guidance: float) -> float:
     if guidance == 1:
         raise ConfigError("a guide needs guidance: give --guidance 2, say, or leave the guide out")
     if settings.negative:
-        raise ConfigError("a guide takes the place of the negative prompt: leave one of them out")
+        raise ConfigError("a guide takes the path of the negative prompt: leave one of them out")
     return 1.0
 
 

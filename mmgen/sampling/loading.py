@@ -73,7 +73,7 @@ class Denoiser(Draws, denoiser.Denoiser):
 
 @in_python()
 def load(
-    place: str | os.PathLike, *, ema: str | None = None, device: str | torch.device = "cpu", weights: str = "ema", **options: Any
+    path: str | os.PathLike, *, ema: str | None = None, device: str | torch.device = "cpu", weights: str = "ema", **options: Any
 ) -> FlowModel | Denoiser:
     """Loads a model from a file, a run folder or a hub repository: a `FlowModel` or a `Denoiser`.
 
@@ -85,5 +85,5 @@ def load(
     >>> teacher = mmgen.load("edm-cifar10-32x32-cond-vp.pkl")
     >>> x = teacher.denoise(y, sigma, Labels(torch.tensor([3, 4]), num_classes=10))  # x_hat of y = x + sigma e
     """
-    opened = open_model(place, ema, weights=weights, options=from_keywords(ConvertOptions, options, "option"))
+    opened = open_model(path, ema, weights=weights, options=from_keywords(ConvertOptions, options, "option"))
     return opened.build(find_device(str(device)), FlowModel, Denoiser)

@@ -112,8 +112,8 @@ class Pipeline:
             return push(folder, repo_id, private=private, message=commit_message)
 
     @classmethod
-    def from_pretrained(cls, place: str | os.PathLike, **options: Any) -> Pipeline:
-        return cls(load(place, **options))
+    def from_pretrained(cls, path: str | os.PathLike, **options: Any) -> Pipeline:
+        return cls(load(path, **options))
 
 
 def pipeline(model: AnyModel | str | os.PathLike, **options: Any) -> Pipeline:

@@ -62,12 +62,12 @@ class Origin:
     opened: OpenedModel | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, place: str | os.PathLike, ema: str | None = None, options: ConvertOptions = ConvertOptions()) -> Origin:
+    def of(cls, path: str | os.PathLike, ema: str | None = None, options: ConvertOptions = ConvertOptions()) -> Origin:
         """Finds the model that a MODEL argument means, as `mmgen.load` does, and hashes it. Raises ModelError and ConfigError.
 
         options: what is said of another project's file."""
-        opened = open_model(place, ema, options=options)
-        return cls(str(place), opened.file, opened.sha256, ema, opened)
+        opened = open_model(path, ema, options=options)
+        return cls(str(path), opened.file, opened.sha256, ema, opened)
 
     @property
     def config(self) -> ModelConfig:
@@ -145,8 +145,8 @@ def training_data(config: ModelConfig) -> dict[str, Any]:
     known = config.training.get("data", {})
     images = known.get("images")
     if isinstance(images, dict):  # of latents
-        name, place, content = (str(images.get(key, "")) for key in ("word", "place", "content"))
-        return {"data": name, "data_place": place, "data_fingerprint": "", "data_content": content,
+        name, path, content = (str(images.get(key, "")) for key in ("word", "place", "content"))
+        return {"data": name, "data_place": path, "data_fingerprint": "", "data_content": content,
                 "data_options": images.get("options", {})}  # fmt: skip
     settings = config.training.get("config", {}).get("data", {})
     kept = {key: settings[key] for key in READING if settings.get(key)}
@@ -191,7 +191,7 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return None
 
 
-def may_continue(place: Path, old: dict[str, Any] | None, new: dict[str, Any], overwrite: bool) -> bool:
+def may_continue(path: Path, old: dict[str, Any] | None, new: dict[str, Any], overwrite: bool) -> bool:
     """True if images of `new` may join those of `old`, False if those have to go first and `overwrite` allows it.
 
     Otherwise raises ConfigError naming the first setting that differs.
@@ -203,7 +203,7 @@ def may_continue(place: Path, old: dict[str, Any] | None, new: dict[str, Any], o
         what = f"--num is {new['num']}, but it holds {old['num']}"
     if what is None or overwrite:
         return what is None
-    raise ConfigError(f"{place} holds samples of other settings: {what}; choose another --out, or replace them with --overwrite")
+    raise ConfigError(f"{path} holds samples of other settings: {what}; choose another --out, or replace them with --overwrite")
 
 
 def _short(value: Any) -> str:

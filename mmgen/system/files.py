@@ -125,25 +125,25 @@ def _renamed_folder(source: Path, path: Path) -> bool:
     return True
 
 
-def at_home(place: str | os.PathLike) -> Path:
+def at_home(path: str | os.PathLike) -> Path:
     """A path in which ~ is the home folder; of somebody unknown it stays as it is."""
-    return Path(os.path.expanduser(place))
+    return Path(os.path.expanduser(path))
 
 
-def exists(place: Path) -> bool:
+def exists(path: Path) -> bool:
     """Whether something is there. A name that no file can have is not."""
     try:
-        return place.exists()
+        return path.exists()
     except (OSError, ValueError):  # too long, or with a zero in it
         return False
 
 
-def resolved(place: Path) -> Path:
+def resolved(path: Path) -> Path:
     """Without links. Raises DataError where they go round."""
     try:
-        return place.resolve()
+        return path.resolve()
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{place} is a link that leads nowhere") from error
+        raise DataError(f"{path} is a link that leads nowhere") from error
 
 
 def read_json(path: str | os.PathLike, most: int = MOST_JSON) -> Any:

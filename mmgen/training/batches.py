@@ -29,7 +29,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Parts:
+class BatchSplit:
     """How the global batch is cut: `rounds` passes of `size` images on each of `processes` devices."""
 
     size: int
@@ -41,17 +41,17 @@ class Parts:
         return f"{devices} device{'s' * (devices > 1)} x {rounds} accumulation step{'s' * (rounds > 1)} x {self.size}"
 
     def start(self, round_: int, process: int) -> int:
-        """Where in the global batch a part begins. Parts are the same whatever the number of devices if `size` is."""
+        """Where in the global batch a pass begins. Passes are the same whatever the number of devices if `size` is."""
         return (round_ * self.processes + process) * self.size
 
 
-def split_batch(batch_size: int, group_size: int, processes: int, at_most: int) -> Parts | None:
+def split_batch(batch_size: int, group_size: int, processes: int, at_most: int) -> BatchSplit | None:
     """The largest equal parts of at most `at_most` images that hold whole groups; None where there are none."""
     sizes = [size for size in part_sizes(batch_size, group_size, processes) if size <= at_most]
-    return Parts(sizes[-1], batch_size // processes // sizes[-1], processes) if sizes else None
+    return BatchSplit(sizes[-1], batch_size // processes // sizes[-1], processes) if sizes else None
 
 
-def share_batch(batch_size: int, group_size: int, processes: int, at_most: int) -> Parts:
+def share_batch(batch_size: int, group_size: int, processes: int, at_most: int) -> BatchSplit:
     """How the global batch is cut. Raises ConfigError where the devices cannot share it in whole groups."""
     parts = split_batch(batch_size, group_size, processes, at_most)
     if parts is None:

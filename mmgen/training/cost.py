@@ -21,7 +21,7 @@ from ..models.conditions import example
 from ..networks.conditions import Condition
 from ..networks.empty import without_weights
 from ..networks.lora import LoraBase
-from .batches import Parts
+from .batches import BatchSplit
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def forward_flops(model_config: ModelConfig) -> float:
 
 
 def estimate(
-    train: TrainSettings, model_config: ModelConfig, parts: Parts, work: Work, sharded: bool = False,
+    train: TrainSettings, model_config: ModelConfig, parts: BatchSplit, work: Work, sharded: bool = False,
     checkpointing: bool = False, one: PassCost | None = None, *, moments: int = 2, adapters: Adapters | None = None,
 ) -> Cost:  # fmt: skip
     """Costs of a training step. Activations are those that autograd keeps, for float32 or for half precision.
@@ -191,10 +191,10 @@ def _saved_bytes(network: nn.Module, again: list[nn.Module], config: ModelConfig
     inside: list[dict[int, torch.Tensor]] = []  # of each block
     places = [kept]
 
-    def put(tensor: torch.Tensor, place: dict[int, torch.Tensor]) -> None:
+    def put(tensor: torch.Tensor, path: dict[int, torch.Tensor]) -> None:
         base = tensor._base if tensor._base is not None else tensor
         if not isinstance(base, nn.Parameter):
-            place[base.untyped_storage()._cdata] = base
+            path[base.untyped_storage()._cdata] = base
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         put(tensor, places[-1])

@@ -21,30 +21,30 @@ _NO_WEIGHTS = {"dropout", "gradient_checkpointing"}  # settings of networks that
 
 @dataclass(frozen=True)
 class Initial:
-    place: str  # as it was given
+    path: str  # as it was given
     sha256: str  # of the file
     config: ModelConfig
     state: dict[str, Tensor]
 
 
-def read_initial(place: str) -> Initial:
+def read_initial(path: str) -> Initial:
     """A model file, a run folder, a hub repository, or what `mmgen convert` reads. Raises ModelError and ConfigError."""
-    found = read(place)
+    found = read(path)
     if family_of(found) == "mmgen":
         config = read_config(found.path if found.path.is_file() else found.path / "model.safetensors")
-        return Initial(place, found.sha256, config, found.tensors)
+        return Initial(path, found.sha256, config, found.tensors)
     try:
         converted = convert(found, ConvertOptions())
     except ConfigError as error:
         raise ConfigError(f"{error}: say so to `mmgen convert`, and give what that writes as --init") from error
-    return Initial(place, found.sha256, converted.config, converted.state)
+    return Initial(path, found.sha256, converted.config, converted.state)
 
 
 def begin_with(task: Task, initial: Initial) -> Task:
     """The weights into the network that becomes the model. Raises ConfigError naming the first thing in which it is another."""
-    network = next(iter(task.parts.values())).network
+    network = next(iter(task.trained.values())).network
     if difference := _difference(task.model_config, initial.config) or _of_tensors(network, initial.state):
-        raise ConfigError(f"--init {initial.place}: its network is another one: {difference}")
+        raise ConfigError(f"--init {initial.path}: its network is another one: {difference}")
     network.load_state_dict(initial.state)
     return task
 

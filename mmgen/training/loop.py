@@ -29,14 +29,14 @@ from ..system.process import keep_large_blocks
 from ..system.processes import process_group_of
 from . import collapse, evaluation
 from .auto_batch import describe, find_size
-from .batches import Batch, Parts, crossed, fetch, part_sizes, share_batch
+from .batches import Batch, BatchSplit, crossed, fetch, part_sizes, share_batch
 from .checkpoint import Progress, file_names, list_checkpoints, load_checkpoint, newest_whole, remove_old, save_checkpoint
 from .compute import compile_network, set_precision
 from .ema import EMA, ema_decays
-from .figures import make_scorer
+from .scorer import make_scorer
 from .gradients import measure_and_clip
 from .model_files import BEST_FILE, ModelFiles, snapshots_every
-from .numbers import MetricAccumulator
+from .accumulator import MetricAccumulator
 from .optim import build_optimizer, learning_rate
 from .prefetch import Prefetch
 from .run_folder import RunFolder
@@ -81,7 +81,7 @@ class Trainer:
         torch.manual_seed(train.seed)  # the initial weights
         self.task = make_task(accelerator)
         at_most = train.batch_size if run.batch_per_device == "auto" else run.batch_per_device
-        self.parts = share_batch(train.batch_size, self.task.group_size, accelerator.num_processes, at_most)
+        self.split = share_batch(train.batch_size, self.task.group_size, accelerator.num_processes, at_most)
         self.sharded = is_sharded(accelerator)
         self.networks, self.optimizers, self.scalers, self._prepared = {}, {}, {}, {}
         for network in self.task.frozen:
@@ -89,7 +89,7 @@ class Trainer:
                 compile_network(network)
             if self.sharded:
                 shard(network)
-        for name, part in self.task.parts.items():
+        for name, part in self.task.trained.items():
             self.networks[name] = part.network.to(accelerator.device)
             if run.gradient_checkpointing:
                 checkpoint_blocks(part.network)
@@ -105,7 +105,7 @@ class Trainer:
         self.ema = EMA(self.network, ema_decays(train))
         self.progress = Progress()
         self.history = RunLog(folder, reporter, accelerator)
-        self.numbers = MetricAccumulator(accelerator, single=len(self.task.parts) == 1)
+        self.metrics = MetricAccumulator(accelerator, single=len(self.task.trained) == 1)
         self.updates = Updates(accelerator, reporter.note, self._remedy)
         self.process_group = process_group_of(accelerator)
         self.source = Prefetch(self._fetch, threaded=accelerator.device.type == "cuda")
@@ -115,15 +115,15 @@ class Trainer:
         about = {"config": config, "data": dataset.identity}
         self.files = ModelFiles(folder.path, self.task, self.ema, about, self.process_group, self.history)
         if run.batch_per_device == "auto":
-            self.parts = self._parts_that_fit()
-            run = replace(run, batch_per_device=self.parts.size)
+            self.split = self._split_that_fits()
+            run = replace(run, batch_per_device=self.split.size)
         self.scorer = make_scorer(run, dataset, accelerator.device, self.process_group, reporter.note, reporter.work)
         self.shows = self.process_group.is_main and evaluation.can_show(self.task.model_config, accelerator.device, reporter.note)
 
-    def _parts_that_fit(self) -> Parts:
+    def _split_that_fits(self) -> BatchSplit:
         train, processes, group_size = self.train, self.accelerator.num_processes, self.task.group_size
         found = find_size(
-            part_sizes(train.batch_size, group_size, processes), parts=self.task.parts, optimizers=self.optimizers,
+            part_sizes(train.batch_size, group_size, processes), parts=self.task.trained, optimizers=self.optimizers,
             batch_of=lambda size: fetch(self.dataset, 0, size, train.seed, self.accelerator.device),
             model_config=self.task.model_config, precision=train.precision,
             checkpointing=self.run_settings.gradient_checkpointing, sharded=self.sharded,
@@ -192,7 +192,7 @@ class Trainer:
             return False
         there = False, False
         if not again:  # the main process has the log
-            there = self.process_group.gather((bool(self.history.figures_at(self.progress.images)), self._preview_file().is_file()))[0]
+            there = self.process_group.gather((bool(self.history.scores_at(self.progress.images)), self._preview_file().is_file()))[0]
         if due[0] and not there[0]:
             self._measure()
             self.process_group.wait()
@@ -203,10 +203,10 @@ class Trainer:
 
     def _step(self) -> None:
         """One update of the weights of one part, over the whole global batch."""
-        parts, accelerator = self.parts, self.accelerator
+        split, accelerator = self.split, self.accelerator
         first = self.progress.images
         name = self.task.turn(first // self.train.batch_size)
-        part, (objective, optimizer) = self.task.parts[name], self._prepared[name]
+        part, (objective, optimizer) = self.task.trained[name], self._prepared[name]
         accelerator.scaler = self.scalers[name]
         for group in self.optimizers[name].param_groups:
             group["lr"] = learning_rate(self.optimizer, first, self.train.max_images)
@@ -215,11 +215,11 @@ class Trainer:
         total, found = 0.0, []
         for round_, batch in enumerate(self._batches(first)):
             # Gradients travel between devices in the last round only
-            last = round_ == parts.rounds - 1
+            last = round_ == split.rounds - 1
             with self._gradients_travel(part, objective, last):
                 with accelerator.autocast() if self.sharded else contextlib.nullcontext():  # else it is in the objective
                     loss, numbers = objective(batch)
-                loss = loss / parts.rounds
+                loss = loss / split.rounds
                 accelerator.backward(with_its_gradient(loss))
             total = total + loss.detach()
             found.append(numbers)
@@ -229,8 +229,8 @@ class Trainer:
         self.progress.images = first + self.train.batch_size
         self.ema.update(first)  # whatever part was updated, and whether it was: decays are per step
         for numbers in found:
-            self.numbers.add(numbers, norm)
-        self.numbers.add_step(name, total, norm)
+            self.metrics.add(numbers, norm)
+        self.metrics.add_step(name, total, norm)
 
     def _gradients_travel(self, part: TrainedNetwork, objective: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
         if self.sharded:
@@ -240,11 +240,11 @@ class Trainer:
     def _batches(self, first: int) -> Iterator[Batch]:
         """This process's share of the global batch that begins with image number `first`, a round at a time."""
         number = self.accelerator.process_index
-        starts = [first + self.parts.start(round_, number) for round_ in range(self.parts.rounds)]
-        return self.source.walk(starts, then=first + self.train.batch_size + self.parts.start(0, number))
+        starts = [first + self.split.start(round_, number) for round_ in range(self.split.rounds)]
+        return self.source.walk(starts, then=first + self.train.batch_size + self.split.start(0, number))
 
     def _fetch(self, start: int) -> Batch:
-        return fetch(self.dataset, start, self.parts.size, self.train.seed, self.accelerator.device)
+        return fetch(self.dataset, start, self.split.size, self.train.seed, self.accelerator.device)
 
     def _should_end(self, stop: StopRequest, seconds: float, step: int) -> bool:
         wanted = stop.signal is not None or seconds > self.max_seconds
@@ -267,7 +267,7 @@ class Trainer:
     def _flush(self) -> dict[str, Any]:
         """Losses and numbers since the last call."""
         self.updates.read_all()
-        if not (numbers := self.numbers.flush()):
+        if not (numbers := self.metrics.flush()):
             return {}
         before = self.progress.images - self.train.batch_size  # the step that was made last
         return numbers | {"learning_rate": learning_rate(self.optimizer, before, self.train.max_images)}
@@ -345,7 +345,7 @@ class Trainer:
         if not self.shows:
             return {}
         variance: dict[str, float] = {}
-        scores = evaluation.scores_of(self.history.figures_at(self.progress.images))
+        scores = evaluation.scores_of(self.history.scores_at(self.progress.images))
         if self.task.picture is not None:
             image = self.task.picture(model, self.train.seed, scores)
         else:
@@ -360,7 +360,7 @@ class Trainer:
         """The picture and the table at the end: once for every number of images. `anew`: those that are there are outdated."""
         images, main = self.progress.images, self.accelerator.is_main_process
         results = self.folder.read_results(images) if main and not anew else None
-        there = results is not None, bool(self.history.figures_at(images))
+        there = results is not None, bool(self.history.scores_at(images))
         done, measured = self.process_group.gather(there)[0]  # the main process decides: only it has the log
         if done:
             return results
@@ -374,7 +374,7 @@ class Trainer:
         pixels = self.scorer is not None and isinstance(self.dataset, Dataset) and self.scorer.extractor.metric == "fd-pixels" and len(self.dataset) >= 4
         halves = halves_distance(self.dataset.images) if pixels else None
         self.history.keep(self.folder.path / "curves.png", evaluation.curves(self.history.lines, halves, self.task.levels))
-        last = self.history.figures_at(images)
+        last = self.history.scores_at(images)
         results = {
             "images": images,
             "seconds": round(self.progress.seconds, 1),

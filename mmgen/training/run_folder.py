@@ -64,7 +64,7 @@ class RunFolder:
         command: such as "train-imm"; config: its settings as a dictionary.
         """
         identity = {"command": command, "config": config, "data": dataset.fingerprint, "images": dataset.description}
-        identity["place"] = dataset.place
+        identity["place"] = dataset.path
         identity = json.loads(json.dumps(identity))  # as it comes back: tuples are lists
         file = self.path / "config.json"
         if file.is_file():

@@ -55,7 +55,7 @@ class RunLog:
         with self.going_on(file.parent.name if file.stem.isdigit() else file.name):
             save_png(file, image)
 
-    def figures_at(self, images: int) -> dict[str, Any]:
+    def scores_at(self, images: int) -> dict[str, Any]:
         """The line that holds scores of this number of images, empty where there is none."""
         lines = (line for line in reversed(self.lines) if "values" in line)
         return next((line for line in lines if line["images"] == images), {})

@@ -76,7 +76,7 @@ def time_steps(trainer: Any, seconds: float) -> float:
 
     seconds: how long to measure, about. Where a single accumulation step takes half as long, two are made, and the optimiser's time is neglected.
     """
-    rounds = trainer.parts.rounds
+    rounds = trainer.split.rounds
     one = _seconds_of_a_step(trainer, 1, seconds / 2)
     if rounds == 1 or one > seconds / 2:
         return one * rounds
@@ -87,8 +87,8 @@ def _seconds_of_a_step(trainer: Any, rounds: int, seconds: float) -> float:
     """The mean over whole turns of a method's networks, after one turn that does not count."""
     from dataclasses import replace
 
-    kept, trainer.parts = trainer.parts, replace(trainer.parts, rounds=rounds)
-    turns, found, started = len(trainer.task.parts), [], time.perf_counter()
+    kept, trainer.split = trainer.split, replace(trainer.split, rounds=rounds)
+    turns, found, started = len(trainer.task.trained), [], time.perf_counter()
     while len(found) < 2 or time.perf_counter() - started < seconds and len(found) < 20:
         before = time.perf_counter()
         for _ in range(turns):
@@ -96,5 +96,5 @@ def _seconds_of_a_step(trainer: Any, rounds: int, seconds: float) -> float:
         if trainer.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         found.append((time.perf_counter() - before) / turns)
-    trainer.parts = kept
+    trainer.split = kept
     return sum(found[1:]) / len(found[1:])

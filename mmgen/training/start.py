@@ -33,9 +33,9 @@ from .task import Outcome, Reporter, Task
 
 def load_data(settings: DataSettings, progress: Callable[[int, int], None] | None = None) -> Dataset | LatentDataset:
     """The data set of a config. Raises DataError, or ConfigError where it contradicts the settings."""
-    place = find_latents(settings.name)
-    if place is not None:
-        dataset = load_latents(place, settings.name)
+    path = find_latents(settings.name)
+    if path is not None:
+        dataset = load_latents(path, settings.name)
         _check_latents(settings, dataset)
         if not settings.text:
             dataset = replace(dataset, captions=None, kept=None)
@@ -179,7 +179,7 @@ def run_training(
     if config.train.init:
         initial, make_plain = read_initial(config.train.init), make_task
         config = replace(config, train=replace(config.train, init_sha256=initial.sha256))
-        reporter.note(f"the training begins with the weights of {initial.place} (sha256 {initial.sha256[:12]})")
+        reporter.note(f"the training begins with the weights of {initial.path} (sha256 {initial.sha256[:12]})")
 
         def make_task(accelerator: Any) -> Task:
             return begin_with(make_plain(accelerator), initial)
@@ -197,7 +197,7 @@ def run_training(
         counts = {name: sum(p.numel() for p in network.parameters()) / 1e6 for name, network in trainer.networks.items()}
         reporter.note(
             f"{', '.join(f'{name}: {count:.2f}M parameters' for name, count in counts.items())}; batch {config.train.batch_size} = "
-            f"{trainer.parts} on {accelerator.device}, {config.train.precision}"
+            f"{trainer.split} on {accelerator.device}, {config.train.precision}"
         )
         try:
             return trainer.run()

@@ -48,7 +48,7 @@ class Task:
     """What a method gives the loop.
 
     Attributes:
-        parts: by name; the first is averaged (EMA) and saved as the model. A method of one part calls it "model".
+        trained: by name; the first is averaged (EMA) and saved as the model. A method of one part calls it "model".
         turn: the name of the part that step number 0, 1, ... updates.
         model_config: what the saved model says of itself; the entries of its `training` are kept beside the loop's.
         frozen: networks that are evaluated and not trained; where networks are sharded, these are too.
@@ -56,7 +56,7 @@ class Task:
         picture: picture(model, seed, scores) takes the place of the sample grid, in previews and at the end; called by the main
             process. `scores`: number of steps -> its score as a text. None: no picture, now.
         finish: finish(model, folder, scorer) at the end of a run, in all processes: more entries for results.json, of which
-            those of the main process count. `scorer` is a `figures.Scorer`, or None where
+            those of the main process count. `scorer` is a `scorer.Scorer`, or None where
             nothing is measured.
         levels: the edges of the noise levels that numbers are logged for, in sigma, ascending.
         work: what a step costs in passes of the network, for the log; None: unknown.
@@ -65,7 +65,7 @@ class Task:
         advice: what to try where training collapses, besides what helps every method; ends with a comma and a blank.
     """
 
-    parts: dict[str, TrainedNetwork]
+    trained: dict[str, TrainedNetwork]
     model_config: ModelConfig
     turn: Callable[[int], str] = always_first
     frozen: Sequence[nn.Module] = ()

@@ -62,7 +62,7 @@ def plain(config: ImmConfig, device: str, steps: int) -> Run:
 
 def plain_steps(trainer: Trainer, config: ImmConfig, steps: int) -> Run:
     """The textbook's steps on the batches of a trainer."""
-    step, inputs = plain_step(trainer, config), trainer.task.parts["model"].objective.inputs
+    step, inputs = plain_step(trainer, config), trainer.task.trained["model"].objective.inputs
 
     def once() -> None:
         batch = next(iter(trainer._batches(0)))
@@ -102,7 +102,7 @@ def compiled(size: Size) -> Iterator[Row]:
         fast = imm_config(preset, **{**changes, "train.precision": "bf16", "run.compile": True})
         eager = imm_config(preset, **changes)
         trainer = imm_trainer(fast, "cuda")
-        flops = estimate(fast.train, trainer.task.model_config, trainer.parts, IMM).flops_per_step / fast.train.batch_size
+        flops = estimate(fast.train, trainer.task.model_config, trainer.split, IMM).flops_per_step / fast.train.batch_size
         del trainer
         one = Case(
             f"IMM step, {preset}, compiled bf16", "images", fast.train.batch_size,

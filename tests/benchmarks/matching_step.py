@@ -102,7 +102,7 @@ def ours(method: str, batch: int, steps: int, size: Size, device: str, rank: int
 def plain(method: str, batch: int, size: Size, device: str) -> Run:
     """The same data, the same initial weights."""
     run = distilling(method, batch, size, device)
-    matching = next(iter(run.task.parts.values())).objective.matching
+    matching = next(iter(run.task.trained.values())).objective.matching
     (x_student, student), (x_teacher, teacher) = (copied(net) for net in (matching.student, matching.teacher))
     x_auxiliary, auxiliary = copied(matching.teacher)
     settings = run.optimizer

@@ -57,7 +57,7 @@ def loss_and_gradient(case: Case, device: str, precision: str) -> dict[str, Foun
     found = {}
     for network in trainer.networks.values():
         scramble(network)
-    for name, part in trainer.task.parts.items():
+    for name, part in trainer.task.trained.items():
         objective, _ = trainer._prepared[name]
         if part.prepare is not None:
             part.prepare(lambda: trainer._batches(0))

@@ -110,9 +110,9 @@ def measured(
         torch.cuda.reset_peak_memory_stats()
     precision, changes = WAYS[way]
     trainer = case.make(device, precision, batch, **changes)
-    cost = estimate(trainer.train, trainer.task.model_config, trainer.parts, work)
+    cost = estimate(trainer.train, trainer.task.model_config, trainer.split, work)
     found: dict[str, Any] = {"rate": rate(trainer._step, batch, device, seconds), "computed": cost.total / 2**30}
-    trainer.numbers.flush()
+    trainer.metrics.flush()
     if device == "cuda":
         found["measured"] = torch.cuda.max_memory_allocated() / 2**30
     if peak:
@@ -123,7 +123,7 @@ def measured(
 def plain(case: Case, device: str, batch: int) -> Callable[[], Any]:
     """The textbook's step of IMM on the same data; `tests/benchmarks/plain_imm.py`."""
     trainer = case.make(device, "tf32", batch)
-    return plain_steps(trainer, trainer.task.parts["model"].objective.config, 1)
+    return plain_steps(trainer, trainer.task.trained["model"].objective.config, 1)
 
 
 def release(device: str) -> None:

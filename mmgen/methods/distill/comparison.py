@@ -23,7 +23,7 @@ from ...training.evaluation import COLUMNS, layout, real_images, with_score
 from ...training.task import Reporter, Work
 
 if TYPE_CHECKING:
-    from ...training.figures import Scorer
+    from ...training.scorer import Scorer
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from ...training.task import Reporter, Task
 from ..method import Start, Training
 
 if TYPE_CHECKING:
-    from ...training.figures import Scorer
+    from ...training.scorer import Scorer
 
 USUAL_RANK = 64  # of LoRA, where the dry run shows what it would take
 DISTILLED = "distilled"  # entry of ModelConfig.training that says what a student is a student of
@@ -72,8 +72,8 @@ def _needs_teacher(config: DistillConfig) -> list[str]:
 
 def _data_of(teacher: ModelConfig) -> str:
     """The name of the teacher's data: its own, or where they lay if that name now means something else."""
-    place = str(teacher.training.get("data", {}).get("place", ""))
-    return teacher.data if not place or locate(teacher.data) == place else place
+    path = str(teacher.training.get("data", {}).get("place", ""))
+    return teacher.data if not path or locate(teacher.data) == path else path
 
 
 def check_same_data(teacher: Teacher, data: DataSettings, dataset: Dataset | LatentDataset) -> None:
@@ -82,7 +82,7 @@ def check_same_data(teacher: Teacher, data: DataSettings, dataset: Dataset | Lat
     then = teacher.model.config.training.get("config", {}).get("data", {})
     if known and known != dataset.fingerprint and all(then.get(key, getattr(DataSettings(), key)) == getattr(data, key) for key in (*READING, *CAPTIONS)):
         raise ConfigError(
-            f"the teacher {teacher.name} was trained on {teacher.model.config.data}, and {dataset.place} now holds other images or "
+            f"the teacher {teacher.name} was trained on {teacher.model.config.data}, and {dataset.path} now holds other images or "
             "labels: bring back those of the training, or say with --data what to distil on"
         )
 

@@ -42,7 +42,7 @@ class Teacher:
 
 
 def load_teacher(
-    place: str | os.PathLike,
+    path: str | os.PathLike,
     device: str | torch.device = "cpu",
     *,
     weights: str = "ema",
@@ -55,27 +55,27 @@ def load_teacher(
     consistency model, a student), and ConfigError for an option that is missing, unknown or contradicts the file, by its name here.
     """
     try:
-        opened = open_model(place, weights=weights, options=options)
+        opened = open_model(path, weights=weights, options=options)
     except ConfigError as error:
         raise ConfigError(_OPTION.sub(r"--teacher-\1", str(error))) from error
-    _check(opened.config, place)
+    _check(opened.config, path)
     folder = opened.file if opened.file.is_dir() else opened.file.parent
     run = folder if (folder / "checkpoints").is_dir() and (folder / "log.jsonl").is_file() else None
-    return Teacher(opened.build(device), str(place), opened.sha256, run, opened.notes)
+    return Teacher(opened.build(device), str(path), opened.sha256, run, opened.notes)
 
 
-def _check(config: ModelConfig, place: str | os.PathLike) -> None:
+def _check(config: ModelConfig, path: str | os.PathLike) -> None:
     """Raises ModelError for a model that does not give the mean of the images behind a noisy one."""
     steps = config.sampling.student_steps
     if config.denoiser is None:
         raise ModelError(
-            f"{place} is a flow map of IMM, a few-step generator already: a teacher must be a denoiser, by `mmgen train-teacher`"
+            f"{path} is a flow map of IMM, a few-step generator already: a teacher must be a denoiser, by `mmgen train-teacher`"
         )
     if preconditioning(config.denoiser).is_consistency:
-        raise ModelError(f"{place} is a consistency model, which gives no means of noisy images: a teacher must be a denoiser")
+        raise ModelError(f"{path} is a consistency model, which gives no means of noisy images: a teacher must be a denoiser")
     if steps is not None:
         raise ModelError(
-            f"{place} is a student of {steps} step{'s' * (steps > 1)}, which gives no means of noisy images: a teacher must be a "
+            f"{path} is a student of {steps} step{'s' * (steps > 1)}, which gives no means of noisy images: a teacher must be a "
             "denoiser, such as its own teacher"
         )
 

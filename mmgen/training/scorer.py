@@ -26,7 +26,7 @@ from ..metrics.image_sets import ImageSet, dataset_images, drawn_images
 from ..metrics.reference_sets import ReferenceSet, collect_reference, file_reference
 from ..metrics.references import is_statistics
 from ..metrics.subjects import TrainingSet, training_images
-from ..metrics.score import ScoreSettings, figure_name, score
+from ..metrics.score import ScoreSettings, metric_name, score
 from ..models.build import AnyModel
 from ..sampling.drawing import SampleSettings, plan
 from ..sampling.guidance import Guide
@@ -54,7 +54,7 @@ class Scorer:
         """images: what samples are compared with, or a file of its statistics. of_data: the variance of the data; 0: not known."""
         self.work = work
         self.extractor, self.images, self.run, self.device, self.process_group = extractor, images, run, device, process_group
-        self.name = figure_name(extractor.title, run.eval_num)
+        self.name = metric_name(extractor.title, run.eval_num)
         self._reference: ReferenceSet | None = None
         self._of_data = of_data
         self.variance: dict[str, float] = {}
@@ -80,7 +80,7 @@ class Scorer:
                     watched(images.telling(update), spread), self._reference, self.extractor,
                     ScoreSettings(batch_size=batch, bias=False), device=self.device, process_group=self.process_group,
                 )  # fmt: skip
-            values[count] = found.figures[self.name]
+            values[count] = found.metrics[self.name]
             if self._of_data:
                 self.variance[str(count)] = spread.result(self.process_group) / self._of_data
         return values

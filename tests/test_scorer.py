@@ -20,7 +20,7 @@ from mmgen.metrics.frechet import fd_pixels
 from mmgen.models.files import read_config
 from mmgen.system.processes import ProcessGroup
 from mmgen.training import loop
-from mmgen.training.figures import make_scorer
+from mmgen.training.scorer import make_scorer
 from mmgen.training.model_files import BEST_FILE
 from mmgen.methods import IMM
 from mmgen.methods.run import train as train_method
@@ -78,7 +78,7 @@ def test_figures_are_those_of_the_saved_model(tmp_path):
 
 def test_best_model_is_kept_by_the_first_number_of_steps(tmp_path, monkeypatch):
     wanted = iter([5.0, 3.0, 4.0, 3.0, 9.0])
-    monkeypatch.setattr("mmgen.training.figures.Scorer.measure", lambda self, model, steps, seed: {2: next(wanted), 1: 1.0})
+    monkeypatch.setattr("mmgen.training.scorer.Scorer.measure", lambda self, model, steps, seed: {2: next(wanted), 1: 1.0})
     train(tmp_path / "run")
     best = read_config(tmp_path / "run" / BEST_FILE).training
     assert best["images"] == 64 and best["figures"] == {"FD-pixels-40": {"2": 3.0, "1": 1.0}}
@@ -100,7 +100,7 @@ def test_best_model_is_there_once_its_figure_is_logged(tmp_path, monkeypatch):
 
 def test_best_is_remembered_when_a_run_is_resumed(tmp_path, monkeypatch):
     wanted = iter([5.0, 3.0, 4.0, 6.0, 7.0, 8.0])
-    monkeypatch.setattr("mmgen.training.figures.Scorer.measure", lambda self, model, steps, seed: {2: next(wanted), 1: 1.0})
+    monkeypatch.setattr("mmgen.training.scorer.Scorer.measure", lambda self, model, steps, seed: {2: next(wanted), 1: 1.0})
     train(tmp_path / "run", **{"train.max_images": 96})
     AcceleratorState._reset_state(reset_partial_state=True)
     train(tmp_path / "run")
