@@ -36,7 +36,7 @@ class FlowObjective(nn.Module):
     def by_level(self, values: Tensor, t: Tensor) -> Tensor:
         """Sums and counts of values [N], float64 [2, LEVELS], by the noise at t."""
         low, high = self.levels[0], self.levels[-1]
-        place = (self.config.flow.get_schedule().eta(t).log() - math.log(low)) / math.log(high / low)
-        level = (LEVELS * place).floor().clamp(0, LEVELS - 1).long()
+        position = (self.config.flow.get_schedule().eta(t).log() - math.log(low)) / math.log(high / low)
+        level = (LEVELS * position).floor().clamp(0, LEVELS - 1).long()
         both = torch.stack([values.double(), torch.ones_like(values, dtype=torch.float64)])
         return both.new_zeros(2, LEVELS).index_add_(1, level, both)
