@@ -71,6 +71,8 @@ def check(config: ImmConfig) -> None:
         flow.parametrization != "euler_fm" or flow.schedule == "fm",
         "flow.parametrization euler_fm needs flow.schedule fm",
     )
+    require(flow.parametrization != "given" or train.init, "flow.parametrization given needs a denoiser to begin with: name it with --init")
+    require(flow.parametrization == "given" or flow.given is None, "flow.given is filled in from --init: leave it out")
     if loss.objective == "mean_flow":
         _check_mean_flow(config)
     else:

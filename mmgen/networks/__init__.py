@@ -112,6 +112,12 @@ def widen_input(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tenso
     return widened
 
 
+def with_second_time(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a network without a second time as that of `network`, which has one: without effect, as its last layer is zero."""
+    ours = {key: value for key, value in network.state_dict().items() if key.startswith("second_time_mlp.")}
+    return state | {key: torch.zeros_like(value) if ".linear1." in key else value for key, value in ours.items()}
+
+
 def without_augment(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A network's state dict without its augmentation input, `augment_embed` in every network that has one."""
     return {key: value for key, value in state.items() if not key.startswith("augment_embed.")}

@@ -1,4 +1,7 @@
-"""Weights that a training begins with: `--init`, of any model that mmgen reads whose network is the same."""
+"""Weights that a training begins with: `--init`, of any model that mmgen reads whose network is the same.
+
+A flow map with the parametrization `given` begins with a denoiser's: of its second time, which that has not, nothing is seen at first.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from ..formats.reading import read
 from ..formats.recognise import convert, family_of
 from ..models.config import ModelConfig
 from ..models.files import read_config
+from ..networks import with_second_time, without_augment
 from .task import Task
 
 _NO_WEIGHTS = {"dropout", "gradient_checkpointing"}  # settings of networks that may differ
@@ -42,10 +46,15 @@ def read_initial(path: str) -> Initial:
 
 def begin_with(task: Task, initial: Initial) -> Task:
     """The weights into the network that becomes the model. Raises ConfigError naming the first thing in which it is another."""
-    network = next(iter(task.trained.values())).network
-    if difference := _difference(task.model_config, initial.config) or _of_tensors(network, initial.state):
+    network, wanted, state = next(iter(task.trained.values())).network, task.model_config, initial.state
+    if wanted.flow is not None and initial.config.denoiser is not None:
+        if wanted.flow.given is None:
+            raise ConfigError(f"--init {initial.path} is a denoiser, whose output means another thing: set flow.parametrization=given too")
+        state = with_second_time(state, network)
+    state = state if wanted.augment_dim else without_augment(state)
+    if difference := _difference(wanted, initial.config) or _of_tensors(network, state):
         raise ConfigError(f"--init {initial.path}: its network is another one: {difference}")
-    network.load_state_dict(initial.state)
+    network.load_state_dict(state)
     return task
 
 
@@ -54,7 +63,7 @@ def _difference(wanted: ModelConfig, found: ModelConfig) -> str | None:
     for key in ours | theirs:
         if key not in _NO_WEIGHTS and ours.get(key) != theirs.get(key):
             return f"network.{key} is {shortened(ours.get(key))} here and {shortened(theirs.get(key))} there"
-    for key in ("channels", "resolution", "num_classes", "augment_dim"):
+    for key in ("channels", "resolution", "num_classes", *(["augment_dim"] if wanted.augment_dim else [])):
         if getattr(wanted, key) != getattr(found, key):
             return f"{key} is {getattr(wanted, key)} here and {getattr(found, key)} there"
     return None

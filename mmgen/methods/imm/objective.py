@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...data import DataShape
+from ...diffusion.preconditioning import preconditioning
 from ...diffusion.process import diffuse, per_image
 from ...errors import ConfigError
-from ...diffusion.flow_map import FlowMapSettings, input_scale, network_times
+from ...diffusion.flow_map import input_scale, network_times
 from ...config.imm import ImmConfig, resolve
-from ...models.latents import LatentSettings
 from ...losses.imm import draw_times, earlier_time, imm_loss, jump_difference
 from ...models.build import check_weights
 from ...models.config import ModelConfig
@@ -20,8 +21,8 @@ from ...models.flow_model import FlowModel
 from ...networks.conditions import Condition
 from ...system.random import keys, normal, torch_seed
 from ...training.batches import Batch
-from ...training.inputs import Inputs
 from ...training.cost import IMM as WORK
+from ...training.initial import read_initial
 from ...training.task import TrainedNetwork, Task
 from ..fresh import fresh_model_config
 from ..method import Training
@@ -32,8 +33,9 @@ def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
     """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
     if config.data.text:
         raise ConfigError("data.text: IMM learns classes here, not texts; train a teacher of text and distil it")
-    # The noise has the standard deviation sigma_data, and so have latents
-    return fresh_model_config(config, shape, config.flow.sigma_data, flow=config.flow)
+    # The noise has the standard deviation sigma_data, and so have latents; those of given weights are as these know them
+    flow = config.flow
+    return fresh_model_config(config, shape, flow.sigma_data if flow.given is None else preconditioning(flow.given).data_std, flow=flow)
 
 
 def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
@@ -112,6 +114,19 @@ def _group_size(config: ImmConfig) -> int:
     return 1 if config.loss.objective == "mean_flow" else config.loss.group_size
 
 
+def _find(config: ImmConfig, device: object) -> tuple[None, ImmConfig]:
+    """The parametrization `given` is that of the denoiser that the training begins with. Raises ConfigError where it is none."""
+    if config.flow.parametrization != "given":
+        return None, config
+    found = read_initial(config.train.init).config
+    given = found.denoiser if found.flow is None else found.flow.given
+    if given is None:
+        raise ConfigError(f"--init {config.train.init} is a flow map already: leave out flow.parametrization=given")
+    if given.noise_channels or given.noise_dropout or getattr(found.network, "learn_sigma", False):
+        raise ConfigError(f"--init {config.train.init} has noise of its own or a learned variance, which a flow map has not: give another teacher")
+    return None, replace(config, flow=replace(config.flow, given=given))
+
+
 def _notes(config: ImmConfig) -> list[str]:
     if config.loss.objective == "imm" and config.train.precision == "fp16" and (config.loss.min_gap < 1e-4 or config.flow.second_time != "t-s"):
         return ["the paper trains fp16 with loss.min_gap=1e-4, flow.second_time=t-s and loss.a=2 (appendix I.6)"]
@@ -122,6 +137,7 @@ TRAINING = Training(
     config=ImmConfig,
     resolve=resolve,
     model_config=lambda config, shape, source: imm_model_config(config, shape),
+    find=_find,
     task=lambda start: imm_task(start.config, start.model_config),
     work=lambda config: (WORK, _group_size(config)),  # of MeanFlow too: its derivative takes about one more pass
     notes=_notes,
