@@ -82,8 +82,6 @@ def test_without_a_network(tmp_path):
     with pytest.raises(ModelError, match=message) as caught:
         locate(PUBLISHED)
     assert str(tmp_path / "cache" / "net.pt") in str(caught.value) and "--net FILE" in str(caught.value)
-    with pytest.raises(ModelError, match="downloads are switched off: fetch https"):
-        locate(PUBLISHED, allow_download=False)
 
 
 class Response(io.BytesIO):

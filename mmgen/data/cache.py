@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +66,7 @@ def prepare(
     folder = root / _key(source, resolution, channels, on_corrupt, captions)
     dataset = _open(folder)
     if dataset is None:
-        with _locked(root, folder.name):
+        with one_at_a_time(root / f"{folder.name}.lock"):
             dataset = _open(folder)  # another process may have made it in the meantime
             if dataset is None:
                 _remove_stale(root)
@@ -215,20 +215,6 @@ def _fingerprint(digest: hashlib._Hash, labels: np.ndarray | None, captions: pa.
     for texts in captions if captions is not None else ():
         digest.update(json.dumps(texts.as_py()).encode())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(root: Path, key: str) -> Iterator[None]:
-    """Holds the lock of one cache entry; the system frees it if the process dies.
-
-    Where the file system has no locks, goes on without: two processes then decode the same and the first one is kept.
-    """
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(one_at_a_time(root / f"{key}.lock"))
-        except OSError as error:
-            raise DataError(f"cannot write {root}: {error.strerror or error}: set MMGEN_CACHE to another folder") from error
-        yield
 
 
 def _remove_stale(root: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, shortened
 from ..system.files import at_home, read_json, sha256_of
 from ..models.latents import LatentSettings
 from ..formats.network_file import content
@@ -216,7 +216,7 @@ def _read_module(model_class: Any, folder: Path, source: str) -> torch.nn.Module
         )
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         what = content(folder / WEIGHTS)
-        damage = f"its {WEIGHTS} is {what}" if "pointer" in what or "web page" in what or what == "empty" else _line(error)
+        damage = f"its {WEIGHTS} is {what}" if "pointer" in what or "web page" in what or what == "empty" else shortened(error, 300)
         raise ModelError(f"cannot load the VAE {source}: {damage}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -253,7 +253,7 @@ def _folder(source: str) -> Path:
         raise
     except Exception as error:  # huggingface_hub's own, and those of requests or httpx, by version
         remedy = f"run `hf download {source} --local-dir DIR` where the hub can be reached, and give DIR"
-        raise ModelError(f"{pass_on}, and the hub cannot be asked ({_line(error)}): {remedy}") from error
+        raise ModelError(f"{pass_on}, and the hub cannot be asked ({shortened(error, 300)}): {remedy}") from error
 
 
 def _inside(folder: Path, source: str) -> Path:
@@ -266,8 +266,3 @@ def _inside(folder: Path, source: str) -> Path:
         found = f", only {others[0]}, a pickle, which is not read: save it with save_pretrained as safetensors" if others else ""
         raise ModelError(f"{source} holds no {WEIGHTS}{found}")
     return chosen
-
-
-def _line(error: Exception) -> str:
-    """A library's message as one line, which may be the first of many pages."""
-    return " ".join((str(error).strip() or type(error).__name__).split())[:300].rstrip(".")

@@ -69,7 +69,6 @@ class Wanted:
     mode: str
     inception: Path | None
     device: torch.device | str
-    allow_download: bool
     progress: Progress | None
 
 
@@ -79,7 +78,6 @@ def build_extractor(
     *,
     inception: Path | None = None,
     device: torch.device | str = "cpu",
-    allow_download: bool = True,
     progress: Progress | None = None,
 ) -> Extractor:
     """Finds, checks and loads the network of a protocol.
@@ -91,12 +89,11 @@ def build_extractor(
         inception: the file of Inception's weights; None: looked for, or downloaded (see `inception.build_inception`).
         device: where `extract` computes, always in full float32: TensorFloat-32 would move a score by more than the
             agreement between implementations of the same protocol.
-        allow_download: False: nothing is fetched.
         progress: called with the bytes downloaded and their total, 0 where it is not known.
 
     Raises ConfigError for an unknown name or mode, ModelError where a network is missing, damaged or of another kind.
     """
-    wanted = Wanted(mode, inception, device, allow_download, progress)
+    wanted = Wanted(mode, inception, device, progress)
     if features in EXTRACTORS:
         extractor = EXTRACTORS[features](wanted)
     elif Path(features).is_file():
@@ -132,9 +129,7 @@ def auto_extractor(shape: Sequence[int], **options: Any) -> tuple[Extractor, str
 
 
 def _inception(wanted: Wanted) -> Extractor:
-    network = build_inception(
-        wanted.mode, wanted.device, file=wanted.inception, allow_download=wanted.allow_download, progress=wanted.progress
-    )
+    network = build_inception(wanted.mode, wanted.device, file=wanted.inception, progress=wanted.progress)
     path, digest = network.weights.path, network.weights.sha256
     protocol = {"features": "inception", "mode": wanted.mode, "network": path.name, "sha256": digest}
     metric, title, warnings = "fid", "FID", ()
@@ -154,7 +149,7 @@ def _pixels(wanted: Wanted) -> Extractor:
 def _dinov2(wanted: Wanted, path: str = "dinov2") -> Extractor:
     from .pretrained import build_dinov2
 
-    network = build_dinov2(path, wanted.device, allow_download=wanted.allow_download)
+    network = build_dinov2(path, wanted.device)
     protocol = {"features": "dinov2", "network": network.name, "sha256": network.sha256}
     name = "DINOv2" if network.is_large else network.name
     metric = "fd-dinov2" if network.is_large else f"fd-{name}"

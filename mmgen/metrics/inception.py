@@ -61,7 +61,6 @@ def build_inception(
     device: torch.device | str = "cpu",
     *,
     file: Path | None = None,
-    allow_download: bool = True,
     progress: Progress | None = None,
 ) -> Inception:
     """Finds the weights (`published_file.locate`) and loads the network of a mode.
@@ -80,7 +79,6 @@ def build_inception(
         file,
         others=[other for other in PUBLISHED if other != name],
         elsewhere=_elsewhere(name),
-        allow_download=allow_download,
         progress=progress,
     )
     wanted = TORCHSCRIPT if name == SCRIPT else STATE_DICT

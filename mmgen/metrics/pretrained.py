@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import ConfigError, ModelError
+from ..encoders.hub_folder import hub_folder
+from ..encoders.quiet import quiet_libraries
+from ..errors import ConfigError, ModelError, shortened
 from ..system.files import sha256_of
 from .towers import Towers
 
@@ -42,7 +44,7 @@ class Dinov2:
     extract: Callable[[Tensor], Tensor]
 
 
-def build_dinov2(path: str = "dinov2", device: torch.device | str = "cpu", *, allow_download: bool = True) -> Dinov2:
+def build_dinov2(path: str = "dinov2", device: torch.device | str = "cpu") -> Dinov2:
     """DINOv2 features as FD-DINOv2 takes them: the class token after the last layer norm, of images of 224 x 224.
 
     Oquab et al. (2023, arXiv:2304.07193); as a metric: Stein et al. (2023, arXiv:2306.04675); images resized by torch's
@@ -56,7 +58,7 @@ def build_dinov2(path: str = "dinov2", device: torch.device | str = "cpu", *, al
     """
     transformers = _transformers()
     path = DINOV2 if path == "dinov2" else path
-    folder = _folder(path, allow_download)
+    folder = _folder(path)
     model, digest = _load(transformers.Dinov2Model, "dinov2", folder, path, ignored=("embeddings.mask_token",))
     config = model.config
     if _DINOV2_SIZE % config.patch_size:
@@ -75,7 +77,7 @@ def build_dinov2(path: str = "dinov2", device: torch.device | str = "cpu", *, al
     return Dinov2(_name(path), digest, is_large, extract)
 
 
-def clip_towers(path: str, device: torch.device | str = "cpu", *, allow_download: bool = True) -> Towers:
+def clip_towers(path: str, device: torch.device | str = "cpu") -> Towers:
     """Both towers of a CLIP, from a folder or hub id such as openai/clip-vit-base-patch16. Texts are cut at the model's length.
 
     Images are brought to the model as its own preprocessor_config.json says, but on the device: resized in float, rounded
@@ -84,10 +86,10 @@ def clip_towers(path: str, device: torch.device | str = "cpu", *, allow_download
     Raises ConfigError where transformers is missing, ModelError where the weights are, or the preprocessing is unknown.
     """
     transformers = _transformers()
-    folder = _folder(path, allow_download)
+    folder = _folder(path)
     model, digest = _load(transformers.CLIPModel, "clip", folder, path)
     model = model.to(device)
-    with _quiet(), _readable(path):
+    with quiet_libraries(), _readable(path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         settings, _ = transformers.CLIPImageProcessor.get_image_processor_dict(folder, local_files_only=True)
     prepare = _preprocessor(settings, path, device)
@@ -170,7 +172,7 @@ def _load(
     """A model in float32, every weight of which comes from the file, and the file's SHA-256."""
     from transformers import AutoConfig
 
-    with _quiet(), _readable(path):
+    with quiet_libraries(), _readable(path):
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != model_type:
             raise ModelError(f"{path} is a model of the type {config.model_type!r}, not {model_type!r}")
@@ -192,34 +194,16 @@ def _transformers() -> Any:
     return transformers
 
 
-def _folder(path: str, allow_download: bool) -> Path:
+def _folder(path: str) -> Path:
     """The folder of a model: `path` itself, or the hub's cache of it, filled by download where it is not complete."""
-    if Path(path).is_dir():
-        for name in ("config.json", _WEIGHTS):
-            if not (Path(path) / name).is_file():
-                raise ModelError(f"{path} holds no {name}: it takes a model saved by transformers, as safetensors in one file")
-        return Path(path)
-    from huggingface_hub import HfApi, snapshot_download
 
-    try:
-        folder = Path(snapshot_download(path, local_files_only=True, allow_patterns=_FILES))
-        if (folder / "config.json").is_file() and (folder / _WEIGHTS).is_file():
-            return folder
-        absent = "its copy in the hub's cache is not complete"
-    except Exception:  # not in the cache, which is said in more than one way
-        absent = "it is no folder, and not in the hub's cache"
-    if not allow_download:
-        raise ModelError(f"cannot load {path}: {absent}, and downloads are switched off")
-    try:
-        info = HfApi().model_info(path)
-        if _WEIGHTS not in [file.rfilename for file in info.siblings or []]:
-            raise ModelError(f"{path} holds no {_WEIGHTS}: weights are read as safetensors only, in one file")
-        return Path(snapshot_download(path, revision=info.sha, allow_patterns=_FILES))
-    except ModelError:
-        raise
-    except Exception as error:  # huggingface_hub's own, and those of requests or httpx, by version
-        remedy = f"run `hf download {path} --local-dir DIR` where the hub can be reached, and name DIR"
-        raise ModelError(f"cannot load {path}: {absent}, and the hub cannot be asked ({_line(error)}): {remedy}") from error
+    def lacks(folder: Path) -> list[str]:
+        return [name for name in ("config.json", _WEIGHTS) if not (folder / name).is_file()]
+
+    folder = Path(path) if Path(path).is_dir() else hub_folder(path, _FILES, lambda found: not lacks(found))
+    if missing := lacks(folder):
+        raise ModelError(f"{path} holds no {missing[0]}: it takes a model saved by transformers, as safetensors in one file")
+    return folder
 
 
 @contextlib.contextmanager
@@ -229,27 +213,7 @@ def _readable(path: str) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"cannot load {path}: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and reports: what matters of them is checked here."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        raise ModelError(f"cannot load {path}: {shortened(error, 300)}") from error
 
 
 def _name(path: str) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.cache import cache_root
-from ..errors import MmgenError, ModelError
+from ..errors import ModelError
 from ..system.files import at_home, replacing, sha256_of
 from ..system.lock import one_at_a_time
 
@@ -55,7 +54,6 @@ def locate(
     *,
     others: Sequence[str] = (),
     elsewhere: Sequence[Path] = (),
-    allow_download: bool = True,
     progress: Progress | None = None,
 ) -> Located:
     """Finds a published file: as named, in the variable's place, in the cache, elsewhere; else downloads it to the cache.
@@ -68,7 +66,6 @@ def locate(
         others: names of files that the same variable may name, for other uses. Such a one is passed over, and `file` is
             looked for beside it.
         elsewhere: folders where other programs keep the file.
-        allow_download: False: nothing is fetched.
         progress: called with the bytes downloaded and their total, 0 where it is not known.
 
     Raises ModelError where the named file does not exist, a found one has another content, or there is none and it cannot
@@ -91,9 +88,7 @@ def locate(
     for path in (cached, *(folder / file.name for folder in elsewhere)):
         if path.is_file():
             return _found(path, file)
-    if not allow_download:
-        raise ModelError(f"{file.name} is not here, and downloads are switched off: {_remedy(file, cached)}")
-    with _locked(cached):
+    with one_at_a_time(cached.with_name(f"{cached.name}.lock")):
         if not cached.is_file():  # another process may have fetched it in the meantime
             _download(file, cached, progress)
     return _found(cached, file)
@@ -154,21 +149,3 @@ def _download(file: Published, cached: Path, progress: Progress | None) -> None:
 def _failed(file: Published, cached: Path, error: Exception) -> ModelError:
     reason = getattr(error, "reason", None) or error
     return ModelError(f"cannot download {file.name} ({reason or type(error).__name__}): {_remedy(file, cached)}")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock of a file to be made; the system frees it if the process dies.
-
-    Where the file system has no locks, goes on without: two processes then fetch the same, and the last one is kept.
-    """
-    with contextlib.ExitStack() as held:
-        try:
-            held.enter_context(one_at_a_time(path.with_name(f"{path.name}.lock")))
-        except OSError as error:
-            raise _unwritable(path, error) from error
-        yield
-
-
-def _unwritable(path: Path, error: OSError) -> MmgenError:
-    return MmgenError(f"cannot write {path.parent}: {error.strerror or error}: set MMGEN_CACHE to another folder")

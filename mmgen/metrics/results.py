@@ -159,7 +159,7 @@ def _locked(file: Path) -> Iterator[None]:
     """
     name = hashlib.sha256(str(file.absolute()).encode()).hexdigest()
     with contextlib.ExitStack() as held:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(DataError):
             held.enter_context(one_at_a_time(cache_root() / "locks" / f"{name}.lock"))
         yield
 

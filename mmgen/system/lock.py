@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import TrainingError, cannot_write
+from ..errors import DataError, TrainingError, cannot_write
 
 try:
     import fcntl
@@ -63,10 +63,16 @@ def is_held(path: str | os.PathLike, otherwise: bool) -> bool:
 
 @contextlib.contextmanager
 def one_at_a_time(file: Path) -> Iterator[None]:
-    """Waits for the lock of a file, made with its folder if it is not there, and holds it. Raises OSError where it cannot be made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.touch()
-    lock = try_lock(file, wait=True)
+    """Waits for the lock of a file in the cache, made with its folder if it is not there, and holds it.
+
+    Where there are no locks, goes on without: what several make at once is the same. Raises DataError where the file cannot be made.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        lock = try_lock(file, wait=True)
+    except OSError as error:
+        raise DataError(f"cannot write {file.parent}: {error.strerror or error}: set MMGEN_CACHE to another folder") from error
     try:
         yield
     finally:
