@@ -6,10 +6,9 @@ distances of other features and are named after them.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MmgenError, ModelError, nearest
+from ..models.precision import float32_products
 from ..system.files import sha256_of
 from .frechet import pixel_features
 from .inception import build_inception, load_torchscript, refusing
@@ -200,20 +200,7 @@ def _is_hub_id(name: str) -> bool:
 
 def _precisely(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     def precise(batch: Tensor) -> Tensor:
-        with _full_precision():
+        with float32_products("fp32"):  # a training in the same process may have allowed less
             return function(batch)
 
     return precise
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Full float32 in products and convolutions, as a training in the same process may have allowed less."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]

@@ -34,13 +34,19 @@ def computed_in(precision: str | None, network: nn.Module) -> Iterator[None]:
     autocast = contextlib.nullcontext()
     if half in _HALF.values():
         autocast = torch.autocast(weights.device.type, half)
+    with autocast, float32_products(precision):
+        yield
+
+
+@contextlib.contextmanager
+def float32_products(precision: str | None) -> Iterator[None]:
+    """Products and convolutions of float32 in full (fp32), or with the tensor cores of a GPU (any other). None: as torch is set."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     if precision is not None:
         torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     try:
-        with autocast:
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
