@@ -1,8 +1,10 @@
-"""A further metric, extractor of features, weight of a loss or family of checkpoints is a function in a file and one line elsewhere; each is tried here."""
+"""A further schedule, preconditioning, network, metric, extractor of features, weight of a loss or format of checkpoints is a
+function or class and one line elsewhere; each is tried here, and no other list names the kinds."""
 
 from __future__ import annotations
 
 import typing
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import pytest
@@ -14,11 +16,15 @@ from mmgen.errors import ConfigError
 from mmgen.formats.family import ConvertOptions
 from mmgen.formats.reading import read
 from mmgen.formats.recognise import FAMILIES, Family, convert, family_of
+from mmgen import networks
+from mmgen.diffusion import preconditioning, schedules
 from mmgen.diffusion.flow_map import FlowMapSettings
 from mmgen.losses import denoising, imm, mmd
 from mmgen.metrics.comparisons import COMPARISONS, Comparison
 from mmgen.metrics.evaluate import known_metrics
 from mmgen.metrics.features import EXTRACTORS, Extractor
+from mmgen.networks import limits
+from mmgen.networks.text import TextSettings
 
 
 def words_of(option: str) -> str:
@@ -45,6 +51,56 @@ def test_a_further_metric_and_extractor(own_cache, monkeypatch, tmp_path):
     run(fid, "a", "--ref", "b", "--metrics", "gap", "--features", "brightness", "--out", "scores.json")
     (found,) = scores(tmp_path / "scores.json")
     assert list(found["figures"]) == ["mean gap"] and found["figures"]["mean gap"] > 0 and found["protocol"] == {"features": "brightness"}
+
+
+def test_a_further_schedule_and_preconditioning(monkeypatch):
+    """A path of alpha = 1 - t^2; a model whose output is x itself."""
+    square = replace(schedules.FLOW, name="square", alpha=lambda t: 1 - t**2, d_alpha=lambda t: -2 * t)
+
+    class Direct(preconditioning.EDM):
+        def coefficients(self, sigma):
+            return torch.zeros_like(sigma), torch.ones_like(sigma), torch.ones_like(sigma)
+
+    monkeypatch.setitem(schedules.MAKERS, "square", lambda settings: square)
+    monkeypatch.setitem(preconditioning.KINDS, "direct", Direct)
+    half = torch.tensor(0.5, dtype=torch.float64)
+    assert schedules.make_schedule(schedules.ScheduleSettings("square")).alpha(half) == 0.75
+    settings = preconditioning.DenoiserSettings(precondition="direct")
+    preconditioning.check_settings(settings)
+    assert [float(c) for c in preconditioning.preconditioning(settings)(half)[:3]] == [0, 1, 1]
+
+
+def test_the_registries_are_the_only_lists():
+    """What settings may say is what the tables hold, so that a line in the table is all."""
+    assert typing.get_type_hints(schedules.ScheduleSettings)["name"] == typing.Literal[tuple(schedules.MAKERS)]
+    assert typing.get_type_hints(preconditioning.DenoiserSettings)["precondition"] == typing.Literal[tuple(preconditioning.KINDS)]
+    assert set(typing.get_args(networks.NetworkSettings)) == set(networks.NETWORKS)
+
+
+def test_a_further_network(monkeypatch):
+    @dataclass(frozen=True)
+    class Settings:
+        kind: typing.Literal["line"] = "line"
+        width: int = 8
+        limits: typing.ClassVar = {"width": limits.WIDTH}
+        null_class: typing.ClassVar = True
+
+        def check(self, resolution):
+            pass
+
+    class Line(torch.nn.Linear):
+        supports = frozenset({"second_time"})
+
+        def __init__(self, settings, resolution, channels, num_classes, second_time):
+            super().__init__(settings.width, settings.width)
+
+    monkeypatch.setitem(networks.NETWORKS, Settings, Line)
+    assert isinstance(networks.build_network(Settings(), resolution=8, channels=1), Line)
+    assert "line" in networks.kinds_with("second_time") and "line" not in networks.kinds_with("text")
+    with pytest.raises(ConfigError, match="network of kind 'line' takes no text: unet"):
+        networks.build_network(Settings(), resolution=8, channels=1, text=TextSettings())
+    with pytest.raises(ConfigError, match="network.width = 0 is impossible"):
+        networks.build_network(Settings(width=0), resolution=8, channels=1)
 
 
 def test_a_further_weight(monkeypatch):

@@ -7,7 +7,7 @@ All kinds have one form (Karras et al., arXiv:2206.00364, eq. 7): with y = x + s
 A model that was trained on z = a x + s e has y = z / a and sigma = s / a, and its c_in takes y back to z. Coefficients and
 conversions are float64: where sigma is large, x_hat is a small difference of large numbers.
 
-A further kind is one class here, one line in `KINDS` and its name in `DenoiserSettings`.
+A further kind is one class here and one line in `KINDS`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class DenoiserSettings:
     The classes of this module say what each `precondition` is.
     """
 
-    precondition: Literal["edm", "vp", "ve", "iddpm", "edm_cm", "cm", "discrete", "flow", "schedule"] = "edm"
+    precondition: Kind = "edm"
     sigma_data: float = 0.5  # standard deviation of the data: edm, edm_cm and cm
     sigma_min: float = 0.002  # trained range of sigma, noise to signal; `discrete` has that of its betas, `flow` has all, and
     sigma_max: float = 80.0  # these are then the range of the grid `edm`
@@ -356,6 +356,7 @@ KINDS: dict[str, type[Preconditioning]] = {
     "edm": EDM, "vp": VP, "ve": VE, "iddpm": IDDPM, "edm_cm": EDMOfConsistencyModels, "cm": Consistency, "discrete": Discrete,
     "flow": Flow, "schedule": Process,
 }  # fmt: skip
+Kind = Literal[tuple(KINDS)]
 
 
 @lru_cache(maxsize=64)

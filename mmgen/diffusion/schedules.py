@@ -88,7 +88,7 @@ BETA_MIN, BETA_MAX = 0.1, 20.0  # of `ddpm_linear`
 class ScheduleSettings:
     """A schedule by name. vp_cosine, ddpm_linear and discrete have alpha^2 + sigma^2 = 1, fm has alpha + sigma = 1, edm alpha = 1."""
 
-    name: Literal["fm", "vp_cosine", "ddpm_linear", "edm", "discrete"] = "vp_cosine"
+    name: ScheduleName = "vp_cosine"
     shift: float = 1.0  # eta = sigma / alpha is this times as large: the log-SNR is lower by 2 log shift. resolution / 64, say
     sigma_min: float = 0.002  # edm only: sigma at t = 0
     sigma_max: float = 80.0  # edm only: sigma at t = 1
@@ -187,11 +187,12 @@ def _edm(settings: ScheduleSettings) -> Schedule:
     )
 
 
-# A further schedule is a function, a line here, and its name in `ScheduleSettings`.
+# A further schedule is a function and a line here.
 MAKERS: dict[str, Callable[[ScheduleSettings], Schedule]] = {
     "fm": lambda settings: FLOW, "vp_cosine": lambda settings: COSINE, "ddpm_linear": _ddpm_linear, "edm": _edm,
     "discrete": _discrete,
 }  # fmt: skip
+ScheduleName = Literal[tuple(MAKERS)]
 
 
 def _shifted(base: Schedule, shift: float) -> Schedule:
