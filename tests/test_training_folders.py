@@ -20,7 +20,8 @@ import mmgen
 from mmgen.cli.convert import convert as convert_command
 from mmgen.cli.convert import inspect
 from mmgen.cli.sample import sample
-from mmgen.errors import ModelError
+from mmgen.data.resolve import resolve
+from mmgen.errors import DataError, ModelError
 from mmgen.formats.family import ConvertOptions
 from mmgen.formats.reading import read
 from mmgen.formats.recognise import convert, family_of
@@ -176,6 +177,13 @@ def test_checkpoints_of_diffusers(tmp_path):
     assert "2 checkpoints" in message and message.endswith(str(folder / "checkpoint-1000"))
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "pytorch_lora_weights.safetensors"])
+def test_a_lora_alone_says_what_goes_on(name, tmp_path):
+    write_safetensors(tmp_path / name, {"unet.a.lora_A.weight": torch.zeros(2, 2)})
+    (tmp_path / "adapter_config.json").write_text("{}") if name.startswith("adapter") else None
+    assert "is a LoRA without its model: fuse them in diffusers" in refusal(tmp_path)
+
+
 # ---- what inspect says
 
 
@@ -263,13 +271,13 @@ def test_a_run_that_is_not_there(word, tmp_path, monkeypatch):
         folder = tmp_path / word.split("/")[0] / name
         folder.mkdir(parents=True)
         (folder / "log.jsonl").touch()
-    for ask in (read, mmgen.load, Origin.of):
-        with pytest.raises(ModelError) as caught:
+    for ask in (read, mmgen.load, Origin.of, resolve):  # the last: what `fid` and `compare` take for samples, and --data
+        with pytest.raises((ModelError, DataError)) as caught:
             ask(word)
         assert str(caught.value).endswith(f"the nearest run is {word.split('/')[0]}/digits-imm"), ask
 
 
 def test_no_runs_at_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="there is no model at runs/x: there are no runs in runs"):
+    with pytest.raises(ModelError, match="there is nothing at runs/x: there are no runs in runs"):
         mmgen.load("runs/x")

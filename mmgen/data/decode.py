@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import threading
+import warnings
 from collections.abc import Iterator
 from functools import cache
 
@@ -21,6 +22,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit: beyond it, a small file may be ma
 _LARGE = 1 << 24  # pixels: of images beyond, several at a time could fill the memory
 # What images of training sets come in. Not among them: EPS, which Pillow has Ghostscript run, and other rare decoders
 _FORMATS = ("PNG", "JPEG", "MPO", "JPEG2000", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "PPM", "ICO", "TGA")
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # metadata that are damaged: of pixels, it raises errors
 _large_one = threading.RLock()
 _GREY_MODES = ("1", "L", "LA", "La", "I")
 _ORIENTATION = 0x0112

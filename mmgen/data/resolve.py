@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, nearest, shortened
+from ..models.missing_run import missing_run
 from ..system.files import at_home, exists
 from . import hub
 from .image_source import ImageSource, Reading, fingerprint
@@ -52,6 +53,8 @@ def resolve(name: str, **options: Any) -> ImageSource:
                 what = f"{path} is on this machine, only the hub has revisions"
                 raise DataError(f"--revision {reading.revision}: {what}: leave it out")
         looked.append(str(path))
+    if (missing := missing_run(name)) is not None:
+        raise DataError(missing)
     if _HUB_ID.match(full_name):
         folder, notes = hub.fetch(full_name, reading, looked)
         source = open_source(folder, **options)

@@ -1,4 +1,4 @@
-"""Where a MODEL argument points when nothing is there: at a run of this machine, or at a repository of the hub."""
+"""What a name means where nothing is there: a run of this machine, or a repository of the hub."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ RUNS = "runs"  # the folder that training writes to unless told otherwise
 
 
 def missing_run(name: str) -> str | None:
-    """One sentence for a path below runs/, or in another folder with runs, at which there is no model; None for what may be a
+    """One sentence for a path below runs/, or in another folder with runs, at which there is nothing; None for what may be a
     repository of the hub."""
     if "/" not in name.rstrip("/") or name.startswith("hf://") or len(name) > 1000:
         return None
@@ -19,4 +19,4 @@ def missing_run(name: str) -> str | None:
         return None
     close = difflib.get_close_matches(Path(name).name, names, n=1, cutoff=0.0)
     nearest = f"the nearest run is {parent / close[0]}" if close else f"there are no runs in {parent}"
-    return f"there is no model at {name}: {nearest}"
+    return f"there is nothing at {name}: {nearest}"
