@@ -72,12 +72,12 @@ def inputs(channels: int, classes: int = 0):
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
     """Root mean square of the difference, relative to b's. Measured: 0 for UNet2DModel, 3e-6 for DiT, whose angles diffusers has
-    in float32."""
+    in float32; ten times that is allowed."""
     assert a.shape == b.shape
     return ((a - b).double().pow(2).mean() / b.double().pow(2).mean()).sqrt().item()
 
 
-def agree(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-5) -> None:
+def agree(a: torch.Tensor, b: torch.Tensor, tolerance: float = 3e-5) -> None:
     assert error(a, b) < tolerance
 
 

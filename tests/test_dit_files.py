@@ -38,6 +38,9 @@ def denoiser(converted: Converted) -> Denoiser:
     return model.eval().requires_grad_(False)
 
 
+ROUNDING = 5e-5  # of float32 on both sides, the file's and ours: ten times what is measured, for sums in another order
+
+
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Root mean square of the error of the worst image, relative to the output's. Measured: 5e-6 at most."""
     rms = [v.double().flatten(1).pow(2).mean(1).sqrt() for v in (found.double() - expected, expected)]
@@ -49,14 +52,14 @@ def test_dit():
     g, converted = arrays("dit_learn_sigma"), convert("dit_learn_sigma", "dit")
     model = denoiser(converted)
     assert converted.family == "dit" and converted.left_out == {}
-    assert error(model.network(g["z"], g["timestep"].double(), condition=Labels(g["label"], 10)), g["out"]) < 1e-5
+    assert error(model.network(g["z"], g["timestep"].double(), condition=Labels(g["label"], 10)), g["out"]) < ROUNDING
     nothing = g["label"] == 10  # the null class
     without = model.network(g["z"][nothing], g["timestep"][nothing].double())
-    assert error(without, g["out"][nothing]) < 1e-5
+    assert error(without, g["out"][nothing]) < ROUNDING
     bar = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)[g["timestep"], None, None, None]
     a, s = bar.sqrt(), (1 - bar).sqrt()
     found = model.denoise(g["z"].double() / a, (s / a).flatten(), Labels(g["label"], 10))
-    assert error(found, (g["z"] - s * g["out"][:, :4]) / a) < 1e-5
+    assert error(found, (g["z"] - s * g["out"][:, :4]) / a) < ROUNDING
 
 
 def test_sit():
@@ -64,11 +67,11 @@ def test_sit():
     g, converted = arrays("sit_learn_sigma"), convert("sit_learn_sigma", path_type="Linear", prediction="velocity")
     model = denoiser(converted)
     assert converted.family == "sit"
-    assert error(model.network(g["z"], g["timestep"].double(), condition=Labels(g["label"], 10))[:, :4], g["out"]) < 1e-5
+    assert error(model.network(g["z"], g["timestep"].double(), condition=Labels(g["label"], 10))[:, :4], g["out"]) < ROUNDING
     inside = (g["timestep"] > 0) & (g["timestep"] < 1)
     z, t, label, u = g["z"][inside].double(), g["timestep"][inside].double(), Labels(g["label"][inside], 10), g["out"][inside]
     time = t[:, None, None, None]
-    assert error(model.denoise(z / time, (1 - t) / t, label), z + (1 - time) * u) < 1e-5
+    assert error(model.denoise(z / time, (1 - t) / t, label), z + (1 - time) * u) < ROUNDING
 
 
 def repa_tensors() -> dict:
@@ -91,7 +94,7 @@ def test_repa(arguments):
     inside = (g["timestep"] > 0) & (g["timestep"] < 1)
     z, t, label, u = g["z"][inside].double(), g["timestep"][inside].double(), Labels(g["label"][inside], 10), g["out"][inside]
     time = t[:, None, None, None]
-    assert error(model.denoise(z / (1 - time), t / (1 - t), label), z - time * u) < 1e-5
+    assert error(model.denoise(z / (1 - time), t / (1 - t), label), z - time * u) < ROUNDING
 
 
 @pytest.mark.parametrize("name, type", [("dit_learn_sigma", "dit"), ("sit_learn_sigma", "sit")])

@@ -10,7 +10,7 @@ from golden import state
 from safetensors.torch import load_file
 from test_training import Quiet, tiny
 
-from mmgen.errors import ConfigError, TrainingError
+from mmgen.errors import ConfigError, ModelError, TrainingError
 from mmgen.methods import IMM
 from mmgen.methods.run import train as train_method
 from mmgen.system.files import sha256_of
@@ -55,3 +55,8 @@ def test_a_foreign_file_that_needs_an_option_is_converted_first(tmp_path):
     path = original_files.write_pt(tmp_path / "in.pt", state("dit_learn_sigma"), wrap="ema", namespace={"num_heads": 4})
     with pytest.raises(ConfigError, match="say so to `mmgen convert`, and give what that writes as --init"):
         train(tmp_path / "run", **{"train.init": str(path)})
+
+
+def test_a_model_that_is_not_there_is_told_before_data_are_read(tmp_path):
+    with pytest.raises(ModelError, match="there is no file or folder .*none.safetensors"):
+        train(tmp_path / "run", **{"train.init": str(tmp_path / "none.safetensors"), "data.name": "nowhere"})

@@ -41,7 +41,7 @@ def whole(x: torch.Tensor, y: torch.Tensor) -> float:
 def test_pair_by_pair(shift):
     x, y = features(9, 6, 0), features(9, 6, 1, shift)
     result = kid(x, y)
-    assert result.mean == pytest.approx(plain(x, y), abs=1e-7 * (1 + shift) ** 3)
+    assert result.mean == pytest.approx(plain(x, y), abs=1e-6 * (1 + shift) ** 3)  # inner products in float32
     assert (result.standard_error, result.subsets, result.subset_size) == (None, 1, 9)
 
 

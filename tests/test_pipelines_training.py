@@ -106,7 +106,7 @@ def test_alternating_begins_with_no_gap_and_learns(folders, kind):
     task, teacher = task_for(folders[kind])
     batch = batch_for(kind, teacher.model.config)
     gap = task.trained["auxiliary"].objective(batch)[1]["moment_gap"][0].item()
-    assert gap < 1e-6
+    assert gap < 1e-5  # two passes of one network in float32: 2e-7 measured
 
     task, teacher = task_for(folders[kind], **{"teacher.guidance": 3.0})
     kept = {k: v.clone() for k, v in teacher.model.network.state_dict().items()}

@@ -41,7 +41,8 @@ def sharded(cwd: Path, *command: str) -> None:
     assert "= 2 device" in result.stderr  # the batch is shared by two
 
 
-def assert_close(found: Path, expected: Path, relative: float = 1e-5) -> None:
+def assert_close(found: Path, expected: Path, relative: float = 1e-4) -> None:
+    """The same but for the order of float32 sums, which Adam enlarges where a gradient is near 0."""
     found, expected = load_file(found), load_file(expected)
     assert found.keys() == expected.keys()
     for key, value in expected.items():
@@ -59,7 +60,7 @@ def test_imm_sharded_is_imm(tmp_path):
     one, two = (next((tmp_path / name / "checkpoints").glob("*128")) for name in ("one", "two"))
     assert sorted(p.name for p in one.iterdir()) == sorted(p.name for p in two.iterdir())
     for file in ("network.safetensors", "optimizer.safetensors"):
-        assert_close(two / file, one / file, 1e-4)
+        assert_close(two / file, one / file)
     figures = [json.loads((tmp_path / name / "results.json").read_text())["values"]["1"] for name in ("one", "two")]
     assert figures[0] == pytest.approx(figures[1], rel=1e-3)
 
@@ -112,7 +113,7 @@ def test_distillation_on_two_processes_is_that_on_one(tmp_path, method):
     sharded(tmp_path, *command, "--out", "two")
     folder = Path("checkpoints/000000000096")
     for file in ("network", "auxiliary")[: 2 if method == "alternating" else 1]:
-        assert_close(tmp_path / "two" / folder / f"{file}.safetensors", tmp_path / "one" / folder / f"{file}.safetensors", 1e-4)
+        assert_close(tmp_path / "two" / folder / f"{file}.safetensors", tmp_path / "one" / folder / f"{file}.safetensors")
     results = [json.loads((tmp_path / name / "results.json").read_text())["comparison"]["rows"] for name in ("one", "two")]
     assert len(results[0]) == len(results[1]) >= 4
     for row, other in zip(*results, strict=True):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..training.initial import read_initial
 from ..training.start import DataProgress, load_shared, make_accelerator, run_training, with_texts
 from ..training.task import Outcome, Reporter, Task
 from .method import Method, Start
@@ -44,7 +45,9 @@ def train(
     config: of the method's `Training.resolve`. device: auto, cpu or cuda.
     """
     accelerator = make_accelerator(config.train, config.run, out, device)
+    initial = read_initial(config.train.init) if config.train.init else None  # before anything is decoded
     settled, dataset, make_task = prepare(method, config, reporter, accelerator, data_progress)
     return run_training(
-        method.name, settled, dataset, make_task, accelerator=accelerator, out=out, reporter=reporter, max_seconds=max_seconds
-    )
+        method.name, settled, dataset, make_task, accelerator=accelerator, out=out, reporter=reporter, max_seconds=max_seconds,
+        initial=initial,
+    )  # fmt: skip

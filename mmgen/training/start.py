@@ -24,7 +24,7 @@ from ..errors import ConfigError, DataError
 from ..networks.text import TextSettings
 from ..system.lock import only_run_in
 from ..system.processes import COLLECTIVE_TIMEOUT, process_group_of
-from .initial import begin_with, read_initial
+from .initial import Initial, begin_with
 from .loop import Trainer
 from .run_folder import RunFolder
 from .sharding import asks_for_shards
@@ -164,6 +164,7 @@ def run_training(
     out: Path,
     reporter: Reporter,
     max_seconds: float = math.inf,
+    initial: Initial | None = None,
 ) -> Outcome:
     """Trains, or resumes, the run in the folder `out` (`run_folder` says what is in it).
 
@@ -173,11 +174,12 @@ def run_training(
         dataset: what is trained on.
         make_task: make_task(accelerator) -> the method's Task, with freshly initialised networks where it has any.
         accelerator: of `make_accelerator`.
+        initial: the weights of `train.init`, where there is one.
 
     Raises ConfigError, DataError, TrainingError and MmgenError, each with one sentence.
     """
-    if config.train.init:
-        initial, make_plain = read_initial(config.train.init), make_task
+    if initial is not None:
+        make_plain = make_task
         config = replace(config, train=replace(config.train, init_sha256=initial.sha256))
         reporter.note(f"the training begins with the weights of {initial.path} (sha256 {initial.sha256[:12]})")
 
