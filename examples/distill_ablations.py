@@ -38,14 +38,16 @@ TEACHER_STEPS = (1, 2, 4, 8, 256)
 
 @dataclass(frozen=True)
 class Variant:
-    """One change, and for how many steps its students are."""
+    """One change, for how many steps its students are, and how often as many iterations as the others they have."""
 
     group: str
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
     steps: tuple[int, ...] = (8,)
+    times: int = 1
 
 
+AUXILIARY = {"loss.auxiliary_updates": 3}  # with twice the iterations: as many updates of the student
 VARIANTS = [
     Variant("steps", "alternating", {}, (8, 4, 2, 1)),
     Variant("posterior", "unconditional posterior", {"loss.posterior": "unconditional"}, (8, 2)),
@@ -54,6 +56,10 @@ VARIANTS = [
     Variant("weighting", "weight 1", {"loss.weighting": "uniform"}),
     Variant("weighting", "weight min(SNR, 5)", {"loss.weighting": "min_snr"}),
     Variant("weighting", "weight sigmoid of log-SNR", {"loss.weighting": "sigmoid"}),
+    Variant("ahead", "rollouts", {"student.rollouts": 0.5}),
+    Variant("ahead", "three auxiliary updates", AUXILIARY, times=2),
+    Variant("ahead", "both", {"student.rollouts": 0.5, **AUXILIARY}, times=2),
+    Variant("ahead", "twice the iterations", times=2),
 ]
 GROUPS = list(dict.fromkeys(variant.group for variant in VARIANTS))
 
@@ -61,23 +67,22 @@ GROUPS = list(dict.fromkeys(variant.group for variant in VARIANTS))
 class Table:
     """Rows that are printed as they are found. Scores are kept for the chart, pictures for the picture."""
 
-    def __init__(self, samples: int, seeds: int) -> None:
-        self.real, self.samples, self.seeds = data.load("digits"), samples, seeds
+    def __init__(self, samples: int) -> None:
+        self.real, self.samples = data.load("digits"), samples
         self.rows, self.points, self.pictures = [], {}, []
         self.digits = {f"FD-pixels-{samples}": 3, "variance, %": 0, "precision": 2, "recall": 2}  # of the columns
         self._add(f"| | steps | {' | '.join(self.digits)} |")
         self._add("|---" * 6 + "|")
         self._add(f"| halves of the data | | {halves_distance(self.real.images):.3f} | | | |")
 
-    def measure(self, name: str, steps: int, models: list) -> None:
-        """A row for models of the seeds 0, 1, ..., sampled ancestrally."""
+    def measure(self, name: str, steps: int, models: list, draws: int) -> None:
+        """A row for models of the seeds 0, 1, ..., each sampled ancestrally so many times."""
         found = []
-        for seed, model in enumerate(models):
-            drawn = model.sample(self.samples, steps=steps, seed=seed, sampler="ancestral")
-            images = drawn.images
-            found.append(self._figures(images, drawn.labels))
-            if seed == 0:
-                self.pictures.append((f"{name}, {steps}", images[:SHOWN]))
+        for index, model in enumerate(models):
+            drawn = [model.sample(self.samples, steps=steps, seed=index + 10 * i, sampler="ancestral") for i in range(draws)]
+            found.append(np.mean([self._figures(each.images, each.labels) for each in drawn], axis=0))
+            if index == 0:
+                self.pictures.append((f"{name}, {steps}", drawn[0].images[:SHOWN]))
         columns = zip(np.transpose(found), self.digits.values(), strict=True)
         self._add(f"| {name} | {steps} | {' | '.join(spread(values, digits) for values, digits in columns)} |")
         self.points.setdefault(name, {})[steps] = np.mean(found, axis=0)
@@ -133,8 +138,8 @@ def teacher(out: Path, iterations: int) -> Path:
 
 
 def student(path: str, variant: Variant, steps: int, seed: int, iterations: int, out: Path):
-    """Distils the teacher at `place` in a folder in `out`, or finds the student there."""
-    images = iterations * STUDENT["train.batch_size"]
+    """Distils the teacher at `path` in a folder in `out`, or finds the student there."""
+    images = variant.times * iterations * STUDENT["train.batch_size"]
     settings = {
         **STUDENT, **variant.changes, "train.seed": seed, "train.max_images": images, "optimizer.warmup_images": images // 20,
     }  # fmt: skip
@@ -150,16 +155,16 @@ def compare(options: argparse.Namespace) -> None:
         raise ModelError(f"{path} is a flow map, which no student is distilled from: give a diffusion or flow-matching teacher")
     if model.image_shape != (1, 8, 8):
         raise ConfigError(f"the teacher {path} knows images of {model.image_shape}, and the digits are of (1, 8, 8)")
-    table = Table(options.samples, options.seeds)
+    table = Table(options.samples)
     for steps in TEACHER_STEPS:
-        table.measure("teacher", steps, [model] * options.seeds)
+        table.measure("teacher", steps, [model] * options.seeds, draws=1)
     for variant in VARIANTS:
         chosen = variant.steps if variant.group in options.only else ()
         if variant is VARIANTS[0]:  # what the others are compared with
             chosen = chosen or (8,)
         for steps in chosen:
             models = [student(path, variant, steps, seed, options.iterations, options.out) for seed in range(options.seeds)]
-            table.measure(variant.name, steps, models)
+            table.measure(variant.name, steps, models, options.draws)
     table.write(options.out)
 
 
@@ -171,9 +176,10 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=1000, help="of each student, 128 images each (default 1000)")
     parser.add_argument("--teacher-iterations", type=int, default=3000, help="of the teacher, 128 images each (default 3000)")
     parser.add_argument("--samples", type=int, default=1797, help="samples per measurement (default 1,797, as many as the data)")
+    parser.add_argument("--draws", type=int, default=1, help="measurements of each student, whose mean is taken (default 1)")
     parser.add_argument("--out", type=Path, default=Path("runs/distill-ablations"), help="folder of runs, table and pictures")
     options = parser.parse_args()
-    for name, least in (("seeds", 1), ("iterations", 1), ("teacher_iterations", 1), ("samples", 32)):
+    for name, least in (("seeds", 1), ("iterations", 1), ("teacher_iterations", 1), ("samples", 32), ("draws", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     try:

@@ -15,6 +15,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 @pytest.mark.parametrize("what", WRONG)
 def test_an_error_stands_alone(what, more, tmp_path):
@@ -35,6 +36,7 @@ def test_what_is_shown_can_be_set(value, text):
     assert (tuple(found) if isinstance(found, list) else found) == expected
 
 
+@pytest.mark.slow
 def test_what_is_changed(tmp_path):
     tiny = ["--set", "network.channel_mult=[1]", "--set", "network.model_channels=8", "--set", "run.eval_steps=[1]"]
     result = mmgen("train-imm", *tiny, "--max-images", "128", "--eval-num", "0", "--device", "cpu", cwd=tmp_path)

@@ -132,6 +132,7 @@ def tried_on_cpu(monkeypatch):
     monkeypatch.setattr("mmgen.training.loop.find_size", as_on_gpu)
 
 
+@pytest.mark.slow
 def test_a_run_trains_as_with_the_number_and_keeps_it(tmp_path, own_cache, monkeypatch):
     tried_on_cpu(monkeypatch)
     auto, tried = {"run.batch_per_device": "auto"}, []

@@ -136,6 +136,7 @@ def test_download_of_inception(own_cache, server, tiny_network):
     assert Path("cache", tiny_network[0].name).read_bytes() == tiny_network[0].read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [60, 200])
 def test_other_widths(columns, own_cache, digits_model):
     status, lines = on_terminal("sample", str(digits_model), "--num", "8", cwd=Path.cwd(), columns=columns)

@@ -191,6 +191,7 @@ def test_all_processes_choose_the_same(tmp_path):
     assert all(isinstance(error, TrainingError) for error in errors) and len({str(error) for error in errors}) == 1
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_one_before_bit_for_bit(tmp_path):
     """And the model files, the log and the results are those of a run to which nothing happened."""
     changes = {"run.eval_every": 64, "run.eval_num": 16, "run.eval_steps": [1]}

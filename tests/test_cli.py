@@ -118,12 +118,14 @@ def test_bad_input_is_answered_with_one_sentence(tmp_path, arguments, status, me
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     result = mmgen("train-imm", *TINY, "--out", "file/run", cwd=tmp_path)
     assert result.returncode == 1 and "error: cannot write file/run" in result.stderr
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_numbers(tmp_path):
     pytest.importorskip("tensorboard")
     result = mmgen("train-imm", *TINY, "--max-images", "32", "--out", "run", "--log-with", "tensorboard", cwd=tmp_path)

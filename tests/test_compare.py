@@ -112,6 +112,7 @@ def test_what_is_refused(tmp_path):
         read_study(tmp_path / "nothing")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     for name, level in GREYS.items():
         samples(tmp_path / name, level)

@@ -38,6 +38,7 @@ def graphs(settings) -> int:
     return counter.frame_count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dit", "uvit"])
 def test_a_deep_transformer_compiles_no_more_than_a_shallow_one(kind):
     shallow, deep = (graphs(replace(NETWORKS[kind], depth=depth)) for depth in (1, 6))
@@ -45,5 +46,6 @@ def test_a_deep_transformer_compiles_no_more_than_a_shallow_one(kind):
     assert shallow == deep == {"dit": 2, "uvit": 2 * 5}[kind]
 
 
+@pytest.mark.slow
 def test_a_unet_is_compiled_whole():
     assert graphs(NETWORKS["unet"]) == 2

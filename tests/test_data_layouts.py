@@ -317,6 +317,7 @@ def test_large_files_with_coarse_times_are_looked_into(tmp_path):
     assert len(set(found[::2])) == 4 and set(found[1::2]) == {""}
 
 
+@pytest.mark.slow
 def test_many_rows_in_flat_memory(tmp_path):
     """A hundredth of ImageNet's rows, whole: `python -m tests.imagenet_rehearsal`."""
     from imagenet_rehearsal import rehearse, write_rows

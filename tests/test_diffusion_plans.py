@@ -120,6 +120,7 @@ def test_guidance_needs_a_null_class():
     assert plan(config, SampleSettings()).guidance == 1
 
 
+@pytest.mark.slow
 def test_all_samplers_run_on_all_kinds():
     """From ideal networks of every kind, images of the data's mean and deviation come out."""
     for name, (given, output) in KINDS.items():

@@ -89,6 +89,7 @@ def test_refusals_are_a_sentence(tmp_path, place, monkeypatch, arguments, messag
     assert "\n" not in str(result.exception) and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "sets"), [("alternating", "2 trained, 1 frozen"), ("instant", "1 trained, 3 frozen")])
 def test_a_dry_run_tells_memory_and_trains_nothing(tmp_path, place, monkeypatch, method, sets):
     monkeypatch.chdir(tmp_path)
@@ -148,6 +149,7 @@ def test_a_run_ends_with_the_table_and_its_student_is_a_model(folder, place):
     assert '"student, 2 ancestral' in done.stderr and '"student, 2' not in again.stderr and "teacher at its best" in again.stdout
 
 
+@pytest.mark.slow
 def test_the_default_folder_is_the_same_for_the_same_settings(folder, place):
     for _ in range(2):
         mmgen("distill", "--teacher", place, *SHORT, "--max-images", "32")

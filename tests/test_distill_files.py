@@ -43,6 +43,7 @@ def diffusers_folder(folder: Path, mark: Path) -> Path:
     return folder / "teacher"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["alternating", "instant"])
 @pytest.mark.parametrize("make", [edm_pickle, diffusers_folder])
 def test_is_distilled_and_sampled(own_cache, tmp_path, make, method):

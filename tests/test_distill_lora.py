@@ -158,6 +158,7 @@ def test_files_hold_adapters_alone_and_the_model_is_merged(place, tmp_path):
     assert model.config.training["distilled"]["lora"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_killed_and_resumed_is_the_same_bit_for_bit(place, tmp_path, monkeypatch, method):
     changes = {"train.max_images": 96, "optimizer.warmup_images": 16, "student.lora": 2, "loss.method": method, "run.teacher_steps": 0,

@@ -53,6 +53,7 @@ def test_the_first_step_leaves_nothing_of_the_initial_weights():
     assert all(torch.equal(average["weight"], layer.weight) for average in ema.averages.values())
 
 
+@pytest.mark.slow
 def test_early_samples_of_averaged_weights_have_variance(tmp_path):
     """Within a factor of 2 of those of the weights themselves; without the ramp-up they have a thousandth: grey pictures."""
     settings = {

@@ -56,6 +56,7 @@ def move_objective(objective: Any) -> Any:
     return matching
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_pass_copies_nothing_and_waits_for_nothing(name, monkeypatch):
     for part, found in passes(CASES[name], monkeypatch).items():

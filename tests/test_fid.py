@@ -137,6 +137,7 @@ def test_saved_statistics_are_a_reference(published, tmp_path, suffix):
         run(fid, "a", "--ref", f"b.{suffix}", "--inception", published, "--metrics", "kid")
 
 
+@pytest.mark.slow
 def test_reference_features_are_cached_by_content(published, tmp_path, monkeypatch):
     write_images(tmp_path / "a", 20)
     write_images(tmp_path / "b", 25, seed=1)
@@ -182,6 +183,7 @@ def test_without_a_network_the_message_says_what_to_do(digits_model, tmp_path, m
     assert "FD-pixels-4" in run(fid, digits_model, "--num", 4)  # images so small are not given to Inception
 
 
+@pytest.mark.slow
 def test_adm_batch_gives_precision_from_its_images_and_fid_from_its_statistics(published, tmp_path):
     write_images(tmp_path / "a", 30)
     pixels = write_images(tmp_path / "b", 40, seed=1)
@@ -197,6 +199,7 @@ def test_adm_batch_gives_precision_from_its_images_and_fid_from_its_statistics(p
     assert (adm["precision"], adm["recall"]) == (part["precision"], part["recall"])
 
 
+@pytest.mark.slow
 def test_bias_estimate_of_a_known_case(tmp_path):
     # Two samples of one Gaussian: the distance is bias alone, and falls as 1 / N
     write_images(tmp_path / "a", 600, size=2)

@@ -83,6 +83,7 @@ def test_features_are_clean_fids(mode, full, tmp_path, monkeypatch):
     assert np.linalg.norm(ours - theirs) < 2e-5 * np.linalg.norm(theirs)  # rounding: either is 5e-6 from float64's
 
 
+@pytest.mark.slow
 def test_modes_differ(full):
     image = blobs(1, 32, 32)[0]
     found = []

@@ -76,6 +76,7 @@ def test_a_run_goes_on_with_another_beta1(before, after):
     assert all(p.isfinite().all() for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_a_run_of_version_0_1_resumes_from_its_checkpoint_with_first_moments(tmp_path):
     place = toy_teacher(tmp_path)
     short = {"train.max_images": 48, "optimizer.warmup_images": 16, "optimizer.decay": "none", "run.teacher_steps": 0}

@@ -68,6 +68,7 @@ def test_the_preset_suits_the_images(command, side, size, own_cache, untimed):
     assert f"{size} x {size} x 3, 2 classes used" in result.stdout
 
 
+@pytest.mark.slow
 def test_it_trains_and_what_is_typed_counts(own_cache, untimed):
     photos(Path("photos"), 40)
     result = mmgen("train-imm", "--data", "photos/", *QUICK, "--out", "run", cwd=Path.cwd())
@@ -81,6 +82,7 @@ def test_it_trains_and_what_is_typed_counts(own_cache, untimed):
     assert result.exit_code == 0 and "no classes, about 40 pixels: preset own32-imm" in result.stderr.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_verbose_shows_all_settings(own_cache):
     arguments = ("train-imm", "--set", "loss.k=12", "--max-images", "1", *QUICK[4:8], "--device", "cpu", "--eval-num", "0")
     shown = mmgen(*arguments, "--verbose", "--out", "a", cwd=Path.cwd()).stderr

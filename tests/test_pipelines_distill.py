@@ -60,6 +60,7 @@ def distill(place, out, kind, latents=None, **changes):
     return train_method(DISTILLATION, config, out, Quiet(), device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, method", [("sdxl", "alternating"), ("pixart_alpha", "instant")])
 def test_a_pipeline_is_distilled_and_its_student_draws_prompts(place, tmp_path, kind, method, monkeypatch):
     distill(place, tmp_path / "whole", kind, **{"loss.method": method})

@@ -111,6 +111,7 @@ def test_a_length_made_after_training_is_the_one_tracked_while_training(run):
     assert mmgen.load(run / "two", ema="posthoc0.08").sample(2, steps=1).images.shape == (2, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_has_the_same_snapshots(run, tmp_path):
     """It goes on from image 192; snapshots of later images are of a training that did not happen."""
     folder = tmp_path / "run"

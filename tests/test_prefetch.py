@@ -57,6 +57,7 @@ def test_a_walk_that_begins_again_has_the_same_batches():
     source.close()
 
 
+@pytest.mark.slow
 def test_a_training_is_the_same_with_the_thread(tmp_path, monkeypatch):
     settings = {"train.max_images": 64, "run.eval_num": 0, "run.checkpoint_every": 32}
     train(IMM, tiny(**settings), tmp_path / "plain", Quiet(), device="cpu")

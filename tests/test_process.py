@@ -24,6 +24,7 @@ print(max([pages() for _ in range(12)][8:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
 @pytest.mark.parametrize("size, large, fetched", [("24", "", False), ("64", "", True), ("64", "large", False)])
 def test_freed_memory_is_kept(size, large, fetched):

@@ -285,6 +285,7 @@ def offline(own_cache, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
 
+@pytest.mark.slow
 @examples(200)
 @given(word=words)
 def test_data_words(offline, word):

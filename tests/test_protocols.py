@@ -120,6 +120,7 @@ def test_a_folder_of_samples_against_a_second_implementation(clip, tmp_path):
     assert "take ViT-g-14 laion2b_s12b_b42k, and --clip is tiny: do not compare" in text
 
 
+@pytest.mark.slow
 def test_statistics_of_the_reference_serve_again_and_of_another_crop_do_not(clip, tmp_path):
     pictures(tmp_path / "a", 12, 0)
     pictures(tmp_path / "val2014", 14, 1, [(64, 48), (37, 60)])
@@ -167,6 +168,7 @@ def test_a_model_over_a_sweep_of_guidance(model, clip, tmp_path, monkeypatch):
     assert beside["figures"] == pytest.approx(first["figures"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_fewer_images_are_named_and_more_than_captions_refused(model, clip, tmp_path, monkeypatch):
     pictures(tmp_path / "val2014", 8, 1)
     (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")

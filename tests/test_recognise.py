@@ -71,6 +71,7 @@ def test_describing(tmp_path):
     assert mixed["precision"] == "float32 (2), float16 (1)" and mixed["left out"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, kind", [("edm_ddpmpp_cond", "EDMPrecond"), ("imm_ddpmpp_simple_edm_fm", "IMMPrecond")])
 def test_arguments_that_cannot_be(name, kind, tmp_path):
     """A file may say anything of its network: what its family never says is one sentence, and quickly."""

@@ -130,6 +130,7 @@ def test_what_was_drawn_before_a_failure_is_written(model, tmp_path, monkeypatch
     assert sorted(path.name for path in (tmp_path / "a").glob("*.png")) == [f"00000{i}.png" for i in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_run_leaves_whole_files_and_continues(model, tmp_path, stop):
     out = tmp_path / "out"

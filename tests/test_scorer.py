@@ -107,6 +107,7 @@ def test_best_is_remembered_when_a_run_is_resumed(tmp_path, monkeypatch):
     assert read_config(tmp_path / "run" / BEST_FILE).training["images"] == 64
 
 
+@pytest.mark.slow
 def test_inception_where_its_weights_are(tmp_path, monkeypatch):
     digest = write_inception(tmp_path / inception.SCRIPT)
     monkeypatch.setitem(inception.PUBLISHED, inception.SCRIPT, digest)

@@ -160,12 +160,12 @@ def until(ready, process, terminal, seconds=90) -> str:
     return shown.decode()
 
 
+@pytest.mark.slow
 def test_a_terminal_that_hangs_up_saves_the_training(tmp_path):
     log = tmp_path / "run/log.jsonl"
     options = ["--set", "run.log_every=1", "--batch-size", "16", "--max-images", "1000000", "--out", "run", *CPU, *TINY]
     process, terminal = on_a_terminal(["train-imm", *options], tmp_path)
-    shown = until(lambda: log.exists() and log.read_text().count("\n") > 2, process, terminal)
-    assert "training" in shown
+    until(lambda: log.exists() and log.read_text().count("\n") > 2, process, terminal)
     os.close(terminal)
     assert process.wait(60) == 129
     (checkpoint,) = (tmp_path / "run/checkpoints").iterdir()

@@ -60,6 +60,7 @@ def test_the_second_student_finds_its_teachers_scores(teacher, drawn):
     assert [row for row in second if row["who"] == "teacher"] == [row for row in first if row["who"] == "teacher"]
 
 
+@pytest.mark.slow
 def test_another_teacher_or_seed_is_scored_anew(teacher, drawn, tmp_path):
     distilled(teacher, "a")
     drawn.clear()
@@ -73,6 +74,7 @@ def test_another_teacher_or_seed_is_scored_anew(teacher, drawn, tmp_path):
     assert ("ancestral", 4, 16) in drawn
 
 
+@pytest.mark.slow
 def test_a_damaged_memory_is_written_anew(teacher, drawn, tmp_path):
     first = distilled(teacher, "a")
     for file in (tmp_path / "cache/scores").iterdir():

@@ -29,6 +29,7 @@ def test_students_have_8_steps_and_a_guided_teacher(name):
     assert config.student.steps == 8 and config.teacher.guidance > 1 and config.loss.method == "alternating"
 
 
+@pytest.mark.slow
 def test_t2i512_is_counted_without_its_encoder_and_not_trained(tmp_path):
     arguments = ["train-teacher", "--preset", "t2i512-teacher", "--set", "network.depth=1"]
     found = mmgen(*arguments, "--dry-run", cwd=tmp_path)

@@ -158,6 +158,7 @@ def test_the_alternating_method_leads_to_the_closed_form(w):
     assert torch.equal(used.teacher.network.means, MEANS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("w", [1.0, 2.5])
 def test_the_instant_method_leads_to_the_closed_form(w):
     begin = MEANS if w != 1 else MEANS.roll(1, 0)

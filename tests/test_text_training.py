@@ -114,6 +114,7 @@ def test_a_text_teacher_trains_resumes_bit_for_bit_and_draws(tmp_path):
     assert draw(model, SampleSettings(steps=2), range(3))[0].shape == (3, 1, 8, 8)  # of the training data's captions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["alternating", "instant"])
 def test_students_of_text_by_both_methods(tmp_path, method):
     train(tmp_path / "teacher", **{"train.max_images": 32})

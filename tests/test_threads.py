@@ -106,6 +106,7 @@ def test_a_given_number_is_kept(monkeypatch, own_threads, wanted, processes, env
     assert kept.now == torch.get_num_threads() == 2 and kept.taken() == {0: 2}
 
 
+@pytest.mark.slow
 def test_a_run_records_its_threads_and_resumes_with_the_same(tmp_path, own_threads):
     """auto: each change in the log, by images seen. A given number: the same weights, resumed or not, bit for bit."""
 

@@ -231,6 +231,7 @@ def test_a_run_leaves_a_denoiser_that_samples(tmp_path, changes):
     assert model.sample(3, steps=3, sampler="ancestral").images.shape == (3, 1, 8, 8)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path):
     from safetensors.torch import load_file
 

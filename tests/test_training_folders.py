@@ -119,6 +119,7 @@ def test_a_tag_that_leads_elsewhere(tmp_path):
     assert "without weights" in refusal(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_torch_distributed(tmp_path):
     """Named without opening its pickle, and the command works."""
     import torch.distributed.checkpoint as dcp

@@ -80,6 +80,7 @@ def test_a_step_that_is_left_out_changes_nothing(broken, tmp_path, monkeypatch):
         json.loads(text, parse_constant=pytest.fail)  # no NaN, which JSON does not have
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_leaves_out_the_same_steps(tmp_path, monkeypatch):
     broken_fetch(monkeypatch, 16, 48, 64)
     train(tmp_path / "whole")
