@@ -66,7 +66,7 @@ def test_presets_build_networks_of_the_published_size(name, shape, parameters):
 
 def test_every_preset_resolves():
     assert set(configs.preset_names("train-imm")) == {
-        "digits-imm", "digits-consistency", "digits-meanflow", "own32-imm", "own64-imm", "cifar10-imm", *(f"imagenet256-imm-{size}" for size in ("s", "b", "l", "xl", "xl-fp16"))
+        "digits-imm", "digits-consistency", "digits-meanflow", "digits-text-imm", "own32-imm", "own64-imm", "cifar10-imm", *(f"imagenet256-imm-{size}" for size in ("s", "b", "l", "xl", "xl-fp16"))
     }  # fmt: skip
     for name in configs.preset_names("train-imm"):
         resolve(configs.read_preset(name))

@@ -10,10 +10,8 @@ from tiny_encoder import make_encoder
 from toy_distill import Quiet, weights
 from accelerate.state import AcceleratorState
 
-from mmgen import data
 from mmgen.config.distill import DistillConfig
 from mmgen.config.distill import resolve as resolve_student
-from mmgen.config.imm import resolve as resolve_imm
 from mmgen.config.sections import nest, read_preset
 from mmgen.config.teacher import TeacherConfig, resolve
 from mmgen.data.digits import captions, read_digits
@@ -21,7 +19,6 @@ from mmgen.data.texts import encode_captions, without
 from mmgen.encoders import text as encoders
 from mmgen.errors import ConfigError, ModelError
 from mmgen.methods import DISTILLATION, TEACHER
-from mmgen.methods.imm.objective import imm_model_config
 from mmgen.methods.run import train as train_method
 from mmgen.models.files import read_config
 from mmgen.networks.text import TextSettings
@@ -185,10 +182,7 @@ def test_settings_that_do_not_go_together(changes, sentence):
         config_for(**changes)
 
 
-def test_imm_and_students_of_classes_take_no_captions(tmp_path):
-    config = resolve_imm({"data": {"name": "digits", "text": True}})
-    with pytest.raises(ConfigError, match="IMM learns classes"):
-        imm_model_config(config, data.load("digits", with_captions=True).shape)
+def test_students_of_classes_take_no_captions(tmp_path):
     from toy_distill import config_for as student_for
     from toy_distill import toy_teacher
 

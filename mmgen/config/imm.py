@@ -12,6 +12,7 @@ from ..losses.imm import ImmSettings, documented_times
 from ..losses.mean_flow import MeanFlowSettings
 from ..models.config import SamplingSettings
 from ..networks import NetworkSettings, UNetSettings
+from ..networks.text import TextSettings, check_text
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class ImmConfig:
     loss: ImmSettings = ImmSettings()
     mean_flow: MeanFlowSettings = MeanFlowSettings()
     data: DataSettings = DataSettings()
+    text: TextSettings = TextSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     train: TrainSettings = TrainSettings()
     sampling: SamplingSettings = SamplingSettings()
@@ -59,6 +61,8 @@ def check(config: ImmConfig) -> None:
         "mean_flow.floor": config.mean_flow.floor, "mean_flow.time_std": config.mean_flow.time_std,
     })  # fmt: skip
     check_shared(config)
+    check_text(config.text)
+    require(config.data.text or config.text == TextSettings(), "the section text is of captions: set data.text=true, or leave it out")
     require(
         len(train.ema_betas) + len(train.ema_half_lives) + len(train.ema_lengths) > 0,
         "train.ema_betas, train.ema_half_lives and train.ema_lengths are all empty",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..method import Method, Training
+from ..method import Method, Option, Training
 
 
 def _training() -> Training:
@@ -21,6 +21,8 @@ IMM = Method(
     Example: mmgen train-imm --data cifar10 --max-time 30m
     """,
     training=_training,
-    without=("text", "caption_column", "captions"),
+    options=(
+        Option("text_encoder", "text.encoder", str, "Frozen encoder (transformers) of --text.", "FOLDER", is_path=True, group="Images"),
+    ),
     next_commands=("mmgen sample {folder} --steps 1,2,4 --num 64 --out samples/",),
 )

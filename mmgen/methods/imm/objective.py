@@ -18,7 +18,7 @@ from ...losses.imm import draw_times, earlier_time, imm_loss, jump_difference
 from ...models.build import check_weights
 from ...models.config import ModelConfig
 from ...models.flow_model import FlowModel
-from ...networks.conditions import Condition
+from ...networks.conditions import Condition, Text
 from ...system.random import keys, normal, torch_seed
 from ...training.batches import Batch
 from ...training.cost import IMM as WORK
@@ -26,22 +26,23 @@ from ...training.initial import read_initial
 from ...training.task import TrainedNetwork, Task
 from ..fresh import fresh_model_config
 from ..method import Training
+from ..texts import find_sizes, find_text, null_of, set_null, text_of
 from .flow_objective import NOISE, TIME, FlowObjective
 from .mean_flow import MeanFlowObjective
 
+
 def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
     """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
-    if config.data.text:
-        raise ConfigError("data.text: IMM learns classes here, not texts; train a teacher of text and distil it")
     # The noise has the standard deviation sigma_data, and so have latents; those of given weights are as these know them
-    flow = config.flow
-    return fresh_model_config(config, shape, flow.sigma_data if flow.given is None else preconditioning(flow.given).data_std, flow=flow)
+    std = config.flow.sigma_data if config.flow.given is None else preconditioning(config.flow.given).data_std
+    return fresh_model_config(config, shape, std, flow=config.flow, text=text_of(config), captions=shape.captions)
 
 
-def imm_task(config: ImmConfig, model_config: ModelConfig) -> Task:
-    """A freshly initialised network with IMM's objective."""
+def imm_task(config: ImmConfig, model_config: ModelConfig, null: Text | None = None) -> Task:
+    """A freshly initialised network with IMM's objective. null: what the text encoder, if any, makes of ""."""
     check_weights(model_config)
     network = FlowModel(model_config).network
+    set_null(network, model_config, null)
     kind = MeanFlowObjective if config.loss.objective == "mean_flow" else ImmObjective
     objective = kind(network, config, model_config.latents)
     advice = "loss.group_size of 4 or more, " if kind is ImmObjective else "a smaller mean_flow.share, "
@@ -114,17 +115,17 @@ def _group_size(config: ImmConfig) -> int:
     return 1 if config.loss.objective == "mean_flow" else config.loss.group_size
 
 
-def _find(config: ImmConfig, device: object) -> tuple[None, ImmConfig]:
+def _given(config: ImmConfig) -> ImmConfig:
     """The parametrization `given` is that of the denoiser that the training begins with. Raises ConfigError where it is none."""
     if config.flow.parametrization != "given":
-        return None, config
+        return config
     found = read_initial(config.train.init).config
     given = found.denoiser if found.flow is None else found.flow.given
     if given is None:
         raise ConfigError(f"--init {config.train.init} is a flow map already: leave out flow.parametrization=given")
     if given.noise_channels or given.noise_dropout or getattr(found.network, "learn_sigma", False):
         raise ConfigError(f"--init {config.train.init} has noise of its own or a learned variance, which a flow map has not: give another teacher")
-    return None, replace(config, flow=replace(config.flow, given=given))
+    return replace(config, flow=replace(config.flow, given=given))
 
 
 def _notes(config: ImmConfig) -> list[str]:
@@ -137,8 +138,9 @@ TRAINING = Training(
     config=ImmConfig,
     resolve=resolve,
     model_config=lambda config, shape, source: imm_model_config(config, shape),
-    find=_find,
-    task=lambda start: imm_task(start.config, start.model_config),
+    find=lambda config, device: (None, find_text(_given(config))),
+    dry_find=lambda config, device: (None, find_sizes(_given(config))),
+    task=lambda start: imm_task(start.config, start.model_config, null_of(start)),
     work=lambda config: (WORK, _group_size(config)),  # of MeanFlow too: its derivative takes about one more pass
     notes=_notes,
 )

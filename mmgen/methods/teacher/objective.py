@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +9,7 @@ from ...data import DataShape
 from ...models.denoiser import Denoiser
 from ...diffusion.preconditioning import preconditioning
 from ...diffusion.process import per_image
-from ...encoders.text import described, sizes_of
 from ...networks.conditions import Text
-from ...networks.text import BYTES
 from ...models.latents import LatentSettings
 from ...losses.denoising import LEVELS, draw_sigma, level_edges, weight
 from ...models.build import check_weights
@@ -25,24 +21,23 @@ from ...training.inputs import Inputs
 from ...training.cost import DENOISING
 from ...training.task import TrainedNetwork, Task
 from ..fresh import fresh_model_config
-from ..method import Start, Training
+from ..method import Training
+from ..texts import find_sizes, find_text, null_of, set_null, text_of
 
 _NOISE, _TIME = 120, 121  # purposes of random numbers, drawn with the seed and the number of the image
 
 
 def teacher_model_config(config: TeacherConfig, shape: DataShape) -> ModelConfig:
     """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
-    text = sizes_of(config.text) if config.data.text else None
     latents_std = preconditioning(config.denoiser).data_std  # EDM's coefficients are for data of this one, those of a process for 1
-    return fresh_model_config(config, shape, latents_std, flow=None, denoiser=config.denoiser, text=text, captions=shape.captions)
+    return fresh_model_config(config, shape, latents_std, flow=None, denoiser=config.denoiser, text=text_of(config), captions=shape.captions)
 
 
 def teacher_task(config: TeacherConfig, model_config: ModelConfig, null: Text | None = None) -> Task:
     """A freshly initialised network with the loss of a denoiser. null: what the text encoder, if any, makes of ""."""
     check_weights(model_config)
     network = Denoiser(model_config).network
-    if null is not None and model_config.text.encoder != BYTES:
-        network.text.set_null(null)
+    set_null(network, model_config, null)
     parts = {"model": TrainedNetwork(network, DenoisingObjective(network, config, model_config.latents))}
     return Task(parts, model_config, levels=level_edges(config.loss, config.denoiser))
 
@@ -97,27 +92,12 @@ def by_level(value: Tensor, level: Tensor) -> Tensor:
     return both.new_zeros(2, LEVELS).index_add_(1, level, both)
 
 
-def _find(config: TeacherConfig, device: object) -> tuple[None, TeacherConfig]:
-    """Nothing is needed but the text encoder, whose sizes and hash are filled in."""
-    return None, replace(config, text=described(config.text)) if config.data.text else config
-
-
-def _find_sizes(config: TeacherConfig, device: object) -> tuple[None, TeacherConfig]:
-    """For a dry run: of an encoder that is not there, the sizes that are set."""
-    return None, replace(config, text=sizes_of(config.text)) if config.data.text else config
-
-
-def _task(start: Start) -> Task:
-    texts = getattr(start.dataset, "texts", None)
-    return teacher_task(start.config, start.model_config, None if texts is None else texts.null())
-
-
 TRAINING = Training(
     config=TeacherConfig,
     resolve=resolve,
     model_config=lambda config, shape, source: teacher_model_config(config, shape),
-    task=_task,
-    find=_find,
-    dry_find=_find_sizes,
+    task=lambda start: teacher_task(start.config, start.model_config, null_of(start)),
+    find=lambda config, device: (None, find_text(config)),
+    dry_find=lambda config, device: (None, find_sizes(config)),
     work=lambda config: (DENOISING, 1),
 )
