@@ -7,8 +7,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from golden import state
+from hostile import refused
 from safetensors.torch import load_file
 from test_training import Quiet, tiny
+from tiny_model import make_model
 
 from mmgen.errors import ConfigError, ModelError, TrainingError
 from mmgen.methods import IMM
@@ -60,3 +62,9 @@ def test_a_foreign_file_that_needs_an_option_is_converted_first(tmp_path):
 def test_a_model_that_is_not_there_is_told_before_data_are_read(tmp_path):
     with pytest.raises(ModelError, match="there is no file or folder .*none.safetensors"):
         train(tmp_path / "run", **{"train.init": str(tmp_path / "none.safetensors"), "data.name": "nowhere"})
+
+
+def test_a_dry_run_looks_at_it_too(tmp_path):
+    given = make_model(tmp_path / "model.safetensors", channels=1, num_classes=10)
+    for init, status, words in ((given, 2, "its network is another one"), (tmp_path / "none.safetensors", 4, "there is no file or folder")):
+        assert words in refused("train-imm", "--preset", "digits-imm", "--init", init, "--dry-run", "--device", "cpu", status=status)

@@ -26,6 +26,7 @@ def show_cost(method: Method, config: Any, device: str = "auto", announce: Calla
     from ..methods.timing import time_of_run
     from ..training.batches import share_batch
     from ..training.cost import estimate
+    from ..training.initial import check_initial, read_initial
     from ..training.optim import moments
     from ..training.sharding import asks_for_shards
     from ..training.start import expected_shape, load_data
@@ -33,6 +34,7 @@ def show_cost(method: Method, config: Any, device: str = "auto", announce: Calla
     training, asked = method.training(), config
     source, config = (training.dry_find or training.find)(config, "cpu")
     work, group_size = training.work(config)
+    initial = read_initial(config.train.init) if config.train.init else None
     try:
         with announced(progress_bar("decoding", 1), announce) as progress:
             dataset = load_data(config.data, progress)
@@ -46,6 +48,8 @@ def show_cost(method: Method, config: Any, device: str = "auto", announce: Calla
     # auto is found on the devices when the run begins; here it is shown for one group in a pass, which is the least
     parts = share_batch(train.batch_size, group_size, processes, group_size if auto else config.run.batch_per_device)
     model_config = training.model_config(config, shape, source)
+    if initial is not None:
+        check_initial(initial, model_config)
     sharded = processes > 1 and asks_for_shards()
 
     @cache

@@ -44,15 +44,21 @@ def read_initial(path: str) -> Initial:
     return Initial(path, found.sha256, converted.config, converted.state)
 
 
+def check_initial(initial: Initial, wanted: ModelConfig) -> None:
+    """Raises ConfigError where a training of this model cannot begin with the weights, by what both say of themselves."""
+    if wanted.flow is not None and initial.config.denoiser is not None and wanted.flow.given is None:
+        raise ConfigError(f"--init {initial.path} is a denoiser, whose output means another thing: set flow.parametrization=given too")
+    if difference := _difference(wanted, initial.config):
+        raise ConfigError(f"--init {initial.path}: its network is another one: {difference}")
+
+
 def begin_with(task: Task, initial: Initial) -> Task:
     """The weights into the network that becomes the model. Raises ConfigError naming the first thing in which it is another."""
     network, wanted, state = next(iter(task.trained.values())).network, task.model_config, initial.state
-    if wanted.flow is not None and initial.config.denoiser is not None:
-        if wanted.flow.given is None:
-            raise ConfigError(f"--init {initial.path} is a denoiser, whose output means another thing: set flow.parametrization=given too")
-        state = with_second_time(state, network)
+    check_initial(initial, wanted)
+    state = with_second_time(state, network) if wanted.flow is not None and initial.config.denoiser is not None else state
     state = state if wanted.augment_dim else without_augment(state)
-    if difference := _difference(wanted, initial.config) or _of_tensors(network, state):
+    if difference := _of_tensors(network, state):
         raise ConfigError(f"--init {initial.path}: its network is another one: {difference}")
     network.load_state_dict(state)
     return task
