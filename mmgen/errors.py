@@ -58,6 +58,15 @@ def cannot_write(path: str | os.PathLike, error: OSError) -> MmgenError:
 
 
 @contextlib.contextmanager
+def disk_errors(path: str | os.PathLike) -> Iterator[None]:
+    """What the system says against writing to a path, or clearing it, becomes a MmgenError of one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
 def in_python(settings: Mapping[str, str] = {}) -> Iterator[None]:
     """Errors of a call from Python name its arguments beside the options of the command: `batch_size (--batch-size)`.
 

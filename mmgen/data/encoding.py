@@ -19,7 +19,7 @@ import torch
 
 from ..encoders.pipeline import PipelineParts
 from ..encoders.vae import Vae
-from ..errors import ConfigError, DataError, MmgenError, cannot_write
+from ..errors import ConfigError, DataError, MmgenError, disk_errors
 from ..system.files import remove_leftovers, replacing, write_json
 from ..system.processes import ProcessGroup
 from ..system.tensor_files import save_array
@@ -104,10 +104,8 @@ def encode_source(
 def _begin(task: Task, job: dict[str, Any], left: list[range], note: Note) -> None:
     """Writes what was asked for. Raises DataError where the disk has no room for the images that are left."""
     out = task.out
-    try:
+    with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error) from error
     remove_leftovers(out)
     remove_leftovers(out / SHARDS)
     remove_leftovers(out / FOLDER)

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, MmgenError, cannot_write
+from ..errors import ConfigError, MmgenError, disk_errors
 from ..system.files import remove_leftovers, replacing, write_json
 from ..report.images import grid
 from ..models.build import AnyModel
 from ..models.config import drawn_shape
 from .missing import Progress, contiguous, draw_missing
-from .folder import Written, all_labels, all_texts, check_num, check_pictures, disk_errors, finish
+from .folder import Written, all_labels, all_texts, check_num, check_pictures, finish
 from .record import Origin, make_record, may_continue, read_record
 from .classes import with_images
 from .drawing import Plan, SampleSettings, plan
@@ -112,10 +112,8 @@ def _write(
             # Inside the folder of parts, which a later run clears of what a killed one left
             with replacing(parts / f"whole{file.suffix}") as temporary:
                 assemble(temporary, chosen, _rows(file, num, shape), shape)
-            try:
+            with disk_errors(file):
                 os.replace(parts / f"whole{file.suffix}", file)
-            except OSError as error:
-                raise cannot_write(file, error) from error
         texts = all_texts(model.config, chosen, num)
         if texts is not None:
             with replacing(texts_file(file)) as temporary:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, MmgenError, cannot_write
+from ..errors import ConfigError, MmgenError, disk_errors
 from ..system.files import flush_to_disk, remove_leftovers, replacing, staging, write_json
 from ..report.images import is_whole_png, png_bytes
 from ..models.build import AnyModel
@@ -141,21 +141,10 @@ def _in_background(temporary: Path) -> Iterator[Callable[[Iterable[tuple[Path, T
 
 def _write(path: Path, image: Tensor, temporary: Path) -> None:
     """Writes a PNG file by way of a folder for unfinished ones. Raises MmgenError where that fails."""
-    try:
+    with disk_errors(path):
         unfinished = temporary / path.name
         unfinished.write_bytes(png_bytes(image))
         os.replace(unfinished, path)
-    except OSError as error:
-        raise cannot_write(path, error) from error
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """What the system says against looking at or clearing a place becomes a MmgenError of one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def check_num(num: int) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, ModelError, cannot_write
+from ..errors import DataError, ModelError, disk_errors
 from .lock import Held, is_held, try_lock
 
 _UMASK = threading.Lock()
@@ -30,22 +30,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     Raises MmgenError with one sentence where the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=_prefix(path), suffix=path.suffix, dir=path.parent)
         os.close(handle)
         os.chmod(name, 0o666 & ~_umask())
-    except OSError as error:
-        raise cannot_write(path, error) from error
     temporary = Path(name)
     try:
-        with _in_use(temporary):
+        with disk_errors(path), _in_use(temporary):
             yield temporary
             flush_to_disk(temporary)
             os.replace(temporary, path)
             flush_to_disk(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,10 +53,8 @@ def staging(folder: str | os.PathLike) -> Iterator[Path]:
     A quarter of the cost of `replacing` each. Nothing is flushed: a process that is killed leaves whole files, and whoever reads
     them after a power cut must look whether they are. Raises MmgenError with one sentence where the folder cannot be written.
     """
-    try:
+    with disk_errors(folder):
         temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
-    except OSError as error:
-        raise cannot_write(folder, error) from error
     try:
         with _in_use(temporary):
             yield temporary
@@ -76,14 +70,12 @@ def replacing_folder(path: str | os.PathLike, keep: Callable[[], bool] = lambda:
     old one is as good. Then `path` is never missing, not even for a moment, for those who read it meanwhile.
     """
     path = Path(path)
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
         os.chmod(temporary, 0o777 & ~_umask())
-    except OSError as error:
-        raise cannot_write(path, error) from error
     try:
-        with _in_use(temporary):
+        with disk_errors(path), _in_use(temporary):
             yield temporary
             for one in (*temporary.rglob("*"), temporary):
                 flush_to_disk(one)
@@ -93,8 +85,6 @@ def replacing_folder(path: str | os.PathLike, keep: Callable[[], bool] = lambda:
                     os.replace(path, old / path.name)
                 shutil.rmtree(old, ignore_errors=True)
             flush_to_disk(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

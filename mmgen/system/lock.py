@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..errors import DataError, TrainingError, cannot_write
+from ..errors import DataError, TrainingError, cannot_write, disk_errors
 
 try:
     import fcntl
@@ -103,11 +103,9 @@ def only_run_in(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
         yield
         return
     try:
-        try:
+        with disk_errors(file):
             os.truncate(lock, 0)
             os.write(lock, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
-        except OSError as error:
-            raise cannot_write(file, error) from error
         yield
     finally:
         os.close(lock)

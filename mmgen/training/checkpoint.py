@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ..errors import MmgenError, ModelError, TrainingError, cannot_write, shortened
+from ..errors import MmgenError, ModelError, TrainingError, disk_errors, shortened
 from ..system.files import replacing_folder
 from ..models.files import check_state
 from ..system.processes import ProcessGroup
@@ -153,10 +153,8 @@ def _set_aside(path: Path) -> Path:
     """Renames a damaged checkpoint. Raises MmgenError where that is not possible."""
     names = (f"damaged-{path.name}" + (f"-{i}" if i else "") for i in itertools.count())
     target = next(target for name in names if not (target := path.with_name(name)).exists())
-    try:
+    with disk_errors(target):
         path.rename(target)
-    except OSError as error:
-        raise cannot_write(target, error) from error
     return target
 
 
