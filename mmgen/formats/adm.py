@@ -32,7 +32,7 @@ from ..errors import ConfigError, ModelError, nearest
 from ..models.config import ModelConfig, SamplingSettings
 from ..networks import ADMSettings
 from .family import Converted, ConvertOptions
-from .mapping import cast, expected_state, path
+from .mapping import assign, cast, expected_state
 from .reading import Found
 
 _LSUN = (
@@ -150,7 +150,7 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
     config = _config(found, flags, options.preset)
     kind, original = ("consistency", _wide) if flags.training_mode else ("adm", _narrow)
     names = original_names(config)
-    state = path(found, config, names.__getitem__, ours=_ours, original=original)
+    state = assign(found, config, names.__getitem__, ours=_ours, original=original)
     sampled = (LINSPACE,) if kind == "adm" else ()
     return Converted(config, cast(state, options.precision), {}, kind, sampled=sampled)
 

@@ -31,7 +31,7 @@ from ..system.tensor_files import save_tensors
 from . import diffusers_dit
 from .diffusers_scheduler import read_sampling, read_scheduler, write_scheduler
 from .family import Converted, ConvertOptions
-from .mapping import cast, path
+from .mapping import assign, cast
 from .reading import Found
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -97,7 +97,7 @@ def _convert_unet(found: Found, config: dict[str, Any], options: ConvertOptions)
         raise ModelError(f"{name} has layers_per_block = {layers!r} in config.json, and not so many tensors")
     with without_weights():  # what diffusers has to say of the architecture, or that it is not installed
         DiffusersUNet(settings, result.resolution, channels, classes)
-    state = path(found, result, lambda key: _original_name(result, key))
+    state = assign(found, result, lambda key: _original_name(result, key))
     notes = [note] if note else []
     if denoiser.clip:
         notes.append("ddim clips x_hat and keeps the network's noise, as diffusers does")

@@ -24,7 +24,7 @@ from ..models.latents import LatentSettings
 from ..models.config import ModelConfig, SamplingSettings
 from ..networks.dit import DiTSettings
 from .family import Converted, ConvertOptions
-from .mapping import cast, path
+from .mapping import assign, cast
 from .reading import Found
 
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # hidden size -> attention heads of S, B, L, XL (arXiv:2212.09748, table 1)
@@ -109,7 +109,7 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
     sampled = [LINSPACE] if family == "dit" else []
     if config.denoiser.guided_channels is not None:
         sampled.append(f"guidance acts on the first 3 of {channels} channels, as the published code has it (--guide-all: on all)")
-    state = path(found, config, original_names(settings.depth, labels=classes > 0).__getitem__, left_out=left_out)
+    state = assign(found, config, original_names(settings.depth, labels=classes > 0).__getitem__, left_out=left_out)
     return Converted(config, cast(state, options.precision), left_out, family, tuple(assumed), tuple(sampled))
 
 

@@ -30,7 +30,7 @@ from ..errors import ModelError
 from ..models.config import ModelConfig
 from ..networks import ADMSettings, UNetSettings
 from .family import Converted, ConvertOptions
-from .mapping import cast, check_sizes, expected_state, known, module, path, require
+from .mapping import assign, cast, check_sizes, expected_state, known, module, require
 from .reading import Found
 
 FILTER_REASON = "a resampling filter, a constant of the architecture"
@@ -82,7 +82,7 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
         null_trained=inner["init_kwargs"].get("label_dropout", 0) > 0 if shape["label_dim"] else None,
     )  # fmt: skip
     left_out = check_constants(found, config)
-    state = path(found, config, lambda key: original_name(config, key), left_out=left_out)
+    state = assign(found, config, lambda key: original_name(config, key), left_out=left_out)
     return Converted(config, cast(state, options.precision), left_out, "edm", assumed)
 
 

@@ -19,7 +19,7 @@ from ..models.latents import LatentSettings
 from ..models.config import ModelConfig
 from ..networks import EDM2Settings
 from .family import Converted, ConvertOptions
-from .mapping import cast, check_sizes, known, module, path, require
+from .mapping import assign, cast, check_sizes, known, module, require
 from .reading import Found
 
 LOGVAR_REASON = "the uncertainty of the training loss, which sampling does not use"
@@ -63,7 +63,7 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
     if config.latents is not None:
         assumed.append("the autoencoder and the whitening of its latents are those of the published models")
     left_out = {key: LOGVAR_REASON for key in found.tensors if key.startswith(("logvar_fourier.", "logvar_linear."))}
-    state = path(found, config, lambda key: f"unet.{key}", left_out=left_out)
+    state = assign(found, config, lambda key: f"unet.{key}", left_out=left_out)
     return Converted(config, cast(state, options.precision), left_out, "edm2", tuple(assumed))
 
 

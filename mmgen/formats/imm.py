@@ -42,7 +42,7 @@ from ..encoders.vae import IMM_MEAN, IMM_STD, IMM_TARGET_STD
 from . import edm
 from .dit import class_rows
 from .family import Converted, ConvertOptions
-from .mapping import cast, check_sizes, module, path
+from .mapping import assign, cast, check_sizes, module
 from .reading import Found
 
 # How the published class is made where a file does not say otherwise
@@ -93,7 +93,7 @@ def convert(found: Found, options: ConvertOptions) -> Converted:
     if config.latents is not None:
         assumed.append("the autoencoder and the scale of its latents are those of the published models")
     left_out = edm.check_constants(found, config)
-    state = path(found, config, lambda key: original_name(config, key), left_out=left_out)
+    state = assign(found, config, lambda key: original_name(config, key), left_out=left_out)
     return Converted(config, cast(state, options.precision), left_out, "imm", tuple(assumed))
 
 

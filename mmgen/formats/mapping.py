@@ -52,7 +52,7 @@ def expected_state(config: ModelConfig) -> dict[str, Tensor]:
     return network.state_dict()
 
 
-def path(
+def assign(
     found: Found,
     config: ModelConfig,
     names: Callable[[str], str],

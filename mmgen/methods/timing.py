@@ -34,8 +34,8 @@ def time_of_run(method: Method, config: Any, cost: Cost, images_per_pass: int, d
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return "not timed with several processes: ask for it with one"
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, eval_num=0, log_with=()))
-    with tempfile.TemporaryDirectory() as path:
-        accelerator = make_accelerator(config.train, config.run, Path(path), device)
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = make_accelerator(config.train, config.run, Path(folder), device)
         device = accelerator.device
         set_precision(train.precision)
         rate = matrix_rate(device, train.precision)
@@ -53,7 +53,7 @@ def time_of_run(method: Method, config: Any, cost: Cost, images_per_pass: int, d
         try:
             settled, dataset, make_task = prepare(method, config, Reporter(), accelerator)
             trainer = Trainer(
-                make_task, dataset, RunFolder(Path(path)), Reporter(), accelerator, train=settled.train, optimizer=settled.optimizer,
+                make_task, dataset, RunFolder(Path(folder)), Reporter(), accelerator, train=settled.train, optimizer=settled.optimizer,
                 run=settled.run, config=settled.to_dict(),
             )  # fmt: skip
             each = time_steps(trainer, TIMED_SECONDS)

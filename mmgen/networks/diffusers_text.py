@@ -214,8 +214,8 @@ def _build(settings: DiffusersTextSettings) -> nn.Module:
             with torch.device("cpu"):
                 small = dict(kind.from_config({**config, "num_layers": 1}).named_buffers())
             for name in tables:
-                path, _, last = name.rpartition(".")
-                model.get_submodule(path).register_buffer(last, small[name], persistent=False)
+                module, _, last = name.rpartition(".")
+                model.get_submodule(module).register_buffer(last, small[name], persistent=False)
         return model
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ConfigError(f"diffusers cannot build the {settings.model} of this model: {error}") from error

@@ -69,13 +69,13 @@ def write_study(
     for question in questions:
         sides = {}
         for side, system in (("left", question.left), ("right", question.right)):
-            path = (system, question.image)
-            if path not in urls:
+            key = (system, question.image)
+            if key not in urls:
                 content = images[systems[system]][question.image]
                 digest.update(content)
-                urls[path] = len(data)
+                urls[key] = len(data)
                 data.append("data:image/png;base64," + base64.b64encode(content).decode())
-            sides[side] = urls[path]
+            sides[side] = urls[key]
         shown.append({**sides, "prompt": prompts[question.image] if prompts else ""})
     study = Study(systems, questions, digest.hexdigest()[:16])
     # "</" would end the script; JSON may write it otherwise

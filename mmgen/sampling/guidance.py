@@ -59,7 +59,7 @@ def _check_guide(config: ModelConfig, settings: Any, guidance: float) -> float:
     if guidance == 1:
         raise ConfigError("a guide needs guidance: give --guidance 2, say, or leave the guide out")
     if settings.negative:
-        raise ConfigError("a guide takes the path of the negative prompt: leave one of them out")
+        raise ConfigError("a guide takes the place of the negative prompt: leave one of them out")
     return 1.0
 
 

@@ -63,8 +63,8 @@ def texts_of(config: ModelConfig, prompts: Sequence[str], seed: int, index: Tens
 def text_condition(config: ModelConfig, texts: Sequence[str], negative: str, device: object) -> Text:
     """What a model is conditioned on. Every different text is encoded once."""
     different = tuple(dict.fromkeys(texts))
-    path = {text: row for row, text in enumerate(different)}
-    return _encoded(config.text, different, negative, str(device)).to(device)[[path[text] for text in texts]]
+    row_of = {text: row for row, text in enumerate(different)}
+    return _encoded(config.text, different, negative, str(device)).to(device)[[row_of[text] for text in texts]]
 
 
 @lru_cache(maxsize=4)

@@ -191,10 +191,10 @@ def _saved_bytes(network: nn.Module, again: list[nn.Module], config: ModelConfig
     inside: list[dict[int, torch.Tensor]] = []  # of each block
     places = [kept]
 
-    def put(tensor: torch.Tensor, path: dict[int, torch.Tensor]) -> None:
+    def put(tensor: torch.Tensor, into: dict[int, torch.Tensor]) -> None:
         base = tensor._base if tensor._base is not None else tensor
         if not isinstance(base, nn.Parameter):
-            path[base.untyped_storage()._cdata] = base
+            into[base.untyped_storage()._cdata] = base
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         put(tensor, places[-1])
