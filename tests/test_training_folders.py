@@ -183,6 +183,8 @@ def test_a_lora_alone_says_what_goes_on(name, tmp_path):
     write_safetensors(tmp_path / name, {"unet.a.lora_A.weight": torch.zeros(2, 2)})
     (tmp_path / "adapter_config.json").write_text("{}") if name.startswith("adapter") else None
     assert "is a LoRA without its model: fuse them in diffusers" in refusal(tmp_path)
+    text = run(inspect, tmp_path / name)
+    assert "LoRA without its model" in text and "fuse them in diffusers" in text and "no family" not in text
 
 
 # ---- what inspect says

@@ -18,6 +18,7 @@ COMPONENTS = ("unet", "transformer")
 _STEMS = ("diffusion_pytorch_model", "pytorch_model", "model")
 _ENDINGS = ("safetensors", "safetensors.index.json", "bin", "bin.index.json", "fp16.safetensors", "fp16.bin")
 BESIDE = re.compile(r"\.(fp16|non_ema)\.|\.(bin|msgpack|h5|onnx|onnx_data|bin\.index\.json)$")  # weights a second time
+FUSE = "fuse them in diffusers (`pipe.fuse_lora()`), save the pipeline, and give that"
 _LORA = ("adapter_config.json", "pytorch_lora_weights.safetensors")  # of peft, of diffusers
 _SINGLE = (".pkl", ".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
@@ -65,7 +66,7 @@ def model_folder(folder: Path) -> Folder:
     config = _json(inside / "config.json")
     name = weights_file({path.name for path in inside.iterdir()})
     if name is None and any((inside / one).is_file() for one in _LORA):
-        raise ModelError(f"{inside} is a LoRA without its model: fuse them in diffusers (`pipe.fuse_lora()`), save the pipeline, and give that")
+        raise ModelError(f"{inside} is a LoRA without its model: {FUSE}")
     if name is None:
         raise ModelError(f"{inside} is a folder without weights: it has no diffusion_pytorch_model.safetensors or .bin")
     arguments = {} if config is None else {"config": config}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from .. import __version__
 from ..errors import ConfigError, ModelError, nearest
 from . import adm, diffusers, dit, edm, edm2, imm, pipelines
 from .family import Converted, ConvertOptions
+from .model_folders import FUSE
 from .reading import Found
 
 
@@ -34,7 +36,11 @@ FAMILIES = {  # by name, which is also Converted.family
     "adm": Family("ADM (openai/guided-diffusion)", adm),
     "consistency": Family("consistency models (openai/consistency_models)", adm),
 }
-UNSUPPORTED = {"lightningdit": "LightningDiT (hustvl/LightningDiT)"}  # recognised, so that it is not taken for another
+UNSUPPORTED = {  # recognised, so that it is not taken for another: a title, and why or what goes on
+    "lightningdit": ("LightningDiT (hustvl/LightningDiT)", ", whose rotary positions, RMS norms and SwiGLU no network of mmgen has"),
+    "lora": ("LoRA without its model", f": {FUSE}"),
+}
+_LORA = re.compile(r"lora[._](A|B|down|up)\b")  # names of peft, diffusers and others
 _PRECISIONS = ("fp32", "fp16")
 
 
@@ -43,7 +49,8 @@ def family_of(found: Found) -> str | None:
     if "mmgen" in found.arguments:
         return "mmgen"
     modules = dict.fromkeys(family.module for family in FAMILIES.values() if family.module is not None)
-    return next((name for module in modules if (name := module.family(found)) is not None), None)
+    name = next((name for module in modules if (name := module.family(found)) is not None), None)
+    return "lora" if name is None and any(_LORA.search(key) for key in found.tensors) else name
 
 
 def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Converted:
@@ -61,9 +68,7 @@ def convert(found: Found, options: ConvertOptions = ConvertOptions()) -> Convert
     if family == "mmgen":
         raise ModelError(f"{found.path} is a model of mmgen's already: sample from it as it is")
     if family in UNSUPPORTED:
-        raise ModelError(
-            f"{found.path} is a {UNSUPPORTED[family]}, whose rotary positions, RMS norms and SwiGLU no network of mmgen has"
-        )
+        raise ModelError(f"{found.path} is a {''.join(UNSUPPORTED[family])}")
     if family is None:
         first = ", ".join(ascii(key[:60])[1:-1] for key in list(found.tensors)[:3])
         known = ", ".join(known.title for name, known in FAMILIES.items() if name != "mmgen")
@@ -149,7 +154,7 @@ def _family_words(found: Found, family: str | None) -> str:
         return f"{ascii(name)[1:-1]} of diffusers"
     if family == pipelines.NAME and not found.arguments.get("model_index") and name:  # the network of a pipeline alone
         return f"{ascii(name)[1:-1]} of diffusers"
-    return FAMILIES[family].title if family in FAMILIES else UNSUPPORTED.get(family, "unknown")
+    return FAMILIES[family].title if family in FAMILIES else UNSUPPORTED.get(family, ("unknown",))[0]
 
 
 def _shape(config: dict[str, Any]) -> dict[str, Any]:
