@@ -92,6 +92,16 @@ def test_what_cannot_be_drawn_is_left_out():
     assert line_chart([clean]).tobytes() == line_chart([infinite]).tobytes()
 
 
+def test_a_logarithmic_horizontal_axis_has_decades_at_equal_distances():
+    picture = line_chart([Panel("p", "x", {"p": ([1, 10, 100], [1, 2, 1])}, log_x=True)], 400, 300)
+    columns = np.unique(where(picture, COLOURS[0])[:, 1])
+    peak = where(picture, COLOURS[0])
+    top = peak[peak[:, 0] == peak[:, 0].min()][:, 1].mean()
+    assert abs(top - (columns.min() + columns.max()) / 2) < 3
+    left_out = line_chart([Panel("p", "x", {"p": ([0, -1, 1, 10, 100], [3, 3, 1, 2, 1])}, log_x=True)], 400, 300)
+    assert np.array_equal(np.asarray(left_out), np.asarray(picture))
+
+
 @pytest.mark.parametrize("log_y", [False, True])
 @pytest.mark.parametrize(
     "series",

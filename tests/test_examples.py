@@ -1,5 +1,6 @@
 """The examples run."""
 
+import json
 import math
 import os
 import runpy
@@ -36,6 +37,26 @@ def test_the_ablations_make_their_table(tmp_path):
     table = (tmp_path / "table/table.md").read_text().splitlines()
     assert len(table) == 2 + 14 and all(row.count("±") == 3 for row in table[2:])
     assert "nan" not in result.stdout
+
+
+def test_quality_against_cost_goes_on_where_it_was_stopped(tmp_path):
+    few = ("--seeds", "1", "--max-images", "128", "--samples", "65", "--out", "q")
+    first = run("digits_ablations.py", "--only", "imm", *few, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    kept = json.loads((tmp_path / "q/quality.json").read_text())
+    scores = kept["rows"]["imm"]["seeds"]["0"]
+    assert list(scores) == ["1", "2", "4", "8"] and first.stdout.count("imm, seed 0") == 4
+    assert "`mmgen train-imm --preset digits-imm --seed S`" in (tmp_path / "q/quality.md").read_text()
+    del scores["4"]
+    (tmp_path / "q/quality.json").write_text(json.dumps(kept))
+    trained = (tmp_path / "q/imm-0/model.safetensors").stat().st_mtime_ns
+    again = run("digits_ablations.py", "--only", "imm", *few, cwd=tmp_path)
+    assert again.returncode == 0 and again.stdout.count("imm, seed 0") == 1 and "4 steps" in again.stdout
+    assert (tmp_path / "q/imm-0/model.safetensors").stat().st_mtime_ns == trained
+    with Image.open(tmp_path / "q/quality.png") as picture:
+        assert picture.size == (900, 560)
+    other = run("digits_ablations.py", "--only", "imm", *few[:-4], "--samples", "70", "--out", "q", cwd=tmp_path)
+    assert other.returncode != 0 and "choose another --out" in other.stderr
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class Panel:
         xlabel: written below.
         series: name -> (x, y). Points that are not finite (or beyond 1e290), and on a logarithmic axis those not above
             zero, are left out.
-        log_y: a logarithmic vertical axis.
+        log_y, log_x: a logarithmic vertical, or horizontal, axis.
         ordered: the series are in an order, which their colours show.
         labels: name of a series -> a word beside each of its points.
     """
@@ -39,6 +39,7 @@ class Panel:
     log_y: bool = False
     ordered: bool = False
     labels: dict[str, list[str]] = field(default_factory=dict)
+    log_x: bool = False
 
     def colours(self) -> dict[str, str]:
         palette = ORDERED if self.ordered else COLOURS
@@ -143,8 +144,8 @@ def _points(panel: Panel) -> dict[str, list[tuple[float, float]]]:
     kept = {}
     for name, (xs, ys) in panel.series.items():
         pairs = ((float(x), float(y)) for x, y in zip(xs, ys, strict=True))
-        lowest = _TINY if panel.log_y else -_HUGE
-        kept[name] = [(x, y) for x, y in pairs if abs(x) <= _HUGE and lowest <= y <= _HUGE]  # false for NaN
+        least_x, lowest = (_TINY if log else -_HUGE for log in (panel.log_x, panel.log_y))
+        kept[name] = [(x, y) for x, y in pairs if least_x <= x <= _HUGE and lowest <= y <= _HUGE]  # false for NaN
     return kept
 
 
@@ -183,7 +184,7 @@ def _draw_panel(
     small, normal, large = _font(11), _font(12), _font(14)
     points = _points(panel)
     everything = [point for series in points.values() for point in series]
-    x_low, x_high = _range([x for x, _ in everything], False, 0.06 if panel.labels else 0.0)
+    x_low, x_high = _range([x for x, _ in everything], panel.log_x, 0.06 if panel.labels else 0.0)
     y_low, y_high = _range([y for _, y in everything], panel.log_y, 0.06)
 
     head += top
@@ -194,8 +195,8 @@ def _draw_panel(
     y_names = tick_labels(y_ticks)
     inner = left + 22 * u + max((math.ceil(small.getlength(name)) for name in y_names), default=0)
     outer = right - 22 * u
-    x_ticks = linear_ticks(x_low, x_high, max(2, round((outer - inner) / (70 * u)))) if everything else []
-    x_axis = _Axis(x_low, x_high, inner + 6 * u, outer - 6 * u)
+    x_ticks = (log_ticks if panel.log_x else linear_ticks)(x_low, x_high, max(2, round((outer - inner) / (70 * u)))) if everything else []
+    x_axis = _Axis(x_low, x_high, inner + 6 * u, outer - 6 * u, panel.log_x)
     y_axis = _Axis(y_low, y_high, foot, head, panel.log_y)
 
     for tick, name in zip(y_ticks, y_names, strict=True):
