@@ -82,7 +82,7 @@ def inspect(
     guide_all: GuideAll = False,
     weights: Weights = "ema",
 ) -> None:
-    """Show what a checkpoint is, what it holds and what mmgen can do with it.
+    """Show what a file of weights is, what it holds and what mmgen can do with it.
 
     Nothing in it is executed.
 

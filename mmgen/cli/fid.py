@@ -54,8 +54,8 @@ def fid(
         str,
         _scores(
             metavar="NAME",
-            help="inception, pixels, dinov2, or a path: a TorchScript, or a folder of DINOv2. Default: "
-            "inception, and pixels of images below 32 x 32.",
+            help="inception, pixels, dinov2, a path (a TorchScript, or a folder of DINOv2), or auto: inception, and pixels for "
+            "images below 32 x 32.",
         ),
     ] = "auto",
     mode: Annotated[

@@ -1,6 +1,6 @@
 """EDM's pickled networks (Karras et al., arXiv:2206.00364): three architectures within four preconditioners.
 
-Key names: those of `checkpoints/imm.py` for DDPM++ and NCSN++; ADM's are the same but for the ends:
+Key names: those of `formats/imm.py` for DDPM++ and NCSN++; ADM's are the same but for the ends:
 
 original                              ours
 model.map_layer0 / map_layer1         time_mlp.linear0 / .linear1
