@@ -28,42 +28,6 @@ _sampler = partial(typer.Option, rich_help_panel="Sampler (defaults: the model's
 _running = partial(typer.Option, rich_help_panel="Running")
 _facts = partial(typer.Option, rich_help_panel="What another project's checkpoint does not say")
 
-Sampler = Annotated[
-    str | None,
-    _sampler(
-        metavar="NAME",
-        help="IMM: pushforward (time to time) or restart (to the end, then back with new noise; also consistency models). "
-        "Diffusion: ddim, heun (EDM, second order) or ancestral (DDPM, random; students).",
-    ),
-]
-Grid = Annotated[
-    str | None,
-    _sampler(
-        metavar="NAME",
-        help="Times of the steps: uniform, edm (Karras et al., eq. 5), schedule (students: even in the time of the "
-        "distillation), linspace or leading (other projects' timesteps), or eta (those of --eta).",
-    ),
-]
-Eta = Annotated[str | None, _sampler(metavar="LIST", help="Intermediate times as sigma/alpha, descending: 1.4 for two steps.")]
-Churn = Annotated[float | None, _sampler(**NUMBER, help="heun only: S_churn, noise added before each step.")]
-STmin = Annotated[float | None, _sampler(**NUMBER, help="With --churn: only above this sigma.")]
-STmax = Annotated[float | None, _sampler(**NUMBER, help="With --churn: only below this sigma.")]
-SNoise = Annotated[float | None, _sampler(**NUMBER, help="With --churn: standard deviation of the added noise.")]
-Stochasticity = Annotated[
-    float | None, _sampler(**NUMBER, help="ancestral only: share of DDPM's noise, from 0 (as ddim) to 1.")
-]
-Guidance = Annotated[
-    float | None, _sampler(**NUMBER, help="Weight w of classifier-free guidance; 1 is none, others double the cost.")
-]
-GuidanceInterval = Annotated[
-    str | None, _sampler(metavar="LOW,HIGH", help="Guide between these sigma/alpha only.")
-]
-GuideModel = Annotated[
-    str | None,
-    _sampler("--guide", metavar="MODEL", help="Guide away from this worse version of it."),
-]
-Ema = Annotated[str | None, _sampler(metavar="NAME", help="Another weight average of the run, such as 0.9999.")]
-
 
 def sample(
     model: Annotated[
@@ -103,18 +67,41 @@ def sample(
             "250 (ancestral).",
         ),
     ] = None,
-    guidance: Guidance = None,
-    guidance_interval: GuidanceInterval = None,
-    guide: GuideModel = None,
-    sampler: Sampler = None,
-    grid: Grid = None,
-    eta: Eta = None,
-    churn: Churn = None,
-    s_tmin: STmin = None,
-    s_tmax: STmax = None,
-    s_noise: SNoise = None,
-    stochasticity: Stochasticity = None,
-    ema: Ema = None,
+    guidance: Annotated[
+        float | None, _sampler(**NUMBER, help="Weight w of classifier-free guidance; 1 is none, others double the cost.")
+    ] = None,
+    guidance_interval: Annotated[
+        str | None, _sampler(metavar="LOW,HIGH", help="Guide between these sigma/alpha only.")
+    ] = None,
+    guide: Annotated[
+        str | None,
+        _sampler("--guide", metavar="MODEL", help="Guide away from this worse version of it."),
+    ] = None,
+    sampler: Annotated[
+        str | None,
+        _sampler(
+            metavar="NAME",
+            help="IMM: pushforward (time to time) or restart (to the end, then back with new noise; also consistency models). "
+            "Diffusion: ddim, heun (EDM, second order) or ancestral (DDPM, random; students).",
+        ),
+    ] = None,
+    grid: Annotated[
+        str | None,
+        _sampler(
+            metavar="NAME",
+            help="Times of the steps: uniform, edm (Karras et al., eq. 5), schedule (students: even in the time of the "
+            "distillation), linspace or leading (other projects' timesteps), or eta (those of --eta).",
+        ),
+    ] = None,
+    eta: Annotated[str | None, _sampler(metavar="LIST", help="Intermediate times as sigma/alpha, descending: 1.4 for two steps.")] = None,
+    churn: Annotated[float | None, _sampler(**NUMBER, help="heun only: S_churn, noise added before each step.")] = None,
+    s_tmin: Annotated[float | None, _sampler(**NUMBER, help="With --churn: only above this sigma.")] = None,
+    s_tmax: Annotated[float | None, _sampler(**NUMBER, help="With --churn: only below this sigma.")] = None,
+    s_noise: Annotated[float | None, _sampler(**NUMBER, help="With --churn: standard deviation of the added noise.")] = None,
+    stochasticity: Annotated[
+        float | None, _sampler(**NUMBER, help="ancestral only: share of DDPM's noise, from 0 (as ddim) to 1.")
+    ] = None,
+    ema: Annotated[str | None, _sampler(metavar="NAME", help="Another weight average of the run, such as 0.9999.")] = None,
     type: Annotated[str | None, _facts(**TYPE)] = None,
     preset: Annotated[str | None, _facts(**FLAGS)] = None,
     heads: Annotated[int | None, _facts(**HEADS)] = None,
