@@ -13,83 +13,63 @@ from ..errors import ConfigError, nearest
 from ..methods.method import SHARED_SETTINGS, Option
 from .options import COUNT, NUMBER, home
 
-_images = partial(typer.Option, rich_help_panel="Images")
-_training = partial(typer.Option, rich_help_panel="Training (defaults: the preset's)")
-_saving = partial(typer.Option, rich_help_panel="Saving and scoring (defaults: the preset's)")
-_running = partial(typer.Option, rich_help_panel="Running")
 
-Data = Annotated[
-    str | None,
-    _images(
-        metavar="DATA",
-        help="digits, cifar10, a folder of images, a zip or parquet file, a hub dataset user/name, or a folder made by "
-        "`mmgen cache-latents`. Default: digits.",
-    ),
-]
-Resolution = Annotated[int | None, _images(**COUNT, help="Crop and resize to N x N. Default: the preset's or the images' own.")]
-Channels = Annotated[int | None, _images(**COUNT, help="1 for grey, 3 for colour. Default: what the images are.")]
-Conditional = Annotated[
-    bool | None, _images("--conditional/--unconditional", help="Train with or without class labels. Default: the preset's.")
-]
-Split = Annotated[str | None, _images(metavar="NAME", help="Split of the dataset. Default: train.")]
-Subset = Annotated[str | None, _images(metavar="NAME", help="One of several data sets in a repository. Default: its own.")]
-Revision = Annotated[str | None, _images(metavar="NAME", help="Branch, tag or commit of a hub dataset. Default: main.")]
-FollowLinks = Annotated[bool | None, _images("--follow-links", help="Also follow links that lead out of the folder.")]
-ImageColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the images. Default: the first one.")]
-LabelColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the labels. Default: the first one.")]
-Text = Annotated[bool | None, _images("--text/--no-text", help="Train on captions.")]
-CaptionColumn = Annotated[str | None, _images(metavar="NAME", help="Column of the captions.")]
-Captions = Annotated[
-    str | None, _images(metavar="FILE", help="Captions: COCO's .json, .jsonl, .csv.")
-]
-OnCorrupt = Annotated[str | None, _images(metavar="NAME", help="Damaged images: stop or skip. Default: stop.")]
+def _option(group: str, kind: Any, *names: str, default: Any = None, **more: Any) -> tuple[Any, Any]:
+    return Annotated[kind, typer.Option(*names, rich_help_panel=group, **more)], default
 
-Init = Annotated[str | None, _training(metavar="MODEL", help="Begin with its weights: any model of the same network.")]
-Preset = Annotated[
-    str | None, _training(metavar="NAME", help="The recipe; an unknown name lists them all. Default: by the data.")
-]
-ConfigFile = Annotated[Path | None, _training(metavar="FILE", help="A TOML file of settings, over the preset's.")]
-Set = Annotated[
-    list[str] | None, _training("--set", metavar="KEY=VALUE", help="Any setting, such as loss.k=12. May be repeated.")
-]
-BatchSize = Annotated[int | None, _training(**COUNT, help="Images per step, over all devices.")]
-LearningRate = Annotated[float | None, _training(**NUMBER, help="Learning rate.")]
-MaxImages = Annotated[int | None, _training(**COUNT, help="Images to train on in total, such as 64k or 1M.")]
-MaxTime = Annotated[str | None, _training(metavar="TIME", help="Finish after this long: 90s, 30m, 8h, 2d. Default: no limit.")]
-Seed = Annotated[int | None, _training(**COUNT, help="Seed of the weights, the order of the images and the noise.")]
-Precision = Annotated[str | None, _training(metavar="TYPE", help="fp32, tf32, bf16 or fp16.")]
 
-CheckpointEvery = Annotated[int | None, _saving(**COUNT, help="Images between checkpoints.")]
-PreviewEvery = Annotated[int | None, _saving(**COUNT, help="Images between sample grids.")]
-EvalEvery = Annotated[int | None, _saving(**COUNT, help="Images between scores (FID, or FD-pixels for small images).")]
-EvalNum = Annotated[int | None, _saving(**COUNT, help="Samples per score; 0 for no scores.")]
-LogWith = Annotated[str | None, _saving(metavar="NAMES", help="tensorboard, wandb or both, besides log.jsonl.")]
-
-Out = Annotated[
-    Path | None,
-    _running(
-        metavar="DIR",
-        help="Run folder; a run found there is resumed. Default: runs/PRESET, with a suffix if settings differ.",
-    ),
-]
-Device = Annotated[str, _running(metavar="NAME", help="auto (a GPU if any), cpu or cuda.")]
-BatchPerDevice = Annotated[str | None, _running(metavar="N", help="Images per pass: fewer need less memory. auto: as many as fit.")]
-Compile = Annotated[bool | None, _running("--compile/--no-compile", help="Use torch.compile or not.")]
-DryRun = Annotated[bool, _running("--dry-run", help="Show settings, memory and cost; train nothing.")]
-Verbose = Annotated[bool, _running("--verbose", help="Show all settings before training.")]
+_images = partial(_option, "Images")
+_training = partial(_option, "Training (defaults: the preset's)")
+_saving = partial(_option, "Saving and scoring (defaults: the preset's)")
+_running = partial(_option, "Running")
 
 # The options of every training command, in the order of the help, with their defaults
 SHARED: dict[str, tuple[Any, Any]] = {
-    "data": (Data, None), "resolution": (Resolution, None), "channels": (Channels, None), "conditional": (Conditional, None),
-    "split": (Split, None), "subset": (Subset, None), "revision": (Revision, None), "image_column": (ImageColumn, None),
-    "label_column": (LabelColumn, None), "text": (Text, None), "caption_column": (CaptionColumn, None),
-    "captions": (Captions, None), "follow_links": (FollowLinks, None), "on_corrupt": (OnCorrupt, None),
-    "preset": (Preset, None), "config": (ConfigFile, None), "set_": (Set, None), "init": (Init, None), "batch_size": (BatchSize, None),
-    "lr": (LearningRate, None), "max_images": (MaxImages, None), "max_time": (MaxTime, None), "seed": (Seed, None),
-    "precision": (Precision, None), "checkpoint_every": (CheckpointEvery, None), "preview_every": (PreviewEvery, None),
-    "eval_every": (EvalEvery, None), "eval_num": (EvalNum, None), "log_with": (LogWith, None), "out": (Out, None),
-    "device": (Device, "auto"), "batch_per_device": (BatchPerDevice, None), "compile": (Compile, None),
-    "dry_run": (DryRun, False), "verbose": (Verbose, False),
+    "data": _images(
+        str | None, metavar="DATA",
+        help="digits, cifar10, a folder of images, a zip or parquet file, a hub dataset user/name, or a folder "
+        "made by `mmgen cache-latents`. Default: digits.",
+    ),
+    "resolution": _images(int | None, **COUNT, help="Crop and resize to N x N. Default: the preset's or the images' own."),
+    "channels": _images(int | None, **COUNT, help="1 for grey, 3 for colour. Default: what the images are."),
+    "conditional": _images(
+        bool | None, "--conditional/--unconditional",
+        help="Train with or without class labels. Default: the preset's.",
+    ),
+    "split": _images(str | None, metavar="NAME", help="Split of the dataset. Default: train."),
+    "subset": _images(str | None, metavar="NAME", help="One of several data sets in a repository. Default: its own."),
+    "revision": _images(str | None, metavar="NAME", help="Branch, tag or commit of a hub dataset. Default: main."),
+    "image_column": _images(str | None, metavar="NAME", help="Column of the images. Default: the first one."),
+    "label_column": _images(str | None, metavar="NAME", help="Column of the labels. Default: the first one."),
+    "text": _images(bool | None, "--text/--no-text", help="Train on captions."),
+    "caption_column": _images(str | None, metavar="NAME", help="Column of the captions."),
+    "captions": _images(str | None, metavar="FILE", help="Captions: COCO's .json, .jsonl, .csv."),
+    "follow_links": _images(bool | None, "--follow-links", help="Also follow links that lead out of the folder."),
+    "on_corrupt": _images(str | None, metavar="NAME", help="Damaged images: stop or skip. Default: stop."),
+    "preset": _training(str | None, metavar="NAME", help="The recipe; an unknown name lists them all. Default: by the data."),
+    "config": _training(Path | None, metavar="FILE", help="A TOML file of settings, over the preset's."),
+    "set_": _training(list[str] | None, "--set", metavar="KEY=VALUE", help="Any setting, such as loss.k=12. May be repeated."),
+    "init": _training(str | None, metavar="MODEL", help="Begin with its weights: any model of the same network."),
+    "batch_size": _training(int | None, **COUNT, help="Images per step, over all devices."),
+    "lr": _training(float | None, **NUMBER, help="Learning rate."),
+    "max_images": _training(int | None, **COUNT, help="Images to train on in total, such as 64k or 1M."),
+    "max_time": _training(str | None, metavar="TIME", help="Finish after this long: 90s, 30m, 8h, 2d. Default: no limit."),
+    "seed": _training(int | None, **COUNT, help="Seed of the weights, the order of the images and the noise."),
+    "precision": _training(str | None, metavar="TYPE", help="fp32, tf32, bf16 or fp16."),
+    "checkpoint_every": _saving(int | None, **COUNT, help="Images between checkpoints."),
+    "preview_every": _saving(int | None, **COUNT, help="Images between sample grids."),
+    "eval_every": _saving(int | None, **COUNT, help="Images between scores (FID, or FD-pixels for small images)."),
+    "eval_num": _saving(int | None, **COUNT, help="Samples per score; 0 for no scores."),
+    "log_with": _saving(str | None, metavar="NAMES", help="tensorboard, wandb or both, besides log.jsonl."),
+    "out": _running(
+        Path | None, metavar="DIR",
+        help="Run folder; a run found there is resumed. Default: runs/PRESET, with a suffix if settings differ.",
+    ),
+    "device": _running(str, metavar="NAME", help="auto (a GPU if any), cpu or cuda.", default="auto"),
+    "batch_per_device": _running(str | None, metavar="N", help="Images per pass: fewer need less memory. auto: as many as fit."),
+    "compile": _running(bool | None, "--compile/--no-compile", help="Use torch.compile or not."),
+    "dry_run": _running(bool, "--dry-run", help="Show settings, memory and cost; train nothing.", default=False),
+    "verbose": _running(bool, "--verbose", help="Show all settings before training.", default=False),
 }  # fmt: skip
 
 
