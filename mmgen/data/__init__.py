@@ -45,9 +45,9 @@ def load(
     progress: Callable[[int, int], None] | None = None,  # called with (images decoded, images in all)
     **reading: Any,  # split, subset, revision, image_column, label_column, caption_column, captions, follow_links: see `Reading`
 ) -> Dataset:
-    """Finds the data set that `word` means, decodes it once, and returns it.
+    """Finds the data set that `name` means, decodes it once, and returns it.
 
-    `word`: `digits` (1,797 images of 8x8 that come with mmgen), `cifar10`, a file or folder, a name in $MMGEN_DATA_DIR,
+    `name`: `digits` (1,797 images of 8x8 that come with mmgen), `cifar10`, a file or folder, a name in $MMGEN_DATA_DIR,
     or `user/name` on the Hugging Face hub. Images of another size are resized and centre-cropped as ADM does.
     The digits are small enough to be decoded anew each time; everything else is decoded into the cache, and later calls
     map that file. Raises DataError where there is no such data set, or it cannot be understood, read or cached.

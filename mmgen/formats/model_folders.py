@@ -42,7 +42,7 @@ def weights_file(names: Collection[str]) -> str | None:
     return None
 
 
-def is_checkpoint(path: Path) -> bool:
+def holds_weights(path: Path) -> bool:
     """Whether a file or folder is a model of anybody's, by its names alone; nothing in it is read."""
     if not path.is_dir():
         return path.is_file() and path.suffix.lower() in _SINGLE

@@ -13,7 +13,7 @@ from ..data.content import content_hash
 from ..data.resolve import DIGITS, locate, resolve
 from ..errors import ConfigError, DataError
 from ..system.files import at_home
-from ..formats.model_folders import is_checkpoint
+from ..formats.model_folders import holds_weights
 from ..models.build import AnyModel
 from ..models.files import MODEL_FILE
 from ..sampling.folder import RECORD
@@ -43,7 +43,7 @@ def is_model(name: str) -> bool:
     path = at_home(name)
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():  # also before the run has saved a model:
         return True  # the pictures in it are no samples
-    return name.startswith("hf://") or is_checkpoint(path)
+    return name.startswith("hf://") or holds_weights(path)
 
 
 def model_subjects(
@@ -91,7 +91,7 @@ def reference_images(
     follow_links: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ImageSet | Path, str | None]:
-    """The images to compare with, or the path of a statistics file, and a warning. `word` None: what the samples' record names.
+    """The images to compare with, or the path of a statistics file, and a warning. `name` None: what the samples' record names.
 
     With a resolution, images are resized and cropped as for training (and cached); without, they stay as they are.
     Raises ConfigError where nothing says what to compare with or an option does not apply, DataError where it cannot be read.
