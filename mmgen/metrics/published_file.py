@@ -1,4 +1,7 @@
-"""Files that others have published: looked for in the usual places, checked by SHA-256, downloaded once where missing."""
+"""Files that others have published: looked for in the usual places, checked by SHA-256, downloaded once where missing.
+
+torch.hub's download waits for ever where a connection hangs, and draws a bar of its own: this one has neither.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Settings as data classes: from plain dictionaries, with a named error for every unknown key and impossible value."""
+"""Settings as data classes: from plain dictionaries, with a named error for every unknown key and impossible value.
+
+No dependency does this: the standard library's data classes check no types, and pydantic would be one more for these lines.
+"""
 
 from __future__ import annotations
 
