@@ -104,7 +104,7 @@ def test_merged_weights_are_the_adapted_network(kind):
     plain.load_state_dict(whole)
     with torch.no_grad():
         ours, theirs = student(x, t, None, LABELS), plain(x, t, None, LABELS)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5 * theirs.abs().max().item())  # W x + B A x against (W + B A) x, in float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5 * theirs.abs().max().item())  # float32: W x + B A x, (W + B A) x
 
 
 def test_a_convolutions_product_is_one_convolution_after_another():
