@@ -49,12 +49,13 @@ def tuning_config(config: ModelConfig, model: Path, samples: Path, images: int, 
     trained = config.training.get("config")
     if kind_of(config) != "imm" or not trained:
         raise ConfigError(f"{model} is no IMM model trained by mmgen: neon goes on with the settings of a training")
-    table = {**trained, "data": {"conditional": config.num_classes > 0, "num_classes": config.num_classes or None}}
+    text = config.text is not None  # the samples' captions are beside them
+    table = {**trained, "data": {"conditional": config.num_classes > 0, "num_classes": config.num_classes or None, "text": text}}
     own = from_dict(ImmConfig, table)
     return replace(
         own,
         data=replace(own.data, name=str(samples), resolution=config.resolution, channels=config.channels, augment=0.0,
-                     label_dropout=trained.get("data", {}).get("label_dropout", own.data.label_dropout)),
+                     **{key: trained.get("data", {}).get(key, getattr(own.data, key)) for key in ("label_dropout", "caption_dropout")}),
         optimizer=replace(own.optimizer, lr=lr, warmup_images=0, decay="none"),
         train=replace(own.train, max_images=images, init=str(model)),
         run=replace(own.run, eval_num=0, checkpoint_every=images, preview_every=10 * images, eval_every=10 * images),
