@@ -197,7 +197,7 @@ def test_defaults_of_a_config_are_its_own():
 
 def test_presets_belong_to_a_command(tmp_path):
     assert {"digits-imm", "cifar10-imm"} <= set(configs.preset_names("train-imm"))
-    assert all(name.split("-")[1] in ("teacher", "text") for name in configs.preset_names("train-teacher"))
+    assert all(name.split("-")[1] in ("teacher", "text", "flow") for name in configs.preset_names("train-teacher"))
     with pytest.raises(ConfigError, match="the preset digits-imm is for `mmgen train-imm`, not for `mmgen train-teacher`"):
         configs.read_preset("digits-imm", "train-teacher")
     with pytest.raises(ConfigError, match="unknown preset 'digit-imm': did you mean 'digits-imm'"):
