@@ -1,9 +1,11 @@
 """A script: commands of mmgen, each in a process of its own whose standard streams are closed, full, or a pipe that nobody reads.
 
 Takes a JSON list of [kind, [argument, ...]] and prints one of [exit status, what it wrote to a stream that works]. The processes are
-forks of one that has loaded torch already; they end as Python ends, which flushes once more.
+forks of one that has loaded torch and the commands already; they end as Python ends, which flushes once more.
 """
 
+import gc
+import importlib.util
 import io
 import json
 import os
@@ -13,9 +15,16 @@ import tempfile
 import accelerate  # noqa: F401
 import torch._dynamo  # noqa: F401  which is slow to load, and may be needed
 
+import mmgen.formats.convert
 import mmgen.metrics.evaluate
-import mmgen.methods.distill.method  # noqa: F401
+import mmgen.methods.distill.method
+import mmgen.methods.run
+import mmgen.sampling.folder
+import mmgen.sampling.loading  # noqa: F401
 from mmgen.__main__ import main
+
+if importlib.util.find_spec("diffusers"):
+    from diffusers import AutoencoderKL  # noqa: F401
 
 # What becomes of stdout and stderr
 KINDS = {
@@ -51,5 +60,6 @@ def run(kind: str, arguments: list[str]) -> list:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # a fork that looks for cycles copies all pages of what was loaded
     found = [run(*case) for case in json.loads(sys.argv[1])]
     print(json.dumps(found))

@@ -2,7 +2,8 @@
 
     python -m tests.latents_rehearsal [ROWS]
 
-Prints what reading a batch and a step take, and the process's memory, at the beginning and the end of the first epoch and in the second.
+Prints, for each tenth of the first epoch and for the second, the CPU time of reading a batch and of a step, and the process's memory: none may
+grow. CPU time, because others on the machine add to the time by the clock.
 """
 
 from __future__ import annotations
@@ -64,38 +65,41 @@ def make_trainer(dataset: LatentDataset, folder: Path) -> Trainer:
 
 
 def walk(dataset: LatentDataset) -> tuple[list[float], list[int]]:
-    """(seconds of each batch, memory in bytes after each tenth) of an epoch and a little more. Raises AssertionError."""
-    seen, seconds, memory, process = np.zeros(len(dataset), np.uint8), [], [], psutil.Process()
+    """(CPU milliseconds of a batch, memory in MiB), in each tenth of an epoch, and then of a little more. Raises AssertionError."""
+    seen, process = np.zeros(len(dataset), np.uint8), psutil.Process()
     count = -(-len(dataset) // BATCH)
+    tenths: list[list[float]] = [[] for _ in range(11)]
+    memory = [0.0] * 11
     for number in range(count + 2):
-        start = time.perf_counter()
+        start = time.process_time()
         batch = fetch(dataset, number * BATCH, BATCH, 0, torch.device("cpu"))
-        seconds.append(time.perf_counter() - start)
+        tenths[min(number * 10 // count, 10)].append(1e3 * (time.process_time() - start))
         rows = batch.images[:, 0, 0, 0].long().numpy()
         assert (rows % 1000 == batch.condition.classes.numpy()).all(), "images and labels are apart"
         np.add.at(seen, rows[: max(0, len(dataset) - number * BATCH)], 1)
-        if number * 10 // count > len(memory) - 1:
-            memory.append(process.memory_info().rss - process.memory_info().shared)
+        info = process.memory_info()
+        memory[min(number * 10 // count, 10)] = (info.rss - info.shared) / 2**20
     assert (seen == 1).all(), "an epoch has every row once"
-    return seconds, memory
+    return [float(np.median(found)) for found in tenths if found], [most for most in memory if most]
 
 
 def steps(trainer: Trainer, at: int, count: int = 8) -> float:
-    """Seconds of a step from image number `at` on, the least of `count`."""
+    """CPU milliseconds of a step from image number `at` on, the least of `count`."""
     trainer.progress.images, found = at // 64 * 64, []
     for _ in range(count):
-        start = time.perf_counter()
+        start = time.process_time()
         trainer._step()
-        found.append(time.perf_counter() - start)
+        found.append(1e3 * (time.process_time() - start))
     return min(found)
 
 
-def rehearse(rows: int, folder: Path) -> dict[str, float]:
-    """All that is printed, in seconds and MiB."""
+def rehearse(rows: int, folder: Path) -> dict[str, list[float]]:
+    """All that is printed: a figure for each tenth of the epoch, then one of the second epoch."""
     (folder / "shards").mkdir(parents=True)
     dataset = write_latents(folder / "shards", rows)
     trainer = make_trainer(dataset, folder / "run")
-    first, last = steps(trainer, 0), steps(trainer, rows - 640)
+    steps(trainer, 0)  # to warm up
+    taken = [steps(trainer, rows * tenth // 10) for tenth in range(11)]
     trainer._save()
     kept = {key: value.clone() for key, value in trainer.network.state_dict().items()}
     again = make_trainer(dataset, folder / "run")
@@ -105,20 +109,17 @@ def rehearse(rows: int, folder: Path) -> dict[str, float]:
     for one in trainer, again:
         one._step()  # the next batch, too
     assert all(torch.equal(a, b) for a, b in zip(trainer.network.parameters(), again.network.parameters(), strict=True))
-    seconds, memory = walk(dataset)
-    tenth = max(1, len(seconds) // 10)
-    return {
-        "rows": rows, "batch, first tenth": float(np.median(seconds[:tenth])), "batch, last tenth": float(np.median(seconds[-tenth:])),
-        "step, first epoch": first, "step, end of the epoch": last, "step, second epoch": steps(trainer, rows + 6400),
-        "memory, first tenth": memory[1] / 2**20, "memory, at the end": memory[-1] / 2**20,
-        "memory at most": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
-    }  # fmt: skip
+    read, memory = walk(dataset)
+    return {"a step, ms": taken, f"a batch of {BATCH:,}, ms": read, "memory, MiB": memory}
 
 
 def main() -> None:
+    rows = int(sys.argv[1]) if len(sys.argv) > 1 else ROWS
     with tempfile.TemporaryDirectory() as place:
-        for name, value in rehearse(int(sys.argv[1]) if len(sys.argv) > 1 else ROWS, Path(place)).items():
-            print(f"{name:24}{value:,.4g}" if name != "rows" else f"{name:24}{value:,}")
+        print(f"{rows:,} rows; tenths of the first epoch, then the second")
+        for name, values in rehearse(rows, Path(place)).items():
+            print(f"{name:24}" + "".join(f"{value:9,.3g}" if value < 100 else f"{value:9,.0f}" for value in values))
+    print(f"memory at most, MiB     {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10:9,.0f}")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,7 @@ if __name__ == "__main__":
     from accelerate import Accelerator
 
     from mmgen.cli import app
-    from mmgen.methods.distill import instant
 
-    instant.MOMENT_BATCHES = 4
     Accelerator.end_training = lambda self: None  # it would end the group of processes, which cannot be made twice
     for command in json.loads(sys.argv[1]):
         app(command, standalone_mode=False)

@@ -72,7 +72,7 @@ def test_half_precision_of_frozen_networks_needs_that_of_the_trained_one():
 
 @pytest.mark.parametrize("frozen", ["full", "half"])
 def test_x_tilde_is_the_same_in_both_turns_and_the_small_difference_is_full(frozen):
-    trainer = CASES["distill, alternating"].make("cpu", "bf16", 8, **{"train.frozen_precision": frozen})
+    trainer = CASES["alternating, unet"].make("cpu", "bf16", 8, **{"train.frozen_precision": frozen})
     matching = trainer.task.trained["student"].objective.matching
     student, auxiliary, teacher = trainer.networks["student"], trainer.networks["auxiliary"], matching.teacher.network
     answers, dtypes = [], {name: watched(network) for name, network in
@@ -90,7 +90,7 @@ def test_x_tilde_is_the_same_in_both_turns_and_the_small_difference_is_full(froz
 
 
 def test_each_network_has_a_loss_scaler_of_its_own(tmp_path):
-    trainer = CASES["distill, alternating"].make("cpu", "fp32", 8)
+    trainer = CASES["alternating, unet"].make("cpu", "fp32", 8)
     scalers = {name: torch.amp.GradScaler("cpu", init_scale=2.0**power) for name, power in (("student", 4), ("auxiliary", 9))}
     for scaler in scalers.values():
         scaler.scale(torch.zeros(1))
@@ -125,7 +125,7 @@ def test_a_step_uses_the_scaler_of_its_part(monkeypatch):
         return accelerator
 
     monkeypatch.setattr("tests.benchmarks.runs.make_accelerator", with_accelerators_scaler)
-    trainer = CASES["distill, alternating"].make("cpu", "fp32", 8)
+    trainer = CASES["alternating, unet"].make("cpu", "fp32", 8)
     first, second = trainer.scalers.values()
     assert first is not second
     trainer.progress.images = 8  # step 1: the student's turn

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mmgen.errors import MmgenError
-from mmgen.report.images import grid, is_whole_png, labelled_rows, save_png
+from mmgen.report.images import grid, is_whole_png, labelled_rows, png_bytes, save_png
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -117,3 +117,14 @@ def test_labelled_rows_of_different_sizes_and_refusal():
     assert picture.mode == "RGB"
     with pytest.raises(ValueError, match="at least one row"):
         labelled_rows([])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 8, 8), (3, 5, 7), (3, 64, 64), (1, 70, 300)], ids=str)
+def test_a_png_file_holds_the_pixels(shape, tmp_path):
+    """Small ones are encoded here, larger ones by Pillow; checksums are right in both."""
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    (tmp_path / "a.png").write_bytes(png_bytes(image))
+    assert is_whole_png(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as found:
+        assert found.mode == ("RGB" if shape[0] == 3 else "L")
+        assert np.array_equal(np.asarray(found), image.transpose(1, 2, 0) if shape[0] == 3 else image[0])

@@ -11,6 +11,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_model import make_denoiser
 
+from mmgen.errors import ConfigError
+from mmgen.networks import EDM2Settings, build_network
+from mmgen.training.sharding import shard
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
@@ -99,12 +103,11 @@ def test_goes_on_sharded_and_whole_again(tmp_path):
 
 
 @on_cpu
-@pytest.mark.parametrize("method", ["alternating", "instant"])
-def test_distillation_on_two_processes_is_that_on_one(tmp_path, method):
-    """Student and auxiliary, sharded, and the table at the end. With a copy on each: test_processes.py."""
+def test_distillation_on_two_processes_is_that_on_one(tmp_path):
+    """Student and auxiliary, sharded, and the table at the end. With a copy on each: test_processes.py; the instant method: test_matrix.py."""
     make_denoiser(tmp_path / "teacher.safetensors", channels=1, num_classes=10)
     command = [
-        "distill", "--teacher", "teacher.safetensors", "--method", method, "--steps", "2", "--device", "cpu",
+        "distill", "--teacher", "teacher.safetensors", "--method", "alternating", "--steps", "2", "--device", "cpu",
         "--batch-size", "16", "--batch-per-device", "4", "--max-images", "96", "--eval-num", "32", "--teacher-steps", "4",
         "--set", "optimizer.warmup_images=16", "--lr", "1e-3",
     ]  # fmt: skip
@@ -112,7 +115,7 @@ def test_distillation_on_two_processes_is_that_on_one(tmp_path, method):
     assert one.returncode == 0, one.stderr
     sharded(tmp_path, *command, "--out", "two")
     folder = Path("checkpoints/000000000096")
-    for file in ("network", "auxiliary")[: 2 if method == "alternating" else 1]:
+    for file in ("network", "auxiliary"):
         assert_close(tmp_path / "two" / folder / f"{file}.safetensors", tmp_path / "one" / folder / f"{file}.safetensors")
     results = [json.loads((tmp_path / name / "results.json").read_text())["comparison"]["rows"] for name in ("one", "two")]
     assert len(results[0]) == len(results[1]) >= 4
@@ -128,3 +131,10 @@ def test_distillation_on_two_processes_is_that_on_one(tmp_path, method):
 def test_what_is_not_supported_is_said(tmp_path, fsdp, words):
     result = run(tmp_path, *IMM, "--max-images", "32", "--out", "run", fsdp=fsdp)
     assert result.returncode == 2 and words in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_network_of_single_numbers_is_refused():
+    """FSDP2 would say so in a traceback."""
+    settings = EDM2Settings(model_channels=8, channel_mult=(1,), num_blocks=1, attn_resolutions=(), channels_per_head=8)
+    with pytest.raises(ConfigError, match="a network of kind 'edm2' cannot be sharded"):
+        shard(build_network(settings, resolution=8, channels=1, second_time=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ _MOST_SMALL = 1 << 30  # bytes of all such files
 _SECOND = 10**9
 _BLOCK = 1 << 16
 _THREADS = 8
+_AT_ONCE = 64  # files that a thread is given at a time
 
 
 def fingerprint(layout: str, files: Iterable[Any], **choices: Any) -> str:
@@ -68,13 +70,13 @@ def fingerprint(layout: str, files: Iterable[Any], **choices: Any) -> str:
     return digest.hexdigest()
 
 
-def identity(paths: list[Path]) -> list[tuple[str, int, int, str]]:
+def identity(paths: Iterable[str | os.PathLike]) -> list[tuple[str, int, int, str]]:
     """(absolute path, size, modification time in ns, digest) of each file.
 
     The digest is of the content of small files, as long as all small ones together are not large; and of the start, middle
     and end of files whose time is a whole second, as some file systems and archives have it.
     """
-    found = [(str(path), status.st_size, status.st_mtime_ns) for path in paths for status in [path.stat()]]
+    found = [(os.fspath(path), status.st_size, status.st_mtime_ns) for path in paths for status in [os.stat(path)]]
     few = sum(size for _, size, _ in found if size <= _SMALL) <= _MOST_SMALL
 
     def digest(file: tuple[str, int, int]) -> str:
@@ -92,8 +94,9 @@ def identity(paths: list[Path]) -> list[tuple[str, int, int, str]]:
                 sha256.update(content.read(_BLOCK))
         return sha256.hexdigest()
 
+    pieces = [found[start : start + _AT_ONCE] for start in range(0, len(found), _AT_ONCE)]
     with readable_files(), ThreadPoolExecutor(_THREADS) as threads:
-        return [(*file, sum_) for file, sum_ in zip(found, threads.map(digest, found))]
+        return [file for some in threads.map(lambda some: [(*file, digest(file)) for file in some], pieces) for file in some]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -140,7 +139,7 @@ def folder_classes(names: list[str], path: str) -> tuple[np.ndarray | None, list
 
     A single folder of images is no class: it says nothing about any image. Nor are numbered parts. Raises DataError.
     """
-    parts = [PurePosixPath(name).parts for name in names]
+    parts = [[part for part in name.split("/") if part not in ("", ".")] for name in names]
     depth = 0
     while all(len(p) > depth + 1 for p in parts) and len({p[depth] for p in parts}) == 1:
         depth += 1

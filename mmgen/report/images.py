@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import os
+import struct
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from ..system.files import replacing
 
+_SMALL = 64 * 64 * 3  # numbers: of larger images filters make the file smaller
 READABLE = 64  # pixels: smaller tiles are enlarged to at least about this
 _INK, _SOFT = "#222222", "#666666"
 
@@ -34,10 +37,24 @@ def png_bytes(image: Tensor | np.ndarray | Image.Image) -> bytes:
         if array.ndim != 3:
             raise ValueError(f"an image is [C, H, W], not of shape {list(array.shape)}")
         _check(array[None])
-        image = Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0) if len(array) == 3 else array[0]))
+        pixels = np.ascontiguousarray(array.transpose(1, 2, 0) if len(array) == 3 else array[0])
+        if 0 < pixels.size <= _SMALL:
+            return _small_png(pixels)
+        image = Image.fromarray(pixels)
     content = io.BytesIO()
     image.save(content, format="PNG")
     return content.getvalue()
+
+
+def _small_png(pixels: np.ndarray) -> bytes:
+    """uint8 [H, W] or [H, W, 3] as a PNG file without filters (https://www.w3.org/TR/png-3/): Pillow takes twice as long for it."""
+    height, width = pixels.shape[:2]
+    rows = np.zeros((height, 1 + pixels.size // height), np.uint8)  # the first byte says which filter the row has: 0, none
+    rows[:, 1:] = pixels.reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b""))
+    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def is_whole_png(path: str | os.PathLike) -> bool:

@@ -32,6 +32,7 @@ LABELS = "dataset.json"
 TEXTS = "metadata.jsonl"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MOST_WRITERS = 16  # threads
+_AT_ONCE = 16  # files that one of them is given at a time
 _OURS = re.compile(r"\d{6,}\.png")
 
 
@@ -130,7 +131,8 @@ def _in_background(temporary: Path) -> Iterator[Callable[[Iterable[tuple[Path, T
 
     def write(files: Iterable[tuple[Path, Tensor]]) -> None:
         finish()
-        begun.extend(pool.submit(_write, path, image, temporary) for path, image in files)
+        some = list(files)
+        begun.extend(pool.submit(_write, some[start : start + _AT_ONCE], temporary) for start in range(0, len(some), _AT_ONCE))
 
     try:
         yield write
@@ -139,12 +141,14 @@ def _in_background(temporary: Path) -> Iterator[Callable[[Iterable[tuple[Path, T
         pool.shutdown()
 
 
-def _write(path: Path, image: Tensor, temporary: Path) -> None:
-    """Writes a PNG file by way of a folder for unfinished ones. Raises MmgenError where that fails."""
-    with disk_errors(path):
-        unfinished = temporary / path.name
-        unfinished.write_bytes(png_bytes(image))
-        os.replace(unfinished, path)
+def _write(files: list[tuple[Path, Tensor]], temporary: Path) -> None:
+    """Writes PNG files by way of a folder for unfinished ones. Raises MmgenError where that fails."""
+    for path, image in files:
+        with disk_errors(path):
+            unfinished = os.path.join(temporary, path.name)
+            with open(unfinished, "wb") as file:
+                file.write(png_bytes(image))
+            os.replace(unfinished, path)
 
 
 def check_num(num: int) -> None:

@@ -42,9 +42,14 @@ def shard(network: nn.Module) -> nn.Module:
     """In place, each block (element of a list or table of modules) by itself and the rest together; all processes call it.
 
     accelerate's --fsdp_reshard_after_forward (default true) holds; its wrapping policy, which is for other networks, does not.
+    Raises ConfigError for a network with parameters that FSDP2 cannot shard.
     """
     from torch.distributed.fsdp import fully_shard
 
+    if any(parameter.ndim == 0 for parameter in network.parameters()):
+        raise ConfigError(
+            f"a network of kind {network.settings.kind!r} cannot be sharded, because some of its parameters are single numbers: leave out --use_fsdp"
+        )
     reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
     for block in blocks(network):
         fully_shard(block, reshard_after_forward=reshard)

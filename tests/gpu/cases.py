@@ -21,6 +21,7 @@ from mmgen.methods.teacher.objective import teacher_model_config, teacher_task
 from mmgen.models.build import build_model
 from mmgen.models.files import save_model
 from mmgen.training.loop import Trainer
+from mmgen.training.start import with_texts
 from mmgen.training.task import Reporter
 
 from ..benchmarks.measuring import temporary_folder
@@ -61,7 +62,16 @@ def data_for(config: Any) -> Any:
     data = config.data
     if data.channels == 4:
         return noise_latents(data.num_classes or 10)
+    if data.text:
+        return captioned(noise_images(data.resolution or 16, data.channels or 3))
     return noise_images(data.resolution or 16, data.channels or 3, (data.num_classes or 10) if data.conditional else 0)
+
+
+def captioned(dataset: Dataset) -> Dataset:
+    import pyarrow
+
+    texts = [[f"the image {label}", f"image {label} of {dataset.num_classes}"] for label in dataset.labels]
+    return replace(dataset, labels=None, captions=pyarrow.array(texts))
 
 
 def imm_case(preset: str, **changes: Any) -> Case:
@@ -70,6 +80,7 @@ def imm_case(preset: str, **changes: Any) -> Case:
         config = imm_config.resolve(configs.read_preset(preset, "train-imm"), configs.nest(fixed, imm_config.ImmConfig))
         dataset = data_for(config)
         model = imm_model_config(config, dataset.shape)
+        dataset = with_texts(dataset, model.text, device, Reporter())
         return trainer(config, dataset, lambda accelerator: imm_task(config, model), device)
 
     return Case(preset, make)
@@ -78,6 +89,7 @@ def imm_case(preset: str, **changes: Any) -> Case:
 def teacher_case(preset: str, **changes: Any) -> Case:
     def make(device: str, precision: str = "tf32", batch: int | None = None, **more: Any) -> Trainer:
         config, dataset, model = teacher_parts(preset, precision, batch, {**changes, **more})
+        dataset = with_texts(dataset, model.text, device, Reporter())
         return trainer(config, dataset, lambda accelerator: teacher_task(config, model), device)
 
     return Case(preset, make)
@@ -106,8 +118,10 @@ def distill_case(preset: str, teacher_preset: str, method: str = "alternating", 
         dataset = data_for(replace(config, data=replace(
             config.data, resolution=found.model.config.resolution, channels=found.model.config.channels,
             num_classes=found.model.config.num_classes or None, conditional=bool(found.model.config.num_classes),
+            text=found.model.config.text is not None,
         )))  # fmt: skip
         model = student_model_config(config, found, dataset)
+        dataset = with_texts(dataset, model.text, device, Reporter())
         return trainer(
             config, dataset, lambda accelerator: distill_task(config, found, model, dataset, Reporter(), accelerator), device
         )
@@ -140,19 +154,42 @@ def scramble(network: torch.nn.Module) -> None:
             parameter.copy_(value.to(parameter.device))
 
 
+# Of every case: what tiny networks are trained on
+NOISE = {"data.name": "noise", "data.resolution": 16, "data.channels": 3, "data.conditional": True, "data.num_classes": 10,
+         "data.augment": 0.0, "optimizer.grad_clip": 0.0}  # fmt: skip
+TEXT = {"data.conditional": False, "data.num_classes": None, "data.text": True, "text.length": 24, "text.width": 16, "text.pooled": 16,
+        "text.depth": 1, "text.heads": 2}  # fmt: skip
+DISTILLATIONS = {"alternating": ("alternating", {}), "instant, forward": ("instant", {"loss.jvp": "forward"}),
+                 "instant, finite": ("instant", {"loss.jvp": "finite"})}  # fmt: skip
+
+
+def tiny_settings(name: str) -> dict[str, Any]:
+    """Of a tiny network and its data; name: of TINY, or text: a U-Net with a text encoder of its own."""
+    network = TINY["unet" if name == "text" else name]
+    return {f"network.{key}": value for key, value in network.items()} | NOISE | (TEXT if name == "text" else {})
+
+
+def tiny_case(method: str, name: str, **more: Any) -> Case:
+    """method: imm, teacher, or of DISTILLATIONS."""
+    settings = tiny_settings(name)
+    if method in DISTILLATIONS:
+        kind, changes = DISTILLATIONS[method]
+        case = distill_case("cifar10-distill", "cifar10-teacher", kind, teacher=settings, **{"data.name": "noise"} | changes | more)
+    elif method == "imm":
+        case = imm_case("cifar10-imm", **settings | more)
+    else:
+        case = teacher_case("cifar10-teacher", **settings | more)
+    return replace(case, name=f"{method}, {name}")
+
+
 def tiny_cases() -> Iterator[Case]:
-    """Every method with every network that it can have."""
-    plain = {"data.name": "noise", "data.resolution": 16, "data.channels": 3, "data.conditional": True, "data.num_classes": 10,
-             "data.augment": 0.0, "optimizer.grad_clip": 0.0}  # fmt: skip
-    for name, network in TINY.items():
-        settings = {f"network.{key}": value for key, value in network.items()} | plain
+    """Both methods that train from scratch with every network that they can have; every kind of distillation, of two networks."""
+    for name in TINY:
         if name in ("unet", "ncsnpp", "dit"):  # the networks with a second time
-            yield replace(imm_case("cifar10-imm", **settings), name=f"imm, {name}")
-        yield replace(teacher_case("cifar10-teacher", **settings), name=f"teacher, {name}")
-    settings = {f"network.{key}": value for key, value in TINY["unet"].items()} | plain
-    common = {"data.name": "noise"}
-    for method, derivatives in (("alternating", (None,)), ("instant", ("forward", "finite"))):
-        for derivative in derivatives:
-            more = common | ({} if derivative is None else {"loss.jvp": derivative})
-            case = distill_case("cifar10-distill", "cifar10-teacher", method, teacher=settings, **more)
-            yield replace(case, name=f"distill, {method}" + ("" if derivative is None else f", {derivative}"))
+            yield tiny_case("imm", name)
+        yield tiny_case("teacher", name)
+    yield tiny_case("imm", "text")
+    yield tiny_case("teacher", "text")
+    for method in DISTILLATIONS:
+        yield tiny_case(method, "unet")
+    yield tiny_case("alternating", "text")
