@@ -24,7 +24,7 @@ def test_the_report_of_a_cpu(tmp_path, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report) == {"machine", *sections}
     assert report["golden"]["passed"] > 10
-    assert len(report["numerics"]["cases"]) >= 12 and all("error" not in row["fp32"] for row in report["numerics"]["cases"].values())
+    assert len(report["numerics"]["cases"]) >= 5 and all("error" not in row["fp32"] for row in report["numerics"]["cases"].values())
     assert report["training"]["images"] == 128 and (tmp_path / "training-samples.png").is_file()
     assert "| imm, unet | 0 / 0 / 0 |" in (tmp_path / "report.md").read_text()
     capsys.readouterr()
