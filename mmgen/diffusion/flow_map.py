@@ -28,12 +28,12 @@ class FlowMapSettings:
     schedule: Literal["fm", "vp_cosine"] = "fm"  # OT-FM or cosine
     # euler_fm: with schedule fm only; given: the network is a denoiser's, `given`, which begins as its DDIM step
     parametrization: Literal["identity", "simple_edm", "euler_fm", "given"] = "simple_edm"
-    given: DenoiserSettings | None = None  # of the model that the training began with, filled in
     second_time: Literal["s", "t-s"] = "s"  # what the network is given beside t
     sigma_data: float = 0.5  # standard deviation of the data, and of the noise
     time_scale: float = 1000.0  # c in c_noise(t) = c t
     t_min: float | None = None  # smallest time, epsilon; unset: the paper's for the mapping r(s, t)
     t_max: float | None = None  # largest time, T; unset: the paper's for the mapping and the schedule
+    given: DenoiserSettings | None = None  # of the model that the training began with, filled in
 
     def get_schedule(self) -> Schedule:
         return SCHEDULES[self.schedule]
