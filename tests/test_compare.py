@@ -211,7 +211,7 @@ def test_a_person_answers_in_a_browser(tmp_path):
         browser.run("document.getElementById('rater').value = 'Eve'; document.getElementById('finish').click()")
         file = tmp_path / "downloads" / "answers-Eve.json"
         for _ in range(100):
-            if file.is_file():
+            if file.is_file() and file.stat().st_size:
                 break
             time.sleep(0.1)
         answers = read_answers(file, study)

@@ -89,6 +89,8 @@ def test_a_whole_step_waits_for_nothing(name, optimizer, monkeypatch):
     updates, part = Updates(trainer.accelerator, str, str, lag=LAG), trainer.task.trained[trainer.task.turn(0)]
     for each in trainer.task.trained.values():
         move_objective(each.objective)
+    if part.rehearse is not None:  # what `prepare` leaves for the pass
+        part.rehearse(batch)
     trainer.updates, part.prepare = updates, None
     trainer.optimizers = {key: build_optimizer(trainer.optimizer, own.network.parameters()) for key, own in trainer.task.trained.items()}
     trainer._prepared = {key: (own.objective, trainer.optimizers[key]) for key, own in trainer.task.trained.items()}

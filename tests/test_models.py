@@ -148,7 +148,9 @@ def test_find_model(tmp_path, monkeypatch):
     for place in (run, main):
         with pytest.raises(ModelError, match="its other averages: 0.999, 0.9999"):
             find_model(place, "0.99")
-    for place in ("/nowhere/at-all", "./no", "no-slash", "runs/none.safetensors", "a/b/c"):
+    with pytest.raises(ModelError, match="there is nothing at runs/none.safetensors"):
+        find_model("runs/none.safetensors")
+    for place in ("/nowhere/at-all", "./no", "no-slash", "a/b/c"):
         with pytest.raises(ModelError, match=f"there is no model at {place}"):
             find_model(place)
     for place in ("someone/some-model", "hf://someone/some-model"):

@@ -30,9 +30,10 @@ def place(tmp_path_factory):
 
 
 SMALL = {"train.max_images": 8, "train.batch_size": 8, "network.model_channels": 8}
+NO_LABELS = {"data.conditional": False}
 CALLS = {
-    "data.resolution (--resolution)": lambda at: mmgen.train_imm(at / "wide", preset="digits-imm", progress=False, out=at / "a"),
-    "data.on_corrupt (--on-corrupt)": lambda at: mmgen.train_imm(at / "damaged", preset="digits-imm", settings=SMALL, progress=False, out=at / "b"),
+    "data.resolution (--resolution)": lambda at: mmgen.train_imm(at / "wide", preset="digits-imm", settings=NO_LABELS, progress=False, out=at / "a"),
+    "data.on_corrupt (--on-corrupt)": lambda at: mmgen.train_imm(at / "damaged", preset="digits-imm", settings=SMALL | NO_LABELS, progress=False, out=at / "b"),
     "data.conditional=False (--unconditional)": lambda at: mmgen.train_imm(
         at / "square", preset="digits-imm", settings=SMALL, progress=False, out=at / "c"
     ),
