@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 
@@ -17,7 +18,8 @@ def main() -> None:
         if out.loss is not None and status == 0:
             print(f"error: the standard output cannot be written: {out.loss}", file=sys.stderr)
             status = 1
-    gc.freeze()  # else Python looks through all of torch's objects for cycles before it ends, which takes up to a second
+    if "WORLD_SIZE" not in os.environ:  # what processes share is taken down in order
+        gc.freeze()  # else Python looks through all of torch's objects for cycles before it ends, which takes up to a second
     sys.exit(status)
 
 
