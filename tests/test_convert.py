@@ -109,6 +109,7 @@ def first_noise(model: Denoiser, count: int) -> torch.Tensor:
     return normal(keys(0, torch.arange(count), _NOISE), (model.config.channels, *[model.config.resolution] * 2), torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["edm_ddpmpp_cond", "edm_ncsnpp_cond", "edm_adm_cond", "edm2"])
 def test_heun_of_edm(name, tmp_path):
     """Karras et al. (2022), algorithm 1, on the sigmas of equation 5."""

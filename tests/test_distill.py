@@ -175,6 +175,7 @@ def test_second_moments_are_the_mean_squares_of_gradients_on_the_data(place, mon
         torch.testing.assert_close(found[name], value, rtol=1e-2, atol=1e-4 * value.max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("denoiser", [
     DenoiserSettings("edm"), DenoiserSettings("vp"), DenoiserSettings("ve", sigma_max=50.0), DenoiserSettings("iddpm"),
     DenoiserSettings("discrete", prediction="v", num_timesteps=50), DenoiserSettings("discrete", round_time=True, clip=True),

@@ -120,6 +120,7 @@ def test_another_network_is_never_called_fid(tiny_network, tmp_path):
     assert list(entry["figures"]) == ["FD-inception-2015-12-05-20"] and "is not the published Inception" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["safetensors", "npz"])
 def test_saved_statistics_are_a_reference(published, tmp_path, suffix):
     write_images(tmp_path / "a", 30)

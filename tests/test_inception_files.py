@@ -178,6 +178,7 @@ def test_clean_fids_own_places(monkeypatch, tmp_path):
     assert len(inception._elsewhere(SCRIPT)) >= 1
 
 
+@pytest.mark.slow
 def test_torchvision_of_another_torch(monkeypatch, full):
     import importlib
 

@@ -61,6 +61,7 @@ def test_a_network_without_all_of_its_weights_is_refused():
         fill(layer, torch.nn.BatchNorm1d(3).state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["unet", "dit", "uvit"])
 def test_loading_and_sampling_import_no_compiler(tmp_path, kind):
     """2.6 of the 2.8 seconds that a load took in version 0.1."""

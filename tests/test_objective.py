@@ -182,6 +182,7 @@ def test_compiled_is_the_same_loss_and_gradient_with_dropout():
     assert all("_orig_mod" not in key for key in objective.network.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["radam", "adamw", "adam"])
 def test_optimisers_lower_the_loss(optimizer):
     from mmgen.training.optim import build_optimizer

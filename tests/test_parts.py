@@ -43,6 +43,7 @@ def log_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", [80, 96, 128])
 def test_killed_and_resumed_is_the_same_bit_for_bit(tmp_path, monkeypatch, image):
     """Killed in the step of either part; checkpoints are at steps 3, 6, 9, before turns of both."""

@@ -42,6 +42,7 @@ def trained(kind, folder, steps=4):
     return folder / "run", networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffusers_loads_the_weights_and_draws_what_mmgen_draws(tmp_path, kind):
     run, networks = trained(kind, tmp_path)

@@ -47,6 +47,7 @@ def written(student: Denoiser, folder: Path) -> Path:
     return folder / "student"
 
 
+@pytest.mark.slow
 def test_diffusers_draws_what_mmgen_draws(teacher, tmp_path):
     kind, opened = teacher
     for steps in (1, 2, 4, 8):

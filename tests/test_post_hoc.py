@@ -96,6 +96,7 @@ def largest(a: dict, b: dict) -> float:
     return max(float((a[key].double() - b[key].double()).abs().max()) for key in a)
 
 
+@pytest.mark.slow
 def test_a_length_made_after_training_is_the_one_tracked_while_training(run):
     """To the distance of the profiles, times how far the weights moved meanwhile; a tracked length to float32."""
     tracked = load_file(run / "three/model-ema-length0.08.safetensors")

@@ -143,6 +143,7 @@ def model(tmp_path_factory):
     return awaken(place)
 
 
+@pytest.mark.slow
 def test_a_model_over_a_sweep_of_guidance(model, clip, tmp_path, monkeypatch):
     """One image a caption, each drawn once; a row and a point for each weight; the samples of the first row by `mmgen sample`."""
     from mmgen.cli.sample import sample

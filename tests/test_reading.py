@@ -234,6 +234,7 @@ def offline(code: str, cache: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_hub_out_of_reach(tmp_path):
     """One sentence without a copy in the cache; with one, it is read."""
     code = (

@@ -273,6 +273,7 @@ def test_processes_share_the_work(model, tmp_path):
     assert sorted(shares) == list(range(3, 20))
 
 
+@pytest.mark.slow
 def test_progress_lines(model, tmp_path):
     command = [
         sys.executable,

@@ -89,6 +89,7 @@ def test_a_run_that_goes_on_leaves_out_the_same_steps(tmp_path, monkeypatch):
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
 
+@pytest.mark.slow
 def test_a_loss_that_stays_bad_ends_the_run_with_a_sentence(tmp_path, monkeypatch):
     broken_fetch(monkeypatch, *range(64, 1000, 16))
     with pytest.raises(TrainingError) as error:
