@@ -102,6 +102,7 @@ def test_a_dry_run_tells_memory_and_trains_nothing(tmp_path, place, monkeypatch,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_preset_follows_the_data_then_the_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     other = make_denoiser(tmp_path / "teacher.safetensors", V, channels=1)

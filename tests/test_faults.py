@@ -159,6 +159,7 @@ def test_a_full_disk_while_training_leaves_the_last_checkpoint(tmp_path, monkeyp
     assert any("resuming" in note and f"{32:012d}" in note for note in reporter.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model-best.safetensors", "results.json", "curves.png", "samples.png", "previews", "log.jsonl", "snapshots"])
 def test_what_nothing_is_resumed_from_ends_no_training(name, tmp_path, monkeypatch):
     """Said once, however often it cannot be written."""

@@ -25,6 +25,7 @@ def train(folder, **changes) -> Quiet:
     return reporter
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_and_says_so(tmp_path):
     train(tmp_path / "first")
     given = tmp_path / "first/model.safetensors"

@@ -57,6 +57,7 @@ def untimed(monkeypatch):
     return lambda *arguments: CliRunner().invoke(app, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train-imm", "train-teacher"])
 @pytest.mark.parametrize("side, size", [(28, 32), (40, 32), (50, 64), (300, 64)])
 def test_the_preset_suits_the_images(command, side, size, own_cache, untimed):

@@ -99,6 +99,7 @@ def test_forward_mode_agrees_with_differences(folders, kind):
     assert (along - difference).norm() <= tolerance * along.norm() and along.norm() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*NETWORKS, "sd21_zero_snr"])
 def test_alternating_begins_with_no_gap_and_learns(folders, kind):
     """Student and auxiliary are the teacher at first. Unguided there is no gap; with guidance there is one, and a few steps of the
