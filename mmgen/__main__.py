@@ -18,7 +18,7 @@ def main() -> None:
         if out.loss is not None and status == 0:
             print(f"error: the standard output cannot be written: {out.loss}", file=sys.stderr)
             status = 1
-    if "WORLD_SIZE" not in os.environ:  # what processes share is taken down in order
+    if "WORLD_SIZE" not in os.environ:  # several processes end as Python ends
         gc.freeze()  # else Python looks through all of torch's objects for cycles before it ends, which takes up to a second
     sys.exit(status)
 
