@@ -95,7 +95,7 @@ def test_two_processes_make_the_model_that_one_makes(tmp_path):
          json.dumps([["neon", str(tmp_path / "two"), *tune]])],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    assert launched.returncode == 0, launched.stderr[-2000:]
+    assert launched.returncode == 0, launched.stdout[-2000:] + launched.stderr[:4000]
     assert json.loads((tmp_path / "process-1.json").read_text())["size"] == 2
     assert len(list((tmp_path / "two/neon/samples").glob("*.png"))) == 24
     base, one, two = (load_file(tmp_path / name) for name in ("one/model.safetensors", "one/neon/model-1.safetensors", "two/neon/model-1.safetensors"))

@@ -101,6 +101,7 @@ def write_png(
                 rows = [{"file_name": _name(i, digits), "text": text} for i, text in enumerate(texts)]
                 temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
         finish(folder / RECORD, record, bool(missing))
+    process_group.wait()  # whoever goes on may read them
     return Written(folder, num, len(missing), record)
 
 
