@@ -5,7 +5,7 @@
     python examples/digits_ablations.py --only imm meanflow --max-images 5k --samples 256 --out runs/quick
 
 A row is trained once for each seed by its preset, and sampled in several numbers of steps, as it says of itself; a step is one evaluation
-of the network, as nothing is guided. The students of seed s are those of the teacher of seed s. The scores are FD-pixels. What is
+of the network, as nothing is guided. The students of seed s, and what is distilled, are those of the teacher of seed s. The scores are FD-pixels. What is
 measured is kept in quality.json and not measured again, trainings that are done are not repeated, so that the script goes on where it
 was stopped, row by row. quality.png has the means over the seeds, quality.md also the spread: half the distance from the lowest to the
 highest.
@@ -43,6 +43,7 @@ class Row:
     settings: tuple[tuple[str, Any], ...] = ()
     sampler: str | None = None  # None: the model's own
     each: bool = False  # a model for each number of steps, of the teacher
+    taught: bool = False  # one model, by the teacher
 
 
 TEACHER, STUDENT = "mmgen train-teacher --preset {preset} --seed {seed}", "mmgen distill --teacher {teacher} --steps {steps} --seed {seed}"
@@ -54,6 +55,7 @@ ROWS = {
                    settings=(("loss.method", "instant"),), each=True),
     "imm": Row("IMM", mmgen.train_imm, "digits-imm", IMM),
     "consistency": Row("consistency training", mmgen.train_imm, "digits-consistency", IMM),
+    "distilled": Row("consistency distillation", mmgen.train_imm, "digits-consistency", IMM + " --teacher {teacher}", taught=True),
     "flow": Row("flow matching, Euler", mmgen.train_teacher, "digits-flow", TEACHER, (*FEW, 16, 50)),
     "meanflow": Row("MeanFlow", mmgen.train_imm, "digits-meanflow", IMM),
 }  # fmt: skip
@@ -62,6 +64,8 @@ ROWS = {
 def trained(row: Row, seed: int, out: Path, options: argparse.Namespace, first: dict[str, Any], name: str) -> Any:
     """The model of a row, trained in `out` or found there. A run that was told to stop ends the script, too."""
     settings = {**QUIET, "train.seed": seed, **dict(row.settings)}
+    if row.taught:
+        settings["teacher.name"] = str(out / f"teacher-{seed}")
     if options.max_images:
         settings |= {"train.max_images": options.max_images, "optimizer.warmup_images": options.max_images // 20}
     run = row.train(preset=row.preset, settings=settings, out=out / name, progress=False, device="cpu", **first)
@@ -79,8 +83,9 @@ def measure(name: str, seed: int, options: argparse.Namespace, found: dict[str, 
     for steps in row.steps:
         if str(steps) in scores:
             continue
-        if row.each:
+        if row.each or row.taught:
             trained(ROWS["teacher"], seed, options.out, options, {}, teacher.name)
+        if row.each:
             first = {"teacher": teacher, "steps": steps}
             model = trained(row, seed, options.out, options, first, f"{name}-{steps}-{seed}")
         else:

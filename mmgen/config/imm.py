@@ -10,9 +10,19 @@ from .sections import DataSettings, OptimizerSettings, RunSettings, TrainSetting
 from ..diffusion.flow_map import FlowMapSettings
 from ..losses.imm import ImmSettings, documented_times
 from ..losses.mean_flow import MeanFlowSettings
+from ..losses.ode_step import Solver
 from ..models.config import SamplingSettings
 from ..networks import NetworkSettings, UNetSettings
 from ..networks.text import TextSettings, check_text
+
+
+@dataclass(frozen=True)
+class OdeTeacher:
+    """A denoiser whose ODE leads from x_t to x_r: with digits-consistency, consistency distillation."""
+
+    name: str = ""  # file, run folder or hub repository; none: x_r has the image and noise of x_t
+    sha256: str = ""  # of its file, filled in
+    solver: Solver = "heun"  # as in the paper (arXiv:2303.01469); ddim: one evaluation in place of two
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class ImmConfig:
     flow: FlowMapSettings = FlowMapSettings()
     loss: ImmSettings = ImmSettings()
     mean_flow: MeanFlowSettings = MeanFlowSettings()
+    teacher: OdeTeacher = OdeTeacher()
     data: DataSettings = DataSettings()
     text: TextSettings = TextSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -85,6 +96,7 @@ def check(config: ImmConfig) -> None:
 
 def _check_mean_flow(config: ImmConfig) -> None:
     flow, own, run = config.flow, config.mean_flow, config.run
+    require(not config.teacher.name, "loss.objective mean_flow takes no teacher: leave --teacher out")
     for field_ in dataclasses.fields(ImmSettings):
         require(field_.name == "objective" or getattr(config.loss, field_.name) == field_.default,
                 f"loss.{field_.name} is of IMM's own loss: leave it out, or set loss.objective=imm")  # fmt: skip
@@ -106,6 +118,10 @@ def _check_imm(config: ImmConfig) -> None:
         loss.jump == "drawn" or config.sampling.sampler == "restart",
         "loss.jump end trains jumps to the end only, which the sampler restart takes: leave sampling.sampler out",
     )
+    require(config.teacher.name or config.teacher == OdeTeacher(), "the section teacher needs a denoiser: name it with --teacher")
+    if config.teacher.name:
+        require(config.data.augment == 0, "data.augment does not go with --teacher, which knows images as they are: leave it out")
+        require(config.teacher.solver == "ddim" or flow.t_max < 1, "teacher.solver heun needs flow.t_max < 1: set it, or teacher.solver=ddim")
     require(min(loss.min_gap, loss.a) >= 0, "loss.min_gap and loss.a cannot be negative")
     require(train.batch_size % loss.group_size == 0,
             f"train.batch_size {train.batch_size} must be a multiple of loss.group_size {loss.group_size}")  # fmt: skip

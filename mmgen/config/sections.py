@@ -315,7 +315,7 @@ def check_shared(config: Any) -> None:
     for name in ("weight_decay", "grad_clip", "warmup_images"):
         require(getattr(optimizer, name) >= 0, f"optimizer.{name} cannot be negative")
     require(not (data.text and data.conditional), "data.text and data.conditional: train on captions (--unconditional) or on classes (--no-text)")
-    taken_over = hasattr(config, "teacher")  # a student's: whether there are captions is for its teacher to say
+    taken_over = hasattr(config, "student")  # a student's: whether there are captions is for its teacher to say
     for name in () if data.text or taken_over else (*CAPTIONS, "leave_out"):
         require(not getattr(data, name), f"data.{name} is of captions: set data.text=true, or leave it out")
     require(

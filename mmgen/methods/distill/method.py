@@ -29,7 +29,7 @@ from ...networks.diffusers_text import with_guidance_input
 from ...report.push import CONVERTED
 from ...sampling.drawing import check_defaults
 from ...sampling.guidance import Guide
-from .teachers import Teacher, adam_second_moments, load_teacher, range_note
+from .teachers import Teacher, adam_second_moments, check_data, load_teacher, range_note
 from . import comparison as report
 from .alternating import alternating_parts, turn
 from .rollouts import Rollouts
@@ -84,31 +84,6 @@ def check_same_data(teacher: Teacher, data: DataSettings, dataset: Dataset | Lat
         raise ConfigError(
             f"the teacher {teacher.name} was trained on {teacher.model.config.data}, and {dataset.path} now holds other images or "
             "labels: bring back those of the training, or say with --data what to distil on"
-        )
-
-
-def check_data(teacher: Teacher, dataset: Dataset | LatentDataset, note: Callable[[str], None]) -> None:
-    """Raises ConfigError where the data are not of the teacher's kind: pixels or latents of its autoencoder, its classes."""
-    own, latents = teacher.model.config, getattr(dataset, "latents", None)
-    if (own.latents is None) != (latents is None):
-        kinds = ("latents", "images") if latents is None else ("images", "latents")
-        raise ConfigError(f"the teacher {teacher.name} was trained on {kinds[0]}, and {dataset.name} holds {kinds[1]}")
-    if latents is not None:
-        digests = {own.latents.vae_sha256, latents.vae_sha256}
-        if own.latents.kind != latents.kind or ("" not in digests and len(digests) > 1):
-            raise ConfigError(
-                f"the teacher {teacher.name} knows latents of {own.latents.vae}, and {dataset.name} holds those of {latents.vae}"
-            )
-        if "" in digests:
-            note(f"the teacher does not say which autoencoder its latents are of: {dataset.name} holds those of {latents.vae}")
-    if own.num_classes not in (0, dataset.num_classes):
-        raise ConfigError(
-            f"the teacher {teacher.name} knows {own.num_classes} classes, and {dataset.name} has "
-            f"{dataset.num_classes or 'none'}: a student is distilled on data with the teacher's classes"
-        )
-    if own.num_classes and own.class_names and dataset.class_names and own.class_names != dataset.class_names:
-        note(
-            f"the classes of {dataset.name} have other names than the teacher's: they are taken to be the same, number by number"
         )
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...data import Dataset
+from ...data.latents import LatentDataset
 from ...diffusion.preconditioning import DenoiserSettings, preconditioning
 from ...diffusion.schedules import ScheduleSettings, make_schedule
 from ...errors import ConfigError, ModelError
@@ -77,6 +80,31 @@ def _check(config: ModelConfig, path: str | os.PathLike) -> None:
         raise ModelError(
             f"{path} is a student of {steps} step{'s' * (steps > 1)}, which gives no means of noisy images: a teacher must be a "
             "denoiser, such as its own teacher"
+        )
+
+
+def check_data(teacher: Teacher, dataset: Dataset | LatentDataset, note: Callable[[str], None]) -> None:
+    """Raises ConfigError where the data are not of the teacher's kind: pixels or latents of its autoencoder, its classes."""
+    own, latents = teacher.model.config, getattr(dataset, "latents", None)
+    if (own.latents is None) != (latents is None):
+        kinds = ("latents", "images") if latents is None else ("images", "latents")
+        raise ConfigError(f"the teacher {teacher.name} was trained on {kinds[0]}, and {dataset.name} holds {kinds[1]}")
+    if latents is not None:
+        digests = {own.latents.vae_sha256, latents.vae_sha256}
+        if own.latents.kind != latents.kind or ("" not in digests and len(digests) > 1):
+            raise ConfigError(
+                f"the teacher {teacher.name} knows latents of {own.latents.vae}, and {dataset.name} holds those of {latents.vae}"
+            )
+        if "" in digests:
+            note(f"the teacher does not say which autoencoder its latents are of: {dataset.name} holds those of {latents.vae}")
+    if own.num_classes not in (0, dataset.num_classes):
+        raise ConfigError(
+            f"the teacher {teacher.name} knows {own.num_classes} classes, and {dataset.name} has "
+            f"{dataset.num_classes or 'none'}: a student is distilled on data with the teacher's classes"
+        )
+    if own.num_classes and own.class_names and dataset.class_names and own.class_names != dataset.class_names:
+        note(
+            f"the classes of {dataset.name} have other names than the teacher's: they are taken to be the same, number by number"
         )
 
 

@@ -22,6 +22,8 @@ IMM = Method(
     """,
     training=_training,
     options=(
+        Option("teacher", "teacher.name", str, "Denoiser to distil, for a consistency model.", "MODEL",
+               is_path=True, group="Images"),
         Option("text_encoder", "text.encoder", str, "Frozen encoder (transformers) of --text.", "FOLDER", is_path=True, group="Images"),
     ),
     next_commands=("mmgen sample {folder} --steps 1,2,4 --num 64 --out samples/",),

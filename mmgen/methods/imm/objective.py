@@ -18,37 +18,43 @@ from ...losses.imm import draw_times, earlier_time, imm_loss, jump_difference
 from ...models.build import check_weights
 from ...models.config import ModelConfig
 from ...models.flow_model import FlowModel
+from ...models.latents import LatentSettings
 from ...networks.conditions import Condition, Text
 from ...system.random import keys, normal, torch_seed
 from ...training.batches import Batch
 from ...training.cost import IMM as WORK
+from ...training.cost import Work
 from ...training.initial import read_initial
 from ...training.task import TrainedNetwork, Task
 from ..fresh import fresh_model_config
+from ..distill.teachers import Teacher
 from ..method import Training
 from ..texts import find_sizes, find_text, null_of, set_null, text_of
 from .flow_objective import NOISE, TIME, FlowObjective
 from .mean_flow import MeanFlowObjective
+from .teacher import TeacherPath, as_teacher, check_teacher, find_teacher, teacher_path
 
 
-def imm_model_config(config: ImmConfig, shape: DataShape) -> ModelConfig:
-    """What a model trained with this config on such data is. Raises ConfigError where the two do not go together."""
+def imm_model_config(config: ImmConfig, shape: DataShape, teacher: Teacher | None = None) -> ModelConfig:
+    """What a model trained with this config on such data, and by such a teacher, is. Raises ConfigError where they do not go together."""
     # The noise has the standard deviation sigma_data, and so have latents; those of given weights are as these know them
     std = config.flow.sigma_data if config.flow.given is None else preconditioning(config.flow.given).data_std
-    return fresh_model_config(config, shape, std, flow=config.flow, text=text_of(config), captions=shape.captions)
+    fresh = fresh_model_config(config, shape, std, flow=config.flow, text=text_of(config), captions=shape.captions)
+    return fresh if teacher is None else as_teacher(config, teacher, fresh)
 
 
-def imm_task(config: ImmConfig, model_config: ModelConfig, null: Text | None = None) -> Task:
+def imm_task(config: ImmConfig, model_config: ModelConfig, null: Text | None = None, teacher: TeacherPath | None = None) -> Task:
     """A freshly initialised network with IMM's objective. null: what the text encoder, if any, makes of ""."""
     check_weights(model_config)
     network = FlowModel(model_config).network
     set_null(network, model_config, null)
-    kind = MeanFlowObjective if config.loss.objective == "mean_flow" else ImmObjective
-    objective = kind(network, config, model_config.latents)
-    advice = "loss.group_size of 4 or more, " if kind is ImmObjective else "a smaller mean_flow.share, "
+    if config.loss.objective == "mean_flow":
+        objective, advice = MeanFlowObjective(network, config, model_config.latents), "a smaller mean_flow.share, "
+    else:
+        objective, advice = ImmObjective(network, config, model_config.latents, teacher), "loss.group_size of 4 or more, "
     return Task(
         {"model": TrainedNetwork(network, objective)}, model_config, group_size=_group_size(config), advice=advice,
-        levels=objective.levels,
+        levels=objective.levels, frozen=() if teacher is None else (teacher.model.network,),
     )  # fmt: skip
 
 
@@ -60,8 +66,16 @@ class ImmObjective(FlowObjective):
         distance     the root mean square of y_t - y_r
 
     It is a module so that DistributedDataParallel and autocast wrap the whole pass. Under autocast the student's pass is in
-    half precision, and the target's with train.frozen_precision half; the loss is float32, times and coefficients float64.
+    half precision, and the target's and the teacher's with train.frozen_precision half; the loss is float32, times and coefficients
+    float64.
     """
+
+    def __init__(
+        self, network: nn.Module, config: ImmConfig, latents: LatentSettings | None = None, teacher: TeacherPath | None = None
+    ) -> None:
+        """teacher: leads from x_t to x_r, in place of the image and noise of x_t."""
+        super().__init__(network, config, latents)
+        self.teacher = teacher
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, flow, seed = self.config.loss, self.config.flow, self.config.train.seed
@@ -76,6 +90,10 @@ class ImmObjective(FlowObjective):
 
         out_t = self._output(batch, x, noise, each_s, each_t, condition, augment_label)
         target_precision = contextlib.nullcontext() if self.config.train.frozen_precision == "half" else full_precision
+        if self.teacher is not None:
+            with target_precision:
+                x_t = diffuse(flow.get_schedule(), x.double(), noise.double(), each_t)
+                x, noise = (part.float() for part in self.teacher(x_t, each_t, each_r, condition))
         with target_precision, torch.no_grad():  # the target: the current weights without gradient, no EMA
             out_r = self._output(batch, x, noise, each_s, each_r, target_condition, augment_label)
         with full_precision:
@@ -134,13 +152,20 @@ def _notes(config: ImmConfig) -> list[str]:
     return []
 
 
+def _work(config: ImmConfig) -> tuple[Work, int]:
+    """Of MeanFlow too: its derivative takes about one more pass. A teacher is taken to be as large as the network."""
+    passes = {"heun": 2, "ddim": 1}[config.teacher.solver] if config.teacher.name else 0
+    return replace(WORK, forward=WORK.forward + passes, frozen=min(passes, 1)), _group_size(config)
+
+
 TRAINING = Training(
     config=ImmConfig,
     resolve=resolve,
-    model_config=lambda config, shape, source: imm_model_config(config, shape),
-    find=lambda config, device: (None, find_text(_given(config))),
-    dry_find=lambda config, device: (None, find_sizes(_given(config))),
-    task=lambda start: imm_task(start.config, start.model_config, null_of(start)),
-    work=lambda config: (WORK, _group_size(config)),  # of MeanFlow too: its derivative takes about one more pass
+    model_config=imm_model_config,
+    find=lambda config, device: find_teacher(find_text(_given(config)), device),
+    dry_find=lambda config, device: find_teacher(find_sizes(_given(config)), device),
+    task=lambda start: imm_task(start.config, start.model_config, null_of(start), teacher_path(start)),
+    work=_work,
+    check=check_teacher,
     notes=_notes,
 )
