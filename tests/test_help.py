@@ -8,7 +8,7 @@ import pytest
 from test_cli import COMMANDS, mmgen
 
 LONGEST = {"train-imm": 72, "train-teacher": 71, "distill": 94, "sample": 80, "fid": 98, "convert": 34, "inspect": 24,
-           "cache-latents": 48, "ema": 24, "neon": 25, "push": 24, "compare": 36}  # fmt: skip
+           "cache-latents": 48, "ema": 24, "neon": 26, "push": 24, "compare": 36}  # fmt: skip
 BOXES = re.compile("[\u2500-\u257f]|\x1b")
 
 

@@ -1,11 +1,6 @@
 """Neon: a model led away from what training on its own samples does."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +12,6 @@ from mmgen.cli import app
 from mmgen.errors import ConfigError
 from mmgen.methods.neon import extrapolated
 from mmgen.models.files import read_config
-
-
-ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments) -> tuple[int, str]:
@@ -80,26 +72,6 @@ def test_other_models_are_refused(tmp_path):
     assert status != 0 and "there is no" in shown
     status, shown = run("neon", make_denoiser(tmp_path / "teacher.safetensors", channels=1))
     assert status != 0 and "no IMM model trained by mmgen" in shown
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_model_that_one_makes(tmp_path):
-    status, shown = run("train-imm", "--out", tmp_path / "one", "--max-images", 128, "--set", "run.eval_num=0")
-    assert status == 0, shown
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    tune = ("--num", "24", "--steps", "1", "--images", "256", "--lr", "1e-3", "--weight", "1", "--device", "cpu")
-    status, shown = run("neon", tmp_path / "one", *tune)
-    assert status == 0, shown
-    launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", ROOT / "tests/several_commands.py",
-         json.dumps([["neon", str(tmp_path / "two"), *tune]])],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert launched.returncode == 0, launched.stdout[-2000:] + launched.stderr[:4000]
-    assert json.loads((tmp_path / "process-1.json").read_text())["size"] == 2
-    assert len(list((tmp_path / "two/neon/samples").glob("*.png"))) == 24
-    base, one, two = (load_file(tmp_path / name) for name in ("one/model.safetensors", "one/neon/model-1.safetensors", "two/neon/model-1.safetensors"))
-    assert max((one[key] - two[key]).abs().max() for key in one) < 1e-3 * max((one[key] - base[key]).abs().max() for key in one)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ def neon(
     steps: Annotated[int, typer.Option(**COUNT, help="Steps in which they are drawn.")] = 8,
     images: Annotated[int, typer.Option(**COUNT, help="Images to train on.")] = 20_000,
     lr: Annotated[float, typer.Option(**NUMBER, help="Learning rate of that training, constant.")] = 1e-5,
+    ema: Annotated[str | None, typer.Option(metavar="NAME", help="Another weight average of the run, such as 0.9999.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: neon in the run's folder.")] = None,
     device: Annotated[str, typer.Option(**DEVICE)] = "auto",
 ) -> None:
@@ -39,10 +40,11 @@ def neon(
     from .training_report import TrainingReport
 
     check_device(device, numbered=False)
-    folder = out or find_model(model).parent / "neon"
+    file = find_model(model, ema)
+    folder = out or file.parent / ("neon" if ema is None else f"neon-{ema}")
     report = TrainingReport(visible=is_main())
     try:
-        written, outcome = improve(model, folder, num=num, steps=steps, images=images, lr=lr, weight=weight, reporter=report, device=device)
+        written, outcome = improve(file, folder, num=num, steps=steps, images=images, lr=lr, weight=weight, reporter=report, device=device)
     finally:
         report.stop()
     if not outcome.finished:

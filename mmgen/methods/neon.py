@@ -15,9 +15,10 @@ from torch import Tensor
 from ..config.imm import ImmConfig
 from ..errors import ConfigError
 from ..models.config import ModelConfig, kind_of
-from ..models.files import MODEL_FILE, find_model, load_model, read_config, save_model
+from ..models.files import MODEL_FILE, load_model, read_config, save_model
 from ..sampling.drawing import SampleSettings
 from ..sampling.folder import write_png
+from ..sampling.latents_folder import write_latents
 from ..sampling.record import Origin
 from ..system.devices import find_device
 from ..system.schema import from_dict
@@ -63,25 +64,24 @@ def tuning_config(config: ModelConfig, model: Path, samples: Path, images: int, 
 
 
 def neon(
-    path: str, out: Path, *, num: int, steps: int, images: int, lr: float, weight: float, reporter: Reporter, device: str = "auto"
+    file: Path, out: Path, *, num: int, steps: int, images: int, lr: float, weight: float, reporter: Reporter, device: str = "auto"
 ) -> tuple[Path, Outcome]:
     """Draws `num` samples in `steps` steps, trains on `images` of them and writes the extrapolated model, where that training ended.
 
-    `out` holds samples/, tuned/ and the model. What is there already is not done again, so another weight takes a moment.
-    Raises ConfigError for a model that is none of IMM's, of latents, or not trained by mmgen.
+    file: any of the averages of a run. `out` holds samples/, of a latent model its latents, tuned/ and the model. What is there already
+    is not done again, so another weight takes a moment. Raises ConfigError for a model that is none of IMM's or not trained by mmgen.
     """
-    file = find_model(path)
     origin = Origin.of(str(file))
-    if origin.config.latents is not None:
-        raise ConfigError(f"{path} draws latents: neon is for models of pixels so far")
+    write = write_png if origin.config.latents is None else write_latents
     settings = tuning_config(origin.config, file, out / "samples", images, lr)
     result = out / f"model-{weight:g}.safetensors"
     with reporter.work("own samples", num) as update:
-        write_png(origin.load(find_device(device)), out / "samples", num, SampleSettings(steps=steps), origin, progress=update)
+        write(origin.load(find_device(device)), out / "samples", num, SampleSettings(steps=steps), origin, progress=update)
     outcome = train(IMM, settings, out / "tuned", reporter, device=device)
     if not outcome.finished or int(os.environ.get("RANK", "0")) != 0:
         return result, outcome
-    base, tuned = load_model(file), load_model(out / "tuned" / MODEL_FILE)
+    of_tuning = out / "tuned" / file.name  # the same average
+    base, tuned = load_model(file), load_model(of_tuning if of_tuning.is_file() else out / "tuned" / MODEL_FILE)
     made = {"base": str(file), "base_sha256": origin.sha256, "num": num, "steps": steps, "images": images, "lr": lr, "weight": weight}
     config = read_config(file)
     save_model(

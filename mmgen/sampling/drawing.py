@@ -267,11 +267,11 @@ Tell = Callable[[float], None]  # called with the number of images drawn, a frac
 
 
 def draw(
-    model: AnyModel, settings: SampleSettings | Plan, indices: Sequence[int], tell: Tell | None = None
+    model: AnyModel, settings: SampleSettings | Plan, indices: Sequence[int], tell: Tell | None = None, *, decode: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Images number `indices`: uint8 [N, C, H, W] and their labels int64 [N] (None if unconditional), on the CPU.
 
-    Image i is the same whatever other images are drawn with it, up to rounding in the network's last bits.
+    decode False: of a model of latents, these, float32. Image i is the same whatever other images are drawn with it, up to rounding in the network's last bits.
     """
     chosen = plan(model.config, settings) if isinstance(settings, SampleSettings) else settings
     images, labels = [], []
@@ -280,7 +280,9 @@ def draw(
         condition = draw_condition(model.config, chosen, batch)
         with _telling(model, chosen, start, len(batch), tell), computed_in(chosen.precision, model.network):
             drawn = _draw_batch(model, chosen, batch, condition)
-        if model.config.latents is not None:
+        if model.config.latents is not None and not decode:
+            images.append(drawn.float().cpu())
+        elif model.config.latents is not None:
             from ..encoders.vae import decoder
 
             images.append(decoder(model.config.latents, model.device)(drawn).cpu())
