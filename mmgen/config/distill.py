@@ -14,7 +14,7 @@ from ..diffusion.preconditioning import DenoiserSettings, preconditioning
 from ..errors import ConfigError
 from ..losses.moment_matching import MomentSettings
 from ..models.config import ModelConfig, is_conditional
-from ..networks import NetworkSettings
+from ..networks import NETWORKS, NetworkSettings
 from ..networks.diffusers_text import told_guidance
 from ..diffusion.schedules import ScheduleSettings
 from ..system.schema import from_dict
@@ -56,8 +56,8 @@ class StudentSettings:
     lora: int = 0  # rank of the adapters that are trained in place of all weights (LoRA); 0: all weights
     lora_auxiliary: int = 0  # of the auxiliary's, or of the directions of the instant method; 0: as lora
     lora_targets: tuple[str, ...] = ()  # ends of the names of the layers that get adapters; none: see networks/lora.py
-    # (least, largest) w that the student is told, one drawn for each image and given to the teacher, in place of teacher.guidance;
-    # Stable Diffusion and SDXL only. None given: w is fixed
+    # (least, largest) w that the student is told, one drawn for each image and given to the teacher, in place of teacher.guidance
+    # (2210.03142, section 3.1). None given: w is fixed
     guidance_range: tuple[float, ...] = ()
     stochasticity: float | None = None  # when sampling, 1 DDPM's, 0 DDIM's; unset: that of its training, loss.stochasticity
 
@@ -184,11 +184,12 @@ def settled(
         require(is_conditional(teacher), f"teacher.guidance {guidance:g} needs a class-conditional teacher or one of text, and this is neither")
         require(has_null_class, f"teacher.guidance {guidance:g} needs a teacher that knows images without a class or text too")
     if config.student.guidance_range:
+        require(is_conditional(teacher), "student.guidance_range needs a class-conditional teacher or one of text, and this is neither")
+        require(has_null_class, "student.guidance_range needs a teacher that knows images without a class or text too")
         require(
-            hasattr(teacher.network, "takes_guidance"),
-            "student.guidance_range is for pipelines of Stable Diffusion and SDXL, and the teacher is none: give teacher.guidance",
+            _tells_itself(teacher.network) or "second_time" in NETWORKS[type(teacher.network)].supports,
+            f"student.guidance_range: a network of kind {teacher.network.kind!r} has no input for w: give teacher.guidance",
         )
-        require(has_null_class, "student.guidance_range needs a teacher that knows images without a text too")
         student_network(config.student, teacher.network)  # which refuses where it must
     if data.label_dropout > 0:
         require(
@@ -228,12 +229,20 @@ def student_schedule(
 
 
 def student_network(student: StudentSettings, network: NetworkSettings) -> NetworkSettings:
-    """The teacher's network with the student's dropout, where it has any, and an input for w where it is told one."""
-    if student.guidance_range:
+    """The teacher's network with the student's dropout, where it has any; of diffusers with an input for w where it is told one."""
+    if student.guidance_range and _tells_itself(network):
         return told_guidance(network)
     return dataclasses.replace(network, dropout=student.dropout) if hasattr(network, "dropout") else network
 
 
-def student_denoiser(student: StudentSettings, denoiser: DenoiserSettings) -> DenoiserSettings:
-    """The teacher's coordinates, x_hat not clipped, and the student's own randomness."""
-    return dataclasses.replace(denoiser, clip=False, noise_channels=student.noise_channels, noise_dropout=student.dropout > 0)
+def student_denoiser(student: StudentSettings, teacher: ModelConfig) -> DenoiserSettings:
+    """The teacher's coordinates, x_hat not clipped, the student's own randomness, and whether it is told w."""
+    return dataclasses.replace(
+        teacher.denoiser, clip=False, noise_channels=student.noise_channels, noise_dropout=student.dropout > 0,
+        told_guidance=bool(student.guidance_range) and not _tells_itself(teacher.network),
+    )  # fmt: skip
+
+
+def _tells_itself(network: NetworkSettings) -> bool:
+    """Whether the network has, or lacks, an input for w by its own settings, as those of diffusers' pipelines do."""
+    return hasattr(network, "takes_guidance")

@@ -75,8 +75,8 @@ def check(config: TeacherConfig) -> None:
         f"denoiser.sigma_min {denoiser.sigma_min:g} must be less than denoiser.sigma_max {denoiser.sigma_max:g}",
     )
     require(
-        denoiser.noise_channels == 0 and not denoiser.noise_dropout,
-        "denoiser.noise_channels and denoiser.noise_dropout are for students: a teacher has no randomness of its own",
+        denoiser.noise_channels == 0 and not denoiser.noise_dropout and not denoiser.told_guidance,
+        "denoiser.noise_channels, noise_dropout and told_guidance are for students: leave them out",
     )
     require(
         network.null_class or not config.data.conditional or config.data.label_dropout == 0,

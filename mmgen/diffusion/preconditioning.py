@@ -57,6 +57,7 @@ class DenoiserSettings:
     time_scale: float = 1000.0  # schedule: network time = time_scale t
     noise_channels: int = 0  # of normal noise that the network is given behind the image: a student's own randomness
     noise_dropout: bool = False  # dropout stays on when sampling: likewise
+    told_guidance: bool = False  # of a student: its network's second time is the guidance w, time_scale (w - 1)
 
 
 class Preconditioning:

@@ -28,7 +28,7 @@ class Denoiser(Model):
 
     def __init__(self, config: ModelConfig, network: nn.Module | None = None) -> None:
         check_settings(config.denoiser)
-        super().__init__(config, network, second_time=False, extra_channels=config.denoiser.noise_channels)
+        super().__init__(config, network, second_time=config.denoiser.told_guidance, extra_channels=config.denoiser.noise_channels)
         self.settings: DenoiserSettings = config.denoiser
         self.preconditioning = preconditioning(self.settings)
         if self.settings.noise_dropout and dropouts(self.network) == 0:
@@ -76,9 +76,16 @@ class Denoiser(Model):
             masks = keyed_dropout(self.network, noise if single else torch.cat([noise] * 2))
         with masks:
             limits = {"channels": y.shape[1], "guided_channels": self.settings.guided_channels}
-            output = guided(self.network, scaled, c_noise, None, condition, guidance, **limits)
+            output = guided(self.network, scaled, c_noise, self._told(condition, c_noise), condition, guidance, **limits)
         x = per_image(c_skip, exact) * exact + per_image(c_out, exact) * output.double()
         return (x.clamp(-1, 1) if self.settings.clip and clip else x).to(y.dtype)
+
+    def _told(self, condition: Condition | None, like: Tensor) -> Tensor | None:
+        """w as the network is told it in the place of a second time, float64 [N], 0 for w = 1; None where it is not told."""
+        if not self.settings.told_guidance:
+            return None
+        w = getattr(condition, "guidance", None)
+        return torch.zeros_like(like) if w is None else self.settings.time_scale * (w - 1)
 
     def x_hat(
         self,

@@ -50,7 +50,7 @@ def is_single(condition: Condition | None, guidance: float | Tensor, guided_chan
 
 def is_told(config: ModelConfig) -> bool:
     """Whether the network itself is told w and learned what guidance makes of it, so that a pass without a null is all."""
-    return getattr(config.network, "takes_guidance", False)
+    return getattr(config.network, "takes_guidance", False) or (config.denoiser is not None and config.denoiser.told_guidance)
 
 
 def _precise(output: Tensor, x: Tensor) -> Tensor:

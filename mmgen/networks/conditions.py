@@ -76,6 +76,7 @@ class Labels(Condition):
     classes: Tensor  # int64 [N]; num_classes: no class
     num_classes: int
     with_null: bool = False  # some were made null, known without asking the device
+    guidance: Tensor | None = None  # float64 [N]: w, of a student that is told it
 
     def null(self) -> Labels:
         return replace(self, classes=torch.full_like(self.classes, self.num_classes), with_null=True)

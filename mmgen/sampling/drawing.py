@@ -321,11 +321,14 @@ def draw_condition(config: ModelConfig, chosen: Plan, index: Tensor) -> Conditio
     """For images number `index` [N]; None for an unconditional model."""
     if config.text is not None:
         texts = texts_of(config, chosen.prompts, chosen.seed, index)
-        text = text_condition(config, texts, chosen.negative, index.device)
-        if is_told(config):
-            text = replace(text, guidance=torch.full((len(index),), chosen.guidance, dtype=torch.float64, device=index.device))
-        return text
-    return Labels(_classes(config, chosen, index), config.num_classes) if config.num_classes else None
+        condition = text_condition(config, texts, chosen.negative, index.device)
+    elif config.num_classes:
+        condition = Labels(_classes(config, chosen, index), config.num_classes)
+    else:
+        return None
+    if not is_told(config):
+        return condition
+    return replace(condition, guidance=torch.full((len(index),), chosen.guidance, dtype=torch.float64, device=index.device))
 
 
 def _classes(config: ModelConfig, chosen: Plan, index: Tensor) -> Tensor:

@@ -166,14 +166,14 @@ def estimate(
 
 
 def _inputs(config: ModelConfig, count: int) -> tuple[torch.Tensor | Condition | None, ...]:
-    """What a network of this model is called with; a denoiser has no second time."""
+    """What a network of this model is called with; a denoiser has no second time, unless it is told w."""
     own_noise = config.denoiser.noise_channels if config.denoiser is not None else 0
     with torch.device("meta"):
         x = torch.empty(count, config.channels + own_noise, config.resolution, config.resolution)
         t = torch.empty(count, dtype=torch.float64)
         augment = torch.empty(count, config.augment_dim) if config.augment_dim else None
     condition = example(config, count, "meta")
-    return x, t, t if config.denoiser is None else None, condition, augment
+    return x, t, t if config.denoiser is None or config.denoiser.told_guidance else None, condition, augment
 
 
 def _forward_flops(network: nn.Module, config: ModelConfig, count: int) -> int:

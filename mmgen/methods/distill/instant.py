@@ -135,9 +135,10 @@ def choose_derivative(matching: Matching) -> tuple[Derivative, str | None]:
     teacher = matching.teacher
     z_s = torch.zeros(1, *teacher.image_shape, dtype=torch.float64, device=teacher.device)
     middle = torch.full((1,), 0.5, dtype=torch.float64, device=teacher.device)
-    condition = example(teacher.config, 1, teacher.device)
+    index = torch.zeros(1, dtype=torch.int64, device=teacher.device)
+    condition = matching.told(example(teacher.config, 1, teacher.device), index)
     function = TeacherFunction(matching)
-    reason = lacks_forward_mode(function.at(z_s, Noised(z_s, middle, middle, condition, torch.zeros(1))), function.parameters)
+    reason = lacks_forward_mode(function.at(z_s, Noised(z_s, middle, middle, condition, index)), function.parameters)
     if reason is None:
         return forward_derivative, None
     return finite_derivative, f"Jacobian-vector products by finite differences: the network has no forward mode ({reason})"

@@ -70,7 +70,7 @@ class Matching:
     def noised(self, batch: Batch) -> Noised:
         """z_t of the images of a batch, each at times of its own."""
         x, _ = self.inputs.images(batch)
-        condition = self._told(self.inputs.condition(batch), batch.index)
+        condition = self.told(self.inputs.condition(batch), batch.index)
         s, t = draw_times(self.steps, keys(self.seed, batch.index, _TIME))
         noise = normal(keys(self.seed, batch.index, _NOISE), x.shape[1:], torch.float64)
         noised = Noised(diffuse(self.schedule, x.double(), noise, t), t, s, condition, batch.index)
@@ -84,7 +84,7 @@ class Matching:
         condition = self.inputs.condition(batch)
         return Noised(diffuse(self.schedule, x.double(), noise, s), s, s, condition, batch.index), x.double()
 
-    def _told(self, condition: Condition | None, index: Tensor) -> Condition | None:
+    def told(self, condition: Condition | None, index: Tensor) -> Condition | None:
         """With w for each image, uniform in `guidance_range`, which student and auxiliary are told and the teacher follows."""
         if not self.guidance_range:
             return condition

@@ -24,7 +24,7 @@ from ...models.autoguidance import AutoguidedDenoiser, check_guide
 from ...models.build import AnyModel
 from ...models.config import ModelConfig, SamplingSettings
 from ...models.files import find_model, read_config
-from ...networks import checkpoint_blocks, widen_input, without_augment
+from ...networks import checkpoint_blocks, widen_input, with_second_time, without_augment
 from ...networks.diffusers_text import with_guidance_input
 from ...report.push import CONVERTED
 from ...sampling.drawing import check_defaults
@@ -104,7 +104,7 @@ def student_model_config(config: DistillConfig, teacher: Teacher, shape: DataSha
         origin["lora"] = student.lora
     if CONVERTED in own.training:
         origin[CONVERTED] = own.training[CONVERTED]
-    schedule, denoiser = student_schedule(student, own.denoiser, own.sampling.schedule), student_denoiser(student, own.denoiser)
+    schedule, denoiser = student_schedule(student, own.denoiser, own.sampling.schedule), student_denoiser(student, own)
     grid, ends = "schedule", student.guidance_range
     if own.text is not None and own.text.pipeline and denoiser.precondition == "schedule" and schedule.name == "fm":
         grid, denoiser = "flow", replace(denoiser, round_time=True)  # the times of the scheduler that samples it in diffusers
@@ -140,7 +140,7 @@ def student_guidance(config: DistillConfig, teacher: ModelConfig) -> float:
 
 
 def copy_of(teacher: Denoiser, config: ModelConfig) -> Denoiser:
-    """A denoiser of this config that begins as the teacher: with the same weights, those of further input channels being zero.
+    """A denoiser of this config that begins as the teacher: with the same weights, those of further inputs being zero.
 
     The teacher's augmentation input is left out where the config has none: it has no bias and is never given, so outputs are equal.
     """
@@ -148,7 +148,8 @@ def copy_of(teacher: Denoiser, config: ModelConfig) -> Denoiser:
     state = teacher.network.state_dict()
     if not config.augment_dim:
         state = without_augment(state)
-    model.network.load_state_dict(with_guidance_input(widen_input(state, model.network), model.network))
+    state = with_second_time(widen_input(state, model.network), model.network)
+    model.network.load_state_dict(with_guidance_input(state, model.network))
     return model.eval()  # torch's own dropout stays off; a student's, which has keys, does not look at the mode
 
 
@@ -192,7 +193,8 @@ def distill_task(
         "levels": matching.edges.exp().tolist(), **hooks,
     }  # fmt: skip
     if alternating:
-        of_auxiliary = replace(plain, augment_dim=0, network=student_network(replace(config.student, dropout=0.0), own.network))
+        told = replace(plain.denoiser, told_guidance=model_config.denoiser.told_guidance)
+        of_auxiliary = replace(plain, augment_dim=0, denoiser=told, network=student_network(replace(config.student, dropout=0.0), own.network))
         auxiliary = copy_of(teacher.model, of_auxiliary) if lora is None else Denoiser(of_auxiliary, lora.auxiliary).eval()
         edges = ", ".join(f"{edge:.3g}" for edge in matching.edges.exp().tolist())
         reporter.note(

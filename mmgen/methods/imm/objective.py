@@ -141,8 +141,8 @@ def _given(config: ImmConfig) -> ImmConfig:
     given = found.denoiser if found.flow is None else found.flow.given
     if given is None:
         raise ConfigError(f"--init {config.train.init} is a flow map already: leave out flow.parametrization=given")
-    if given.noise_channels or given.noise_dropout or getattr(found.network, "learn_sigma", False):
-        raise ConfigError(f"--init {config.train.init} has noise of its own or a learned variance, which a flow map has not: give another teacher")
+    if given.noise_channels or given.noise_dropout or given.told_guidance or getattr(found.network, "learn_sigma", False):
+        raise ConfigError(f"--init {config.train.init} has noise of its own, an input for guidance or a learned variance, which a flow map has not: give another teacher")
     return replace(config, flow=replace(config.flow, given=given))
 
 
