@@ -1,7 +1,5 @@
 """student.guidance_range of class-conditional students: one network for all w, told it in the place of a second time."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from test_distill_inputs import NETWORKS
@@ -9,10 +7,10 @@ from tiny_model import awaken, make_denoiser
 from toy_distill import V, config_for, digits, no_inception, run, task_for  # noqa: F401
 
 import mmgen
-from mmgen.diffusion.schedules import ScheduleSettings
 from mmgen.errors import ConfigError
-from mmgen.formats.diffusers_scheduler import write_flow
+from mmgen.formats.convert import convert_file
 from mmgen.methods.distill.method import find_teacher
+from mmgen.models.files import save_model
 from mmgen.networks.conditions import Labels
 from mmgen.sampling.drawing import SampleSettings, draw, plan
 
@@ -67,12 +65,12 @@ def test_what_cannot_be_is_refused(tmp_path, kind, more, changes, sentence):
         find_teacher(config_for(teacher_of(kind, tmp_path, **more), **RANGE, **changes))
 
 
-def test_diffusers_has_no_such_input(tmp_path):
-    task, _ = task_for(teacher_of("unet", tmp_path), **RANGE)
-    config = task.model_config
-    flow = replace(config.sampling, schedule=ScheduleSettings("fm"), grid="flow")
-    with pytest.raises(ConfigError, match="told its guidance by an input that the networks of diffusers have not"):
-        write_flow(flow, replace(config.denoiser, round_time=True))
+def test_no_other_project_has_such_an_input(tmp_path):
+    task, _ = task_for(teacher_of("dit", tmp_path), **RANGE)
+    save_model(tmp_path / "student.safetensors", task.model_config, task.trained["student"].network.state_dict())
+    for out, to in (("out", "diffusers"), ("out.pt", "pt")):
+        with pytest.raises(ConfigError, match="told its guidance by layers of mmgen's own"):
+            convert_file(tmp_path / "student.safetensors", tmp_path / out, to=to)
 
 
 @pytest.mark.slow

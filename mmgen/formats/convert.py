@@ -127,6 +127,8 @@ def _own(found: Found, to: str) -> Converted:
     config = read_config(found.path)
     if config.text is not None and not config.text.pipeline:
         raise ConfigError(f"{found.path} takes text by layers of mmgen's own, which no other project's network has: sample from it as it is")
+    if config.denoiser is not None and config.denoiser.told_guidance:
+        raise ConfigError(f"{found.path} is told its guidance by layers of mmgen's own, which no other project's network has: sample from it as it is")
     return Converted(config, found.tensors, {}, _family(config, to, found.path))
 
 

@@ -111,8 +111,6 @@ def write_flow(student: SamplingSettings, denoiser: DenoiserSettings) -> dict[st
         reason = f"it is sampled with the stochasticity {student.stochasticity:g}, where DPMSolverMultistepScheduler always has 1"
     elif student.grid != "flow" or not denoiser.round_time:
         reason = "it is sampled on other times than DPMSolverMultistepScheduler's (grid flow, denoiser.round_time)"
-    elif denoiser.told_guidance:
-        reason = "it is told its guidance by an input that the networks of diffusers have not"
     elif denoiser.noise_channels or denoiser.noise_dropout:
         reason = "it has randomness of its own, which diffusers does not give it"
     elif _flow_times(steps, schedule.shift) != _own_times(steps, schedule.shift):
@@ -254,8 +252,6 @@ def _check_student(denoiser: DenoiserSettings, sampling: SamplingSettings) -> No
         reason = (
             f"diffusers' trailing timesteps for {sampling.student_steps} steps are not so many, by a rounding error of its own"
         )
-    elif denoiser.told_guidance:
-        reason = "it is told its guidance by an input that the networks of diffusers have not"
     elif denoiser.noise_channels or denoiser.noise_dropout:
         reason = "it has randomness of its own, which diffusers does not give it"
     if reason:
