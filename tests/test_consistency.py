@@ -40,7 +40,7 @@ def test_a_pass_is_consistency_training_by_the_book():
 
 
 def test_steps_are_constant_in_eta_so_that_its_weight_is():
-    """Improved consistency training weighs with 1 / (eta_t - eta_r) (arXiv:2310.14189, section 3.3): here a constant."""
+    """Improved consistency training weighs with 1 / (eta_t - eta_r) (arXiv:2310.14189, section 3.1): here a constant."""
     config = resolve(nest(ONE, ImmConfig))
     s, t = draw_times(config.loss, config.flow, keys(0, range(5000)))
     r, eta = earlier_time(config.loss, config.flow, s, t), config.flow.get_schedule().eta
