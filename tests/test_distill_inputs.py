@@ -8,6 +8,7 @@ from toy_distill import COSINE, V, digits, task_for
 from mmgen.networks.conditions import Labels
 from mmgen.diffusion.schedules import make_schedule
 from mmgen.networks import ADMSettings, DiTSettings, EDM2Settings, UNetSettings, UViTSettings
+from mmgen.sampling.drawing import SampleSettings, plan
 
 SMALL = {"model_channels": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
 NETWORKS = {
@@ -57,3 +58,20 @@ def test_every_parameter_has_a_gradient(tmp_path, kind, method):
             part.prepare(lambda: iter([digits()]))
         part.objective(digits())[0].backward()
         assert [name for name, p in part.network.named_parameters() if p.grad is None] == []
+
+
+def test_a_shift_and_a_stochasticity_are_of_training_and_of_sampling(tmp_path):
+    """student.shift: a noise to signal so many times as large at every time. student.stochasticity is loss.stochasticity unless it is set."""
+    place, t = teacher_of("unet", tmp_path), torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    matchings, plans = [], []
+    for changes in ({}, {"student.shift": 2.0, "loss.stochasticity": 0.5}):
+        task, _ = task_for(place, **{"student.steps": 4, **changes})
+        matchings.append(task.trained["student"].objective.matching)
+        plans.append(plan(task.model_config, SampleSettings()))
+    plain, shifted = matchings
+    torch.testing.assert_close(shifted.schedule.eta(t), 2 * plain.schedule.eta(t))
+    assert plans[1].times[1:-1] == pytest.approx([2 * time for time in plans[0].times[1:-1]])
+    assert [one.stochasticity for one in plans] == [1.0, 0.5]
+    batch = digits(count=4)
+    noised, noised_plain = shifted.noised(batch), plain.noised(batch)
+    assert torch.equal(noised.t, noised_plain.t) and not torch.allclose(noised.z_t, noised_plain.z_t)
