@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.gpu.cases import TINY, Case, tiny_cases  # noqa: E402
+from tests.gpu.cases import DISTILLATIONS, TINY, Case, tiny_case, tiny_cases  # noqa: E402
 
 from mmgen.networks import ADMSettings, DiTSettings, TextSettings, UNetSettings, UViTSettings, build_network  # noqa: E402
 from mmgen.networks.conditions import Labels  # noqa: E402
@@ -24,7 +24,8 @@ from mmgen.training.accumulator import MetricAccumulator  # noqa: E402
 from mmgen.training.optim import build_optimizer  # noqa: E402
 from mmgen.training.updates import LAG, Updates  # noqa: E402
 
-CASES = {case.name: case for case in tiny_cases()}
+DISTILLED = [tiny_case(method, name) for method in DISTILLATIONS for name in (*TINY, "text")]
+CASES = {case.name: case for case in (*tiny_cases(), *DISTILLED)}
 
 
 def moved(condition: Any) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -186,19 +186,14 @@ def finite_derivative(
     """
     dtype = next(iter(parameters.values())).dtype
     step = torch.finfo(dtype).eps ** (1 / 3) if step is None else step
-    length = norm(direction)
-    h = torch.where(length > 0, step * norm(parameters) / length, 1.0)
+    length, weights = (nn.utils.get_total_norm([value.detach() for value in each.values()]) for each in (direction, parameters))
+    h = torch.where(length > 0, step * weights / length, 1.0)
     with torch.no_grad(), _full_precision(h.device.type):
         above, below = (
             g_theta({name: (value + sign * h * direction[name]).to(value.dtype) for name, value in parameters.items()})
             for sign in (1, -1)
         )
     return (above + below) / 2, ((above.double() - below.double()) / (2 * h)).to(above.dtype)
-
-
-def norm(tensors: Tensors) -> Tensor:
-    """The Euclidean norm of all together, a scalar float64 tensor."""
-    return torch.stack([value.detach().double().square().sum() for value in tensors.values()]).sum().sqrt()
 
 
 @contextlib.contextmanager
