@@ -26,7 +26,7 @@ from ..system.tensor_files import save_array
 from .captions import with_captions
 from .content import Watched
 from .decoding import ahead, decode_chunks, settle
-from .encoding_record import finish, summary
+from .encoding_record import cut_in, finish, summary
 from .encoding_task import EncodingSettings, Task, choose_normalisation, is_whole, job_of
 from .image_source import ImageSource
 from .latent_texts import FOLDER, TextTask
@@ -93,10 +93,12 @@ def encode_source(
             done += count * process_group.size
             report(min(done, source.length), source.length)
     process_group.wait()
-    parts = process_group.gather([summary(task, number) for number in range(process_group.index, len(shards), process_group.size)])
+    own = range(process_group.index, len(shards), process_group.size)
+    parts = process_group.gather([summary(task, number) for number in own])
+    cut = sum(process_group.gather(cut_in(task, {number: shards[number] for number in own})))
     if process_group.is_main:
         summaries = [parts[number % process_group.size][number // process_group.size] for number in range(len(shards))]
-        finish(task, job, summaries, tried, note)
+        finish(task, job, summaries, cut, tried, note)
     process_group.wait()
     return read_record(out)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -42,21 +42,33 @@ def summary(task: Task, number: int) -> tuple[int, str, np.ndarray]:
     return len(moments), digest.hexdigest(), sums
 
 
+def skipped_in(task: Task, shards: Iterable[int]) -> list[list[Any]]:
+    """[[number in the source, name], ...] of the images of these shards that cannot be read."""
+    files = [file for number in shards if (file := task.skipped_file(number)).is_file()]
+    return list(itertools.chain.from_iterable(read_json(file) for file in files))
+
+
+def cut_in(task: Task, shards: dict[int, range]) -> int:
+    """How many captions of the images of these shards are longer than the pipeline's encoders take."""
+    if task.texts is None:
+        return 0
+    images = np.fromiter(itertools.chain(*shards.values()), np.int64)
+    return task.texts.count_cut(np.setdiff1d(images, [i for i, _ in skipped_in(task, shards)]))
+
+
 def finish(
-    task: Task, job: dict[str, Any], summaries: list[tuple[int, str, np.ndarray]], tried: dict[str, Any], note: Note
+    task: Task, job: dict[str, Any], summaries: list[tuple[int, str, np.ndarray]], cut: int, tried: dict[str, Any], note: Note
 ) -> None:
-    """Writes labels.npy and, last, latents.json."""
+    """Writes labels.npy and, last, latents.json. cut: captions of the images encoded that are cut off."""
     source, out = task.source, task.out
     rows, digests = [n for n, _, _ in summaries], [digest for _, digest, _ in summaries]
     number, positions = sum(rows), sum(rows) * task.row[1] * task.row[2]
-    files = [file for i in range(len(rows)) if (file := task.skipped_file(i)).is_file()]
-    skipped = list(itertools.chain.from_iterable(read_json(file) for file in files))
+    skipped = skipped_in(task, range(len(rows)))
     if number != task.rows_per_image * (source.length - len(skipped)):
         raise DataError(f"the shards in {out} hold {number:,} rows, not those of {source.length:,} images: give another --out")
     latents = _latents(task, sum(sums for _, _, sums in summaries) / positions, note)
-    labels = None
+    labels, kept = None, np.delete(np.arange(source.length), [i for i, _ in skipped])
     if source.labels is not None:
-        kept = np.delete(np.arange(source.length), [i for i, _ in skipped])
         labels = source.labels[kept].repeat(task.rows_per_image).astype(np.int64)
         with replacing(out / LABELS) as temporary:
             save_array(temporary, labels)
@@ -64,9 +76,9 @@ def finish(
     fingerprint.update(b"" if labels is None else labels.astype("<i8").tobytes())
     text = {}
     if task.texts is not None:
-        text["text"], digest = task.texts.finish(len(rows))
+        text["text"], digest = task.texts.finish(len(rows), kept, cut)
         fingerprint.update(digest.encode())
-        if cut := text["text"]["cut"]:
+        if cut:
             note(f"{cut:,} of {text['text']['captions']:,} captions are longer than the encoders of the pipeline take: their ends are cut off")
     record = {
         "format": FORMAT,

@@ -6,7 +6,7 @@ texts/000000.tokens ...   features float16 [T, D] of the tokens under the mask, 
 texts/mask.npy            bool [captions, L]
 texts/pooled.npy          float16 [captions, P], where the pipeline has such vectors
 texts/null.safetensors    what the pipeline makes of no text
-Until all is encoded, each shard has a file of its own for each of these.
+Until all is encoded, each shard has a file of its own for the mask, the vectors and the sizes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..encoders.text import BATCH, count_cut, null_of, open_encoder
 from ..errors import ConfigError, DataError
 from ..networks.conditions import Text
 from ..networks.text import TextSettings
-from ..system.files import read_json, replacing, write_json
+from ..system.files import replacing
 from ..system.schema import from_dict
 from ..system.tensor_files import save_array, save_tensors
 from .captions import read_texts, write_texts
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 FOLDER = "texts"
+_COUNTED_AT_ONCE = 1 << 14  # images whose captions are counted
 _LOOKED_AT = 1000  # captions whose tokens are counted to say how much disk all need
 
 
@@ -80,7 +81,6 @@ class TextTask:
     @contextlib.contextmanager
     def shard(self, number: int) -> Iterator[Callable[[list[int], np.ndarray], None]]:
         """Yields write(images, their original heights and widths int [n, 2]), for the images of a shard in their order."""
-        rows: list[int] = []
         sizes, pieces = [np.empty((0, 6), np.int32)], []
         encoder = open_encoder(self.settings) if self.stores_features else None
         with contextlib.ExitStack() as stack:
@@ -88,8 +88,8 @@ class TextTask:
                 tokens_file = stack.enter_context(open(stack.enter_context(replacing(self._piece(number, "tokens"))), "wb"))
 
             def write(images: list[int], original: np.ndarray) -> None:
-                rows.extend(images)
-                sizes.append(image_sizes(original, self.resolution))
+                if self.stores_sizes:
+                    sizes.append(image_sizes(original, self.resolution))
                 texts = self._of(images).flatten().to_pylist() if encoder is not None else []
                 for start in range(0, len(texts), BATCH):
                     found = features(Text(*(None if p is None else p.cpu() for p in encoder(texts[start : start + BATCH], self.device))))
@@ -101,18 +101,15 @@ class TextTask:
             self._save(number, name, np.concatenate([piece[name] for piece in pieces]))
         if self.stores_sizes:
             self._save(number, "sizes", np.concatenate(sizes))
-        own = self._of(rows)
-        cut = 0 if self.settings is None else count_cut(self.settings, own.flatten().to_pylist())
-        with replacing(self._piece(number, "arrow")) as temporary:
-            write_texts(temporary, own)
-        write_json(self._piece(number, "json"), {"cut": cut})
 
-    def finish(self, shards: int) -> tuple[dict[str, Any], str]:
-        """Joins the shards' files. Returns what latents.json says of the texts, and a hash of them."""
-        import pyarrow as pa
+    def count_cut(self, images: np.ndarray) -> int:
+        """How many captions of these images are longer than the pipeline's encoders take."""
+        parts = [images[start : start + _COUNTED_AT_ONCE] for start in range(0, len(images), _COUNTED_AT_ONCE)]
+        return 0 if self.settings is None else sum(count_cut(self.settings, self._of(part).flatten().to_pylist()) for part in parts)
 
-        folder = self.out / FOLDER
-        own = pa.concat_arrays([read_texts(self._piece(i, "arrow")) for i in range(shards)])
+    def finish(self, shards: int, kept: np.ndarray, cut: int) -> tuple[dict[str, Any], str]:
+        """Joins the shards' files; kept: numbers of the images encoded. Returns what latents.json says of the texts, and a hash of them."""
+        folder, own = self.out / FOLDER, self._of(kept)
         with replacing(folder / "captions.arrow") as temporary:
             write_texts(temporary, own)
         for name in ("mask", "pooled", "sizes"):
@@ -129,16 +126,15 @@ class TextTask:
         if self.stores_sizes:
             digest.update(np.load(folder / "sizes.npy", allow_pickle=False).tobytes())
         settings = None if self.settings is None else asdict(self.settings)
-        cut = sum(read_json(self._piece(i, "json"))["cut"] for i in range(shards))
         return {"settings": settings, "features": self.stores_features, "captions": len(own.flatten()), "cut": cut}, digest.hexdigest()
 
     def clear(self, shards: int) -> None:
         """Removes what `finish` joined."""
         for number in range(shards):
-            for name in ("arrow", "json", "mask.npy", "pooled.npy", "sizes.npy"):
+            for name in ("mask.npy", "pooled.npy", "sizes.npy"):
                 self._piece(number, name).unlink(missing_ok=True)
 
-    def _of(self, images: list[int]) -> pa.ListArray:
+    def _of(self, images: Sequence[int] | np.ndarray) -> pa.ListArray:
         import pyarrow as pa
 
         return self.captions.take(pa.array(images, pa.int64()))
