@@ -135,6 +135,10 @@ def check(config: DistillConfig) -> None:
     require(0 <= own <= 1, f"student.stochasticity must be from 0 to 1, not {own}")
     _check_lora(config)
     instant = loss.method == "instant"
+    require(
+        not instant or train.frozen_precision == "full",
+        "train.frozen_precision half is of the alternating method: the instant one takes a derivative of the teacher, which needs full precision",
+    )
     for name, value, default in (("preconditioner", loss.preconditioner, "identity"), ("jvp", loss.jvp, "auto")):
         require(instant or value == default, f"loss.{name} is of the instant method: set loss.method=instant, or leave it out")
     require(not instant or loss.auxiliary_updates == 1, "loss.auxiliary_updates is of the alternating method: leave it out")

@@ -83,7 +83,8 @@ class TrainSettings:
     max_images: int = 400_000 * 4096  # images to train on
     seed: int = 0
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "tf32"  # tf32 is fp32 where there is no GPU
-    # Of what is evaluated without gradient (IMM's target, the frozen teacher): full is tf32 or fp32; half is as train.precision
+    # Of what is evaluated without gradient (IMM's target, the frozen teacher): full is tf32 or fp32; half is as train.precision.
+    # By LoRA half also keeps the weights under the adapters in half precision
     frozen_precision: Literal["full", "half"] = "full"
     ema_betas: tuple[float, ...] = (0.9999,)  # averages of the weights kept, by decay per step; none at all: the weights
     ema_half_lives: tuple[int, ...] = ()  # more averages, by half-life in images

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import ConfigError, shortened
 
@@ -49,10 +51,26 @@ class LoraBase:
         self.layers = {name: self.network.get_submodule(name) for name in self.names}
         for layer in self.layers.values():
             layer.requires_grad_(False)
+            layer.forward = partial(_adapted, layer)
             for matrices in (layer.lora_A, layer.lora_B):
-                matrices.requires_grad_(True)
+                matrices.float().requires_grad_(True)  # peft gives them the type of the layer's weights
         self.switch(self.active)
         return Adapted(self, adapter)
+
+    def halve(self, dtype: torch.dtype) -> None:
+        """Keeps the weights of linear and convolution layers in half precision, as they are in passes under autocast.
+
+        In others they are rounded too, but computed with in their input's precision: see `_widened`. All networks on this base
+        have the same weights, so that their differences are no less exact.
+        """
+        for module in self.halvable():
+            module.weight.data = module.weight.data.to(dtype)
+            module.forward = partial(_widened, module)
+
+    def halvable(self) -> list[nn.Module]:
+        """The linear and convolution layers of the base, but the first: its type is taken for that of the network's inputs."""
+        layers = [module for name, module in self.network.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in name]
+        return layers[1:]
 
     def itself(self) -> Adapted:
         """The base as a network of its own, whichever adapter is switched on."""
@@ -105,6 +123,23 @@ class Adapted(nn.Module):
                 self.base.switch(before)
 
 
+def _adapted(layer: nn.Module, x: Tensor) -> Tensor:
+    """A layer of peft's as peft computes it, without a scale of 1 and without copies of x in float32 under autocast."""
+    result = layer.base_layer(x)
+    if layer._disable_adapters:
+        return result
+    (adapter,) = layer._active_adapter
+    return result + layer.lora_B[adapter](layer.lora_A[adapter](x))
+
+
+def _widened(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
+    """A layer whose weights are kept in half precision, in the precision of x; autocast chooses its own."""
+    weight = layer.weight if torch.is_autocast_enabled(x.device.type) else layer.weight.to(x.dtype)
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, layer.bias)
+    return layer._conv_forward(x, weight, layer.bias)
+
+
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:
     """The module at a dotted path below the root, with what is needed between."""
     *parents, name = path.split(".")
@@ -142,7 +177,7 @@ def target_names(network: nn.Module, targets: tuple[str, ...] = ()) -> list[str]
 
 
 def merged(network: nn.Module, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the base without adapters, W + B A in the layers of one: a network's as any other's, on the CPU.
+    """The state dict of the base without adapters, W + B A in the layers of one: a network's as any other's, float32 on the CPU.
 
     network: with adapters in it; adapter: the state dict of an `Adapted`.
     """
@@ -153,9 +188,10 @@ def merged(network: nn.Module, adapter: Mapping[str, Tensor]) -> dict[str, Tenso
         name, _, last = key.rpartition(".base_layer.")
         plain = f"{name}.{last}" if name else key
         value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value  # what is added is small beside steps of half precision
         if name and last == "weight":
             a, b = (adapter[f"{name}.lora_{letter}.weight"].detach().cpu() for letter in "AB")
-            value = (value.float() + product(a, b)).to(value.dtype)
+            value = value + product(a, b)
         state[plain] = value
     return state
 

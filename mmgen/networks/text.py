@@ -134,7 +134,7 @@ class TextEncoder(nn.Module):
             tokens, there = self.norm(x), text.mask[:, :, None].to(x.dtype)
             pooled = (tokens * there).sum(1) / there.sum(1)
         else:
-            dtype = self.project.weight.dtype
+            dtype = self.project.bias.dtype
             tokens = F.layer_norm(text.tokens.to(dtype), text.tokens.shape[-1:], eps=EPSILON)
             pooled = F.layer_norm(text.pooled.to(dtype), text.pooled.shape[-1:], eps=EPSILON)
         return tokens, mask, self.project(pooled)

@@ -245,7 +245,7 @@ class UViT(nn.Module):
 
     def _embed(self, t: Tensor, s: Tensor | None, condition: Condition | None) -> tuple[Tensor, ...]:
         """[N, emb_channels] from the times and the class or text; of a text its tokens and their mask."""
-        dtype = self.time_mlp.linear0.weight.dtype
+        dtype = self.time_mlp.linear0.bias.dtype
         emb = self.time_mlp(sinusoid(t, self.frequencies, sine_first=False).to(dtype))
         if self.second_time_mlp is not None:
             emb = emb + self.second_time_mlp(sinusoid(s, self.frequencies, sine_first=False).to(dtype))

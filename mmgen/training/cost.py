@@ -81,6 +81,7 @@ class PassCost:
     flops: float  # forward: two to a multiply-add
     bytes: float  # activations that autograd keeps for the backward pass
     adapters: tuple[int, ...] = ()  # parameters of each adapter
+    halved: int = 0  # of the parameters under them, those that `LoraBase.halve` keeps in half precision
 
 
 def pass_cost(model_config: ModelConfig, precision: str, checkpointing: bool = False, adapters: Adapters | None = None) -> PassCost:
@@ -91,9 +92,10 @@ def pass_cost(model_config: ModelConfig, precision: str, checkpointing: bool = F
     with without_weights():
         network = build_model(model_config).network.to("meta")  # its constants are on the CPU
         parameters = sum(p.numel() for p in network.parameters())
-        called, views = network, []
+        called, views, halved = network, [], 0
         if adapters is not None:
             base = LoraBase(network, adapters.targets)
+            halved = sum(module.weight.numel() for module in base.halvable())
             views = [base.add(str(number), rank) for number, rank in enumerate(adapters.ranks)]
             called = views[0]
     probe = 2
@@ -104,7 +106,7 @@ def pass_cost(model_config: ModelConfig, precision: str, checkpointing: bool = F
     saved = _saved_bytes(called, recomputed(network) if checkpointing else [], model_config, precision, probe)
     flops = _forward_flops(called, model_config, probe)
     sizes = tuple(sum(p.numel() for p in view.parameters()) for view in views)
-    return PassCost(parameters, flops / probe, saved / probe, sizes)
+    return PassCost(parameters, flops / probe, saved / probe, sizes, halved)
 
 
 def recomputed(network: nn.Module) -> list[nn.Module]:
@@ -149,7 +151,8 @@ def estimate(
     # of the instant method's teacher, its gradient and the direction; by adapters the last two are of one
     whole = (work.whole - 1) * trained[-1] if adapters is not None and work.whole else work.whole * one.parameters
     half = train.precision in ("fp16", "bf16") and not sharded
-    copied = sum(trained) if adapters is None else 0 if again else one.parameters
+    halved = one.halved if adapters is not None and train.frozen_precision == "half" else 0
+    copied = sum(trained) if adapters is None else 0 if again else one.parameters - halved
     averages = len(train.ema_betas) + len(train.ema_half_lives) + len(train.ema_lengths)
     back = (1 if adapters is not None else 2) + again
     return Cost(
@@ -157,7 +160,7 @@ def estimate(
         trained=sum(trained),
         macs_per_image=int(one.flops / 2),
         flops_per_step=(work.forward + back * work.backward) * one.flops * train.batch_size,
-        weights=4 * (sum(trained) + gradients + frozen) // shards + 4 * whole,
+        weights=4 * (sum(trained) + gradients + frozen) // shards + 4 * whole - 2 * halved,
         optimizer=4 * moments * sum(trained[: work.trained]) // shards,
         averages=4 * averages * trained[0] // shards,
         copies=2 * copied if half else 0,

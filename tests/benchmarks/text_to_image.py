@@ -1,5 +1,6 @@
 """Text to image with a narrow SD 1.5 of random weights: `cache-latents --pipeline` against a plain loop, a student's pass against
-diffusers' own forward, 8 steps with decoding against the pipeline's own call, and what the text costs of a step."""
+diffusers' own forward, 8 steps with decoding against the pipeline's own call, what the text costs of a step, and a distillation's step
+by LoRA against one of all weights."""
 
 from __future__ import annotations
 
@@ -17,19 +18,27 @@ import torch
 from PIL import Image
 
 import mmgen
+from mmgen.config import sections as configs
+from mmgen.config.distill import DistillConfig, resolve as resolve_distillation
 from mmgen.data import encoding
 from mmgen.data.encoding import EncodingSettings, encode_source
+from mmgen.data.latents import load_latents
 from mmgen.data.resolve import resolve
 from mmgen.encoders.pipeline import pipeline_parts
 from mmgen.encoders.text import open_encoder
 from mmgen.encoders.vae import load_vae
+from mmgen.methods.distill.method import distill_task, find_teacher, student_model_config
+from mmgen.training.start import with_texts as with_captions
 from mmgen.networks.conditions import Text
 from mmgen.sampling.drawing import SampleSettings, draw
+from mmgen.training.task import Reporter
 
 from .measuring import Case, Row, Run, Size, compared, temporary_folder
+from .runs import trainer
 
+RANK = {"tiny": 2, "quick": 4, "full": 8}  # of adapters: to the network's width as 16 to that of SD 1.5 at most
 NUM = {"tiny": 8, "quick": 2048, "full": 8192}
-IMAGES, STEPS = 4, 8
+IMAGES, STEPS, BATCH = 4, 8, 8
 WIDTHS = {"tiny": (8, 16), "quick": (32, 64), "full": (64, 128)}
 PROMPTS = ("a red fox", "two dots", "snow", "a blue door")
 
@@ -45,6 +54,10 @@ def cases(size: Size, device: str) -> list[Case]:
         Case(
             "a pass with its texts encoded", "images", IMAGES, partial(with_texts, size, device), partial(passed, size, device), repetitions,
             note=lambda rate: "plain: texts encoded before",
+        ),
+        Case(
+            f"a step by LoRA of rank {RANK[size]}, alternating", "images", 2 * BATCH, partial(stepped, size, device, RANK[size]),
+            partial(stepped, size, device, 0), repetitions, note=lambda rate: "plain: all weights",
         ),
     ]  # fmt: skip
 
@@ -144,6 +157,35 @@ def with_texts(size: Size, device: str) -> Run:
     model = ours(size, device)
     x, t = torch.randn(IMAGES, 4, 8, 8, device=device), torch.full((IMAGES,), 500.0, device=device, dtype=torch.float64)
     return torch.no_grad()(lambda: model.network(x, t, None, texts(model, device)))
+
+
+def stepped(size: Size, device: str, rank: int) -> Run:
+    """A turn of the auxiliary and one of the student, in mmgen's own run."""
+    place = folder(size)
+    changes = {
+        "teacher.name": str(place / "pipeline"), "teacher.guidance": 3.0, "data.name": str(cached_few(size)), "student.lora": rank, "train.batch_size": BATCH,
+        "run.batch_per_device": BATCH, "run.eval_num": 0, "run.teacher_steps": 0, "train.precision": "tf32",
+    }  # fmt: skip
+    settings = configs.nest(changes, DistillConfig)
+    teacher, config = find_teacher(resolve_distillation(configs.read_preset("sd15-distill", "distill"), settings), torch.device(device))
+    latents = with_captions(load_latents(cached_few(size)), teacher.model.config.text, device, Reporter())
+    model_config = student_model_config(config, teacher, latents)
+    run = trainer(config, latents, lambda accelerator: distill_task(config, teacher, model_config, latents, Reporter(), accelerator), device)
+
+    def both() -> None:
+        run._step()
+        run._step()
+
+    return both
+
+
+@lru_cache
+def cached_few(size: Size) -> Path:
+    """The latents of the images, with their captions."""
+    place, out = folder(size), temporary_folder() / "latents"
+    parts, vae, name = pipeline_parts(str(place / "pipeline"), 16), load_vae(str(place / "pipeline")), str(place / "images")
+    encode_source(resolve(name), vae, out, EncodingSettings(16, text=True), name=name, pipeline=parts)
+    return out
 
 
 def sampled(size: Size, device: str) -> Run:

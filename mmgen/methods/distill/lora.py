@@ -28,23 +28,28 @@ from ...training.sharding import is_sharded
 class LoraNetworks:
     """The teacher's network with adapters in it, and the networks that they make of it."""
 
-    def __init__(self, network: nn.Module, settings: StudentSettings, accelerator: Any) -> None:
-        """network: the teacher's, which is changed. Raises ConfigError where it has no layers for adapters."""
+    def __init__(self, network: nn.Module, settings: StudentSettings, accelerator: Any, half: torch.dtype | None = None) -> None:
+        """network: the teacher's, which is changed. half: what its weights are kept in; None: float32.
+
+        Raises ConfigError where it has no layers for adapters.
+        """
         if is_sharded(accelerator):
             raise ConfigError(
                 "student.lora cannot be sharded: its networks share one set of weights, which each device holds; leave --use_fsdp out"
             )
         self.base = LoraBase(network, settings.lora_targets)
-        self.rank = settings.lora
+        self.rank, self.half = settings.lora, half
         self.student = self.base.add("student", self.rank)
         self.auxiliary = self.base.add("auxiliary", settings.lora_auxiliary or self.rank)
+        if half is not None:
+            self.base.halve(half)
 
     @property
     def description(self) -> str:
         count = sum(parameter.numel() for parameter in self.student.parameters())
         return (
             f"LoRA of rank {self.rank} in {len(self.base.names)} layers, {count / 1e6:.2f}M parameters; student, auxiliary and teacher "
-            "share the teacher's weights"
+            "share the teacher's weights" + (f", kept in {str(self.half).removeprefix('torch.')}" if self.half is not None else "")
         )
 
     def save(self, file: Path, model_config: ModelConfig, state: dict[str, Tensor]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 
 from ...data import Dataset, DataShape
@@ -167,7 +168,7 @@ def distill_task(
     alternating = config.loss.method == "alternating"
     lora, hooks = None, {}
     if config.student.lora:
-        lora = LoraNetworks(teacher.model.network, config.student, accelerator)
+        lora = LoraNetworks(teacher.model.network, config.student, accelerator, half_base(config))
         reporter.note(lora.description)
         teacher = replace(teacher, model=Denoiser(own, lora.base.itself()).eval())
         hooks = {"save": lora.save, "averaged": lora.averaged(model_config)}
@@ -206,6 +207,12 @@ def distill_task(
         reporter.note(note)
     moments = second_moments(config, teacher, matching, dataset, reporter, accelerator)
     return Task(instant_parts(matching, derivative, moments, accelerator), group_size=GROUP, **shown)
+
+
+def half_base(config: DistillConfig) -> torch.dtype | None:
+    """What the weights under adapters are kept in; None: float32."""
+    chosen = config.student.lora and config.train.frozen_precision == "half"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}[config.train.precision] if chosen else None
 
 
 def _rollouts(config: DistillConfig, model_config: ModelConfig) -> Rollouts | None:
@@ -260,7 +267,9 @@ class Comparison:
     """Teacher and student side by side: the table in results.json and the pictures."""
 
     def __init__(self, teacher, config, schedule, dataset, reporter, device) -> None:
-        self.network, self.teacher, self.device = teacher.model.network, teacher.sha256, device
+        self.network, self.device = teacher.model.network, device
+        rounded = half_base(config)  # whose scores are none of the teacher's own
+        self.teacher = teacher.sha256 if rounded is None else f"{teacher.sha256} {rounded}"
         teacher_steps = config.run.teacher_steps
         steps, guidance = config.student.steps, student_guidance(config, teacher.model.config)
         self.dataset, self.work, self.seed, self.steps = dataset, reporter.work, config.train.seed, steps
