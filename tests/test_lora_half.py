@@ -13,6 +13,7 @@ from mmgen.config.distill import StudentSettings
 from mmgen.config.sections import TrainSettings
 from mmgen.errors import ConfigError
 from mmgen.methods.distill.lora import LoraNetworks
+from mmgen.methods.distill.method import TRAINING
 from mmgen.methods.distill.teachers import load_teacher
 from mmgen.models.denoiser import Denoiser
 from mmgen.models.files import load_model
@@ -100,9 +101,9 @@ def test_the_instant_method_refuses(place):  # noqa: F811
 def test_memory():
     one = pass_cost(model("dit"), "bf16", adapters=Adapters((4, 2)))
     full, half = (
-        estimate(TrainSettings(precision="bf16", frozen_precision=frozen, ema_betas=()), model("dit"), BatchSplit(8, 1, 1), ALTERNATING,
-                 one=one, adapters=Adapters((4, 2)))
-        for frozen in ("full", "half")
+        estimate(TrainSettings(precision="bf16", ema_betas=()), model("dit"), BatchSplit(8, 1, 1), ALTERNATING, one=one,
+                 adapters=Adapters((4, 2), half=half))
+        for half in (False, True)
     )  # fmt: skip
     network = make("dit")
     base = LoraBase(network)
@@ -110,3 +111,10 @@ def test_memory():
     saved = sum(2 * p.numel() for p in network.parameters() if p.dtype == torch.bfloat16)
     assert 0 < full.weights - half.weights == 2 * one.halved == full.copies - half.copies
     assert abs(saved - 2 * one.halved) < 0.05 * saved  # that network has an embedding of classes
+
+
+def test_a_dry_run_shows_and_counts_it(place):  # noqa: F811
+    for changes, first in (({}, "LoRA of rank 2"), ({"train.frozen_precision": "half"}, "LoRA of rank 2, base in half precision")):
+        ways = TRAINING.trains(config_for(place, **{**HALF, "train.frozen_precision": "full", **changes}))
+        assert ways[0][0] == first and ways[0][1].half == bool(changes) and len(ways) == 3
+    assert all(way is None or not way.half for _, way in TRAINING.trains(config_for(place, **{"student.lora": 2})))

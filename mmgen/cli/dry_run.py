@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from .tables import show, table_of
 from .training_report import announced
 
 if TYPE_CHECKING:
-    from ..training.cost import Cost
+    from ..training.cost import Cost, PassCost
 
 GIB = 1024**3
 
@@ -25,7 +26,7 @@ def show_cost(method: Method, config: Any, device: str = "auto", announce: Calla
     from ..errors import DataError
     from ..methods.timing import time_of_run
     from ..training.batches import share_batch
-    from ..training.cost import estimate
+    from ..training.cost import estimate, pass_cost
     from ..training.initial import check_initial, read_initial
     from ..training.optim import moments
     from ..training.sharding import asks_for_shards
@@ -53,9 +54,13 @@ def show_cost(method: Method, config: Any, device: str = "auto", announce: Calla
     sharded = processes > 1 and asks_for_shards()
 
     @cache
+    def pass_of(adapters: Any, checkpointing: bool) -> PassCost:
+        return pass_cost(model_config, train.precision, checkpointing, adapters)
+
+    @cache
     def cost_of(adapters: Any, checkpointing: bool) -> Cost:
-        kept = moments(config.optimizer.beta1)
-        return estimate(train, model_config, parts, work, sharded, checkpointing, moments=kept, adapters=adapters)
+        kept, one = moments(config.optimizer.beta1), pass_of(adapters and replace(adapters, half=False), checkpointing)
+        return estimate(train, model_config, parts, work, sharded, checkpointing, one, moments=kept, adapters=adapters)
 
     (chosen, adapters), *others = training.trains(config)
     cost = cost_of(adapters, checkpointing)

@@ -69,6 +69,7 @@ def check(config: TeacherConfig) -> None:
     })  # fmt: skip
     check_shared(config)
     check_text(config.text)
+    require(config.train.frozen_precision == "full", "train.frozen_precision is of trainings with a frozen network, and this one has none: leave it out")
     require(config.data.text or config.text == TextSettings(), "the section text is of captions: set data.text=true, or leave it out")
     require(
         denoiser.sigma_min < denoiser.sigma_max,

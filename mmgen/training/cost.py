@@ -48,10 +48,12 @@ INSTANT = Work(forward=2.5, backward=1, whole=3)
 
 @dataclass(frozen=True)
 class Adapters:
-    """LoRA in place of networks of their own: the rank of each that is trained, and the layers (`networks.lora.target_names`)."""
+    """LoRA in place of networks of their own: the rank of each that is trained, the layers (`networks.lora.target_names`), and
+    whether the weights below are kept in half precision."""
 
     ranks: tuple[int, ...]
     targets: tuple[str, ...] = ()
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def estimate(
     # of the instant method's teacher, its gradient and the direction; by adapters the last two are of one
     whole = (work.whole - 1) * trained[-1] if adapters is not None and work.whole else work.whole * one.parameters
     half = train.precision in ("fp16", "bf16") and not sharded
-    halved = one.halved if adapters is not None and train.frozen_precision == "half" else 0
+    halved = one.halved if adapters is not None and adapters.half else 0
     copied = sum(trained) if adapters is None else 0 if again else one.parameters - halved
     averages = len(train.ema_betas) + len(train.ema_half_lives) + len(train.ema_lengths)
     back = (1 if adapters is not None else 2) + again

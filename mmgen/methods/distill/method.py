@@ -349,10 +349,14 @@ def _work(config: DistillConfig) -> tuple[Work, int]:
 
 
 def _trains(config: DistillConfig) -> list[tuple[str, Adapters | None]]:
-    rank = config.student.lora or USUAL_RANK
-    lora = (f"LoRA of rank {rank}", Adapters((rank, config.student.lora_auxiliary or rank), config.student.lora_targets))
-    ways = [("all weights", None), lora]
-    return ways[::-1] if config.student.lora else ways
+    """What is trained, and what could be instead."""
+    rank, half = config.student.lora or USUAL_RANK, half_base(config) is not None
+    lora = Adapters((rank, config.student.lora_auxiliary or rank), config.student.lora_targets)
+    ways = [("all weights", None), (f"LoRA of rank {rank}", lora)]
+    if config.train.precision in ("bf16", "fp16") and config.loss.method == "alternating":
+        ways.append((f"LoRA of rank {rank}, base in half precision", replace(lora, half=True)))
+    chosen = ways[1 + half if config.student.lora else 0]
+    return [chosen, *(way for way in ways if way is not chosen)]
 
 
 TRAINING = Training(
