@@ -17,6 +17,7 @@ from PIL import Image
 
 from mmgen.diffusion.schedules import ScheduleSettings, make_schedule
 from mmgen.training.task import Outcome
+from tests.benchmarks import scale_table
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +92,19 @@ def test_the_table_of_scale(tmp_path):
     # DiT-S/2: 6.05 G multiply-adds a pass, four passes' worth, 4,096 images, at half of 494 TFLOP/s
     assert float(rows[6][4]) == pytest.approx(4 * 2 * 6.05e9 * 4096 / 247e12, rel=0.05)
     assert 3 < float(rows[7][3]) < 4  # at 32 x 32: 0.21 TFLOP at 8 x 8, times 16
+
+
+def test_every_preset_is_in_the_table_of_scale():
+    table, shown = (ROOT / "examples/scale.md").read_text(), scale_table.preset_names()
+    for name in shown:
+        assert scale_table.recipe(name).model.channels > 0
+        assert table.count(f"| `{name}`") >= 2, name  # memory and time
+
+
+@pytest.mark.slow
+def test_students_on_cards_are_as_the_document_says():
+    for row in scale_table.card_rows("pixart512-distill", scale_table.GPUS["h200"], 0.35):
+        assert row in (ROOT / "examples/scale.md").read_text()
 
 
 # The weights of the predictions as they were computed for vp_cosine elsewhere, to the digits that they were noted with.

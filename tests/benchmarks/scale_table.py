@@ -1,4 +1,5 @@
-"""Memory and time of every training preset on 1, 8 and 64 GPUs, as two tables in Markdown. Computed, not measured.
+"""Memory and time of every training preset on 1, 8 and 64 GPUs, and of students of pipelines on one card, as tables in Markdown.
+Computed, not measured.
 
     python -m tests.benchmarks.scale_table                       # H200 at 35 % of their peak rate
     python -m tests.benchmarks.scale_table --gpu a100 --utilisation 0.3 --gradient-checkpointing
@@ -12,7 +13,7 @@ the same for all networks: no communication, no input and no evaluation are coun
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mmgen.config import distill as distill_config, imm as imm_config, teacher as teacher_config
 from mmgen.config.sections import preset_names, read_preset
@@ -39,10 +40,15 @@ GIB, DAY = 2**30, 86400
 SHAPES = {"digits": DataShape(8, 1, 10), "cifar10": DataShape(32, 3, 10)}  # of data whose presets do not say it
 # What the presets without a teacher of their own are computed with
 STAND_INS = {
-    "digits-distill": "digits-teacher", "cifar10-distill": "cifar10-teacher", "imagenet128-distill": "imagenet128-teacher",
+    "digits-distill": "digits-teacher", "digits-text-distill": "digits-text", "emoji32-distill": "emoji32-teacher",
+    "t2i512-distill": "t2i512-teacher", "cifar10-distill": "cifar10-teacher", "imagenet128-distill": "imagenet128-teacher",
     "imagenet64-distill": "EDM's ADM", "sd15-distill": "sd15", "sd15-distill-lora": "sd15", "sdxl-distill-lora": "sdxl",
     "pixart512-distill": "pixart", "sd3-distill-lora": "sd3",
 }  # fmt: skip
+
+
+CARDS = (24, 48, 80)  # GiB
+FREE, ASIDE = 0.93, 2  # the part of a card that a training may take, less GiB for text encoders, autoencoder and kernels
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,25 @@ def step_seconds(chosen: Recipe, cost: Cost, gpu: dict[str, float], utilisation:
     share = beside / evaluations
     seconds = cost.flops_per_step * (share / gpu["tf32"] + (1 - share) / gpu[precision])
     return seconds / utilisation / gpus
+
+
+def card_rows(name: str, gpu: dict[str, float], utilisation: float) -> list[str]:
+    """A student of a pipeline, with gradient checkpointing: how many images fit into a pass on each card, and how fast it trains."""
+    chosen, rows = recipe(name), []
+    train = chosen.config.train
+    one = pass_cost(chosen.model, train.precision, True, chosen.adapters)
+    parts = split_batch(train.batch_size, chosen.group_size, 1, chosen.group_size)
+    for adapters in [chosen.adapters] if chosen.adapters is None else [chosen.adapters, replace(chosen.adapters, half=True)]:
+        cost = estimate(train, chosen.model, parts, chosen.work, False, True, one, moments=moments(chosen.config.optimizer.beta1), adapters=adapters)
+        beside = (cost.total - cost.activations) / GIB
+        images = [max(int((FREE * card - ASIDE - beside) / (one.bytes / GIB)), 0) for card in CARDS]
+        rate = train.batch_size / step_seconds(chosen, cost, gpu, utilisation, 1)
+        label = f"`{name}`" + ", base in bf16" * (adapters is not None and adapters.half)
+        rows.append(row(
+            label, f"{cost.parameters / 1e6:,.1f}M", f"{cost.trained / 1e6:,.1f}M", f"{beside:.1f}", f"{one.bytes / GIB:.2f}",
+            *(str(count) if count else "–" for count in images), f"{cost.flops_per_step / train.batch_size / 1e12:.1f}", number(rate),
+        ))  # fmt: skip
+    return rows
 
 
 def number(value: float | None) -> str:
@@ -167,6 +192,15 @@ def main() -> None:
     )
     print(row("---", "---", *["---:"] * 8))
     print("\n".join(time))
+    pipelines = [name for name in options.presets if STAND_INS.get(name) in NAMES]
+    if not pipelines:
+        return
+    print(f"\nStudents of pipelines on one card, with gradient checkpointing, images/s at {options.utilisation:.0%} of an H100's or H200's peak:\n")
+    cards = [f"images in a pass, {CARDS[0]} GB", *(f"{card} GB" for card in CARDS[1:])]
+    print(row("preset", "parameters", "trained", "GiB beside activations", "GiB an image", *cards, "TFLOP an image", "images/s"))
+    print(row("---", *["---:"] * 9))
+    for name in pipelines:
+        print("\n".join(card_rows(name, GPUS["h200"], options.utilisation)))
 
 
 if __name__ == "__main__":
