@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import DataError
 from ..system.process import cores
-from .decode import MAX_PIXELS, is_grey, open_image, opened, to_pixels
+from .decode import MAX_PIXELS, is_grey, open_image, opened, pixels_of
 from .image_source import CorruptImage, ImageSource
 
 PROBED = 16  # images that decide whether a source is grey
@@ -90,14 +90,16 @@ def decode_chunks(source: ImageSource, plan: Plan, numbers: range, size: int) ->
         for start in range(numbers.start, numbers.stop, size):
             part = range(start, min(start + size, numbers.stop))
             few = min(max(len(part) // (4 * count), 1), _AT_ONCE)
-            tasks = threads.map(lambda some: [_pixels(source, i, plan) for i in some], _pieces(part, few))
-            decoded = [found for some in tasks for found in some]
-            kept = [i for i, found in zip(part, decoded) if found is not None]
-            skipped = [source.names(i) for i, found in zip(part, decoded) if found is None]
-            empty = np.empty((0, plan.channels, plan.resolution, plan.resolution), np.uint8)
-            whole = [found for found in decoded if found is not None]
-            sizes = np.array([size for _, size in whole], np.int64).reshape(-1, 2)
-            yield Chunk(part, np.stack([pixels for pixels, _ in whole]) if kept else empty, kept, skipped, sizes)
+            pixels = np.empty((len(part), plan.channels, plan.resolution, plan.resolution), np.uint8)
+
+            def decode(some: range, pixels: np.ndarray = pixels, first: int = start) -> list[tuple[int, int] | None]:
+                return [_decode_into(pixels[i - first], source, i, plan) for i in some]
+
+            found = [size for some in threads.map(decode, _pieces(part, few)) for size in some]
+            kept = [i for i, size in zip(part, found) if size is not None]
+            skipped = [source.names(i) for i, size in zip(part, found) if size is None]
+            sizes = np.array([size for size in found if size is not None], np.int64).reshape(-1, 2)
+            yield Chunk(part, pixels[[i - start for i in kept]] if skipped else pixels, kept, skipped, sizes)
 
 
 def _pieces(numbers: range, size: int) -> list[range]:
@@ -113,8 +115,8 @@ def ahead(chunks: Iterator[Chunk]) -> Iterator[Chunk]:
             yield chunk
 
 
-def _pixels(source: ImageSource, i: int, plan: Plan) -> tuple[np.ndarray, tuple[int, int]] | None:
-    """Image i, uint8 [C, R, R], and its own height and width; None where it cannot be read and may be skipped."""
+def _decode_into(pixels: np.ndarray, source: ImageSource, i: int, plan: Plan) -> tuple[int, int] | None:
+    """Image i to `pixels` uint8 [C, R, R] -> its own height and width; None where it cannot be read and may be skipped."""
     try:
         with contextlib.ExitStack() as stack:
             image = opened(source.read(i), MAX_PIXELS, stack.enter_context)
@@ -126,7 +128,8 @@ def _pixels(source: ImageSource, i: int, plan: Plan) -> tuple[np.ndarray, tuple[
                 )
             if plan.only_grey and not is_grey(image):
                 raise DataError(f"{source.names(i)} is in colour, but the first images are grey: give --channels 3, or 1")
-            return to_pixels(image, plan.resolution, plan.channels), (image.height, image.width)
+            pixels[...] = pixels_of(image, plan.resolution, plan.channels)
+            return image.height, image.width
     except CorruptImage as error:
         if plan.skip_corrupt:
             return None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ..errors import DataError, shortened
+from ..system.files import read_bytes
 from .image_source import CorruptImage, identity
 from .walk import Listing
 
@@ -41,8 +42,7 @@ def files_in_folder(listing: Listing) -> Files:
         try:
             if name.endswith(LISTS) and (path / name).stat().st_size > MOST_LABELS:
                 raise DataError(f"{path / name} is larger than {MOST_LABELS:,} bytes")
-            with open(within + name, "rb") as file:
-                return file.read()
+            return read_bytes(within + name)
         except OSError as error:
             raise DataError(f"cannot read {path / name}: {error.strerror or error}") from error
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError
+from ..system.files import read_parts
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,8 +66,9 @@ _AT_ONCE = 64  # files that a thread is given at a time
 def fingerprint(layout: str, files: Iterable[Any], **choices: Any) -> str:
     """SHA-256 of a layout, the `identity` of its files, and what was chosen within them."""
     digest = hashlib.sha256(json.dumps([layout, choices], sort_keys=True).encode())
-    for file in files:
-        digest.update(json.dumps(file).encode())
+    files = list(files)
+    for start in range(0, len(files), _AT_ONCE):
+        digest.update(json.dumps(files[start : start + _AT_ONCE]).encode())
     return digest.hexdigest()
 
 
@@ -87,12 +89,7 @@ def identity(paths: Iterable[str | os.PathLike]) -> list[tuple[str, int, int, st
             starts = [0, (size - _BLOCK) // 2, size - _BLOCK]
         else:
             return ""
-        sha256 = hashlib.sha256()
-        with open(path, "rb") as content:
-            for start in starts:
-                content.seek(max(start, 0))
-                sha256.update(content.read(_BLOCK))
-        return sha256.hexdigest()
+        return hashlib.sha256(read_parts(path, starts, min(size, _BLOCK))).hexdigest()
 
     pieces = [found[start : start + _AT_ONCE] for start in range(0, len(found), _AT_ONCE)]
     with readable_files(), ThreadPoolExecutor(_THREADS) as threads:

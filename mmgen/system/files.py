@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,33 @@ def replacing_folder(path: str | os.PathLike, keep: Callable[[], bool] = lambda:
             flush_to_disk(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_bytes(path: str) -> bytes:
+    """The whole file; of a small one in half the time of `open`, whose buffers are made for nothing. Raises OSError."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return _read(file, os.fstat(file).st_size)
+    finally:
+        os.close(file)
+
+
+def read_parts(path: str, starts: Iterable[int], size: int) -> bytes:
+    """Up to `size` bytes from each start (a negative one is the beginning), joined. Raises OSError."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return b"".join(_read(file, size, max(start, 0)) for start in starts)
+    finally:
+        os.close(file)
+
+
+def _read(file: int, size: int, start: int = 0) -> bytes:
+    """A system call returns less than it was asked for at 2 GiB."""
+    parts = []
+    while size > 0 and (part := os.pread(file, size, start)):
+        parts.append(part)
+        size, start = size - len(part), start + len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def flush_to_disk(path: str | os.PathLike) -> None:
