@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from ..errors import ConfigError, MmgenError, disk_errors
 from ..system.files import flush_to_disk, remove_leftovers, replacing, staging, write_json
@@ -84,7 +84,7 @@ def write_png(
     if missing:
         with staging(folder) as temporary, _in_background(temporary) as write:
             for indices, images in draw_missing(model, chosen, missing, num, process_group, progress):
-                write((folder / _name(i, digits), image) for i, image in zip(indices, images, strict=True))
+                write((folder / _name(i, digits), image) for i, image in zip(indices, images.numpy(force=True), strict=True))
         process_group.wait()
         with disk_errors(folder):
             _flush(folder, [_name(i, digits) for i in range(num)[process_group.index :: process_group.size]])
@@ -107,14 +107,16 @@ def write_png(
 
 def _flush(folder: Path, names: list[str]) -> None:
     """Files, also those of a run that was interrupted, to the disk: "complete" means that they are there. Raises OSError."""
+    within = os.path.join(folder, "")  # not Paths: making one takes as long as flushing a small file in memory
+    pieces = [names[start : start + _AT_ONCE] for start in range(0, len(names), _AT_ONCE)]
     with ThreadPoolExecutor(_MOST_WRITERS) as pool:
-        for _ in pool.map(flush_to_disk, [folder / name for name in names]):
+        for _ in pool.map(lambda some: [flush_to_disk(within + name) for name in some], pieces):
             pass
     flush_to_disk(folder)
 
 
 @contextlib.contextmanager
-def _in_background(temporary: Path) -> Iterator[Callable[[Iterable[tuple[Path, Tensor]]], None]]:
+def _in_background(temporary: Path) -> Iterator[Callable[[Iterable[tuple[Path, np.ndarray]]], None]]:
     """write(files): starts to write a batch of PNG files, once the batch before is written; at the end all are.
 
     So that the next batch is drawn meanwhile. Raises what `_write` raises, and then leaves out what was not begun; whatever
@@ -130,7 +132,7 @@ def _in_background(temporary: Path) -> Iterator[Callable[[Iterable[tuple[Path, T
             pool.shutdown(cancel_futures=True)
             raise
 
-    def write(files: Iterable[tuple[Path, Tensor]]) -> None:
+    def write(files: Iterable[tuple[Path, np.ndarray]]) -> None:
         finish()
         some = list(files)
         begun.extend(pool.submit(_write, some[start : start + _AT_ONCE], temporary) for start in range(0, len(some), _AT_ONCE))
@@ -142,7 +144,7 @@ def _in_background(temporary: Path) -> Iterator[Callable[[Iterable[tuple[Path, T
         pool.shutdown()
 
 
-def _write(files: list[tuple[Path, Tensor]], temporary: Path) -> None:
+def _write(files: list[tuple[Path, np.ndarray]], temporary: Path) -> None:
     """Writes PNG files by way of a folder for unfinished ones. Raises MmgenError where that fails."""
     for path, image in files:
         with disk_errors(path):

@@ -18,6 +18,7 @@ from ..errors import DataError, ModelError, disk_errors
 from .lock import Held, is_held, try_lock
 
 _UMASK = threading.Lock()
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)  # Windows would change the ends of lines
 TEMPORARY = ".tmp-"  # names that start so are unfinished: never read, and of a killed process, safe to delete
 MOST_JSON = 1 << 26  # bytes of a JSON file: once read, it takes up to twenty times as many
 
@@ -91,7 +92,7 @@ def replacing_folder(path: str | os.PathLike, keep: Callable[[], bool] = lambda:
 
 def read_bytes(path: str) -> bytes:
     """The whole file; of a small one in half the time of `open`, whose buffers are made for nothing. Raises OSError."""
-    file = os.open(path, os.O_RDONLY)
+    file = os.open(path, _READ)
     try:
         return _read(file, os.fstat(file).st_size)
     finally:
@@ -100,19 +101,22 @@ def read_bytes(path: str) -> bytes:
 
 def read_parts(path: str, starts: Iterable[int], size: int) -> bytes:
     """Up to `size` bytes from each start (a negative one is the beginning), joined. Raises OSError."""
-    file = os.open(path, os.O_RDONLY)
+    file, parts = os.open(path, _READ), []
     try:
-        return b"".join(_read(file, size, max(start, 0)) for start in starts)
+        for start in starts:
+            os.lseek(file, max(start, 0), os.SEEK_SET)
+            parts.append(_read(file, size))
+        return b"".join(parts)
     finally:
         os.close(file)
 
 
-def _read(file: int, size: int, start: int = 0) -> bytes:
+def _read(file: int, size: int) -> bytes:
     """A system call returns less than it was asked for at 2 GiB."""
     parts = []
-    while size > 0 and (part := os.pread(file, size, start)):
+    while size > 0 and (part := os.read(file, size)):
         parts.append(part)
-        size, start = size - len(part), start + len(part)
+        size -= len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
