@@ -196,7 +196,7 @@ def test_texts_of_another_encoder_or_length_are_one_sentence(place, tmp_path):
         with_texts(found, pipeline_parts(str(place / "sana"), 16).text, "cpu", Quiet())
     with pytest.raises(ConfigError, match="holds texts by the encoders of .*, which differ"):
         with_texts(found, replace(settings, sha256="0" * 64, encoder="/elsewhere"), "cpu", Quiet())
-    with pytest.raises(DataError, match="out holds latents with .*give another --out"):
+    with pytest.raises(DataError, match="out holds latents of another VAE than .*sd3: give another --out"):
         cached(place, tmp_path / "out", "sd3")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from mmgen.errors import MmgenError
 from mmgen.formats.pipelines import source_of
 from mmgen.formats.reading import read
 from mmgen.formats.recognise import describe
+from mmgen.sampling.drawing import SampleSettings
+from mmgen.sampling.guidance import choose_guidance
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -96,6 +99,14 @@ def test_weights_in_half_precision_or_pickled_are_read_safely(whole, tmp_path):
         model = mmgen.load(folder)
         for key, value in model.network.model.state_dict().items():
             torch.testing.assert_close(value, state[key], rtol=0, atol=0 if ending == ".bin" else 1e-3)
+
+
+def test_a_student_asked_for_guidance(whole):
+    training = {"distilled": {"guidance": 2.0}, "config": {"data": {"caption_dropout": 0.0}}}
+    config = replace(mmgen.load(whole["sd15"]).config, training=training)
+    with pytest.raises(MmgenError, match="guidance 3 is not for this student, .* its teacher's, 2, is built in; leave guidance at 1"):
+        choose_guidance(config, SampleSettings(prompts=("a",), guidance=3.0))
+    assert choose_guidance(config, SampleSettings(prompts=("a",), guidance=1.0))[0] == 1
 
 
 def test_inspect_loads_no_encoder(whole, tmp_path, monkeypatch):

@@ -128,6 +128,8 @@ def is_whole(out: Path, job: dict[str, Any]) -> bool:
         if old.get(key) != new.get(key):
             if key in ("text", "captions"):
                 raise DataError(f"{out} holds latents with other texts, or those of another pipeline: give another --out")
+            if key == "vae_sha256":
+                raise DataError(f"{out} holds latents of another VAE than {job['vae']}: give another --out")
             shown = ("other images", "these") if key == "source" else (old.get(key), new.get(key))
             raise DataError(f"{out} holds latents with {key} = {shown[0]}, not {shown[1]}: give another --out")
     return whole

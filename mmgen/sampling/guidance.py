@@ -68,6 +68,9 @@ def _check_null(config: ModelConfig, guidance: float) -> float:
     ends = config.sampling.guidance_range
     if is_told(config) and ends and not ends[0] <= guidance <= ends[1]:
         raise ConfigError(f"guidance {guidance:g} is outside what this student learned: {ends[0]:g} to {ends[1]:g}")
+    if guidance != 1 and null is False and (student := config.training.get("distilled")) is not None:
+        built_in = f"its teacher's, {student.get('guidance', 1):g}, is built in"
+        raise ConfigError(f"guidance {guidance:g} is not for this student, which never learned images without a condition: {built_in}; leave guidance at 1")
     if guidance != 1 and null is False:
         without = "a text (caption dropout)" if config.text is not None else "a class (label dropout)"
         raise ConfigError(
