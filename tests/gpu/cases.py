@@ -185,7 +185,7 @@ def tiny_case(method: str, name: str, **more: Any) -> Case:
 def tiny_cases() -> Iterator[Case]:
     """Both methods that train from scratch with every network that they can have; every kind of distillation, of two networks."""
     for name in TINY:
-        if name in ("unet", "ncsnpp", "dit"):  # the networks with a second time
+        if name != "edm2":  # which has no second time
             yield tiny_case("imm", name)
         yield tiny_case("teacher", name)
     yield tiny_case("imm", "text")
