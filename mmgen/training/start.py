@@ -181,7 +181,8 @@ def run_training(
     if initial is not None:
         make_plain = make_task
         config = replace(config, train=replace(config.train, init_sha256=initial.sha256))
-        reporter.note(f"the training begins with the weights of {initial.path} (sha256 {initial.sha256[:12]})")
+        side = initial.config.resolution
+        reporter.note(f"the training begins with the weights of {initial.path} ({side} x {side}, sha256 {initial.sha256[:12]})")
 
         def make_task(accelerator: Any) -> Task:
             return begin_with(make_plain(accelerator), initial)
