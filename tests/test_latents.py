@@ -192,7 +192,7 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(place, tmp_p
     for changes, message in (
         ({"dtype": "float32"}, "dtype = float16, not float32"),
         ({"xflip": True}, "xflip = False, not True"),
-        ({"vae": "tiny"}, "vae_sha256"),
+        ({"vae": "tiny"}, "latents of another VAE"),
         ({"normalisation": "imm"}, "normalisation = measure, not imm"),
         ({"resolution": 8}, "resolution = 16, not 8"),
         ({"images": resolve(str(write_images(tmp_path / "others")))}, "source = other images"),
