@@ -271,7 +271,8 @@ def draw(
 ) -> tuple[Tensor, Tensor | None]:
     """Images number `indices`: uint8 [N, C, H, W] and their labels int64 [N] (None if unconditional), on the CPU.
 
-    decode False: of a model of latents, these, float32. Image i is the same whatever other images are drawn with it, up to rounding in the network's last bits.
+    decode: False gives the latents of a model of latents as they are, float32. Image i is the same whatever other images are drawn
+    with it, up to rounding in the network's last bits.
     """
     chosen = plan(model.config, settings) if isinstance(settings, SampleSettings) else settings
     images, labels = [], []
