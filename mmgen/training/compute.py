@@ -20,11 +20,13 @@ def set_precision(precision: str) -> None:
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def compile_network(network: nn.Module, backend: Any = "inductor") -> None:
+def compile_network(network: nn.Module, backend: Any = "inductor", regional: bool | None = None) -> None:
     """torch.compile in place: the state dict keeps its names.
 
     Of a network with a transformer each block is compiled: blocks of the same shapes share one compilation. A whole DiT-XL/2 takes
     minutes before its first step. A U-Net, whose blocks differ, is compiled whole.
+
+    regional: whether each block is compiled by itself; None: where there is a transformer.
 
     Compiled random numbers are drawn as in eager mode: the pass with gradient and the target's are compiled apart, and their
     dropout masks must be the same.
@@ -33,6 +35,7 @@ def compile_network(network: nn.Module, backend: Any = "inductor") -> None:
 
     inductor.fallback_random = True
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # of one class of block in all its shapes
-    transformer = any(isinstance(child, nn.ModuleList) for child in network.children())
-    for part in blocks(network) if transformer else [network]:
+    if regional is None:
+        regional = any(isinstance(child, nn.ModuleList) for child in network.children())
+    for part in blocks(network) if regional else [network]:
         part.compile(backend=backend, dynamic=False)
