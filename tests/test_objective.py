@@ -17,7 +17,7 @@ from mmgen.networks.dropout import Dropout
 from mmgen.system.random import keys, normal, torch_seed
 from mmgen.methods.imm import objective as imm
 from mmgen.training.batches import fetch
-from mmgen.training.compute import compile_network
+from mmgen.models.compilation import compile_network
 from mmgen.methods.imm.objective import imm_model_config, imm_task
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]

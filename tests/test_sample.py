@@ -18,7 +18,7 @@ from tiny_model import make_model
 
 import mmgen
 from mmgen.errors import ConfigError
-from mmgen.sampling import folder as sample_folder
+from mmgen.sampling import drawing, folder as sample_folder
 from mmgen.sampling import missing as sample_drawing
 
 
@@ -292,3 +292,17 @@ def test_progress_lines(model, tmp_path):
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stderr.splitlines()[-1])
     assert line["images"] == line["of"] == 8 and line["images_per_second"] > 0
+
+
+def test_compiled_samples_are_the_same_and_compiled_once(model, tmp_path, monkeypatch):
+    """Also the last batch, which is smaller. With a backend that only counts."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, original = CompileCounter(), drawing.compile_network
+    monkeypatch.setattr(drawing, "compile_network", lambda network: original(network, counter))
+    run(model, "--num", 5, "--out", tmp_path / "out", "--batch-size", 2, "--compile")
+    assert np.array_equal(pixels(tmp_path / "out"), mmgen.load(model).sample(5, batch_size=2).images[:, 0].numpy())
+    assert counter.frame_count == 1
+    assert "compile" not in record(tmp_path / "out" / "samples.json")  # it decides nothing
+    with pytest.raises(ConfigError, match="compile must be True or False, not 'no'"):
+        mmgen.load(model).sample(1, compile="no")

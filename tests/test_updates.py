@@ -167,6 +167,28 @@ def test_the_device_leaves_out_what_the_host_would(name, bad):
         assert torch.equal(value, second.state_dict()["state"][0][key]), key
 
 
+def test_leaving_out_takes_as_many_kernels_for_many_parameters_as_for_few():
+    """A U-Net has hundreds: copies made and gradients cleared one by one cost thousands of launches a step."""
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            counted.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    for many in (2, 20):
+        parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(many)]
+        optimizer, counted = build_optimizer(OptimizerSettings(name="radam"), parameters), []
+        for _ in range(2):  # the first makes the moments
+            for parameter in parameters:
+                parameter.grad = torch.ones(2)
+            counted.clear()
+            with Counting():
+                step_where(torch.tensor(True), optimizer)
+        found.append(sum(name.split("_")[0] in ("clone", "copy", "where", "mul", "add") or name.startswith("_foreach") for name in counted))
+    assert found[0] == found[1] > 0
+
+
 class NoQuestions(TorchDispatchMode):
     """Counts of steps, which are on the host, may be asked."""
 

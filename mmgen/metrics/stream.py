@@ -31,12 +31,17 @@ def features_of(
     for numbers, batch, block in _batches(images, ranges, extractor, size, pixels):
         try:
             with torch.no_grad():  # around no yield: it would hold for whoever asks, too
-                features = extractor.extract(torch.from_numpy(batch).to(device, non_blocking=True))
+                features = extractor.extract(_sent(torch.from_numpy(batch), torch.device(device)))
         except torch.OutOfMemoryError as error:
             raise MmgenError(
                 f"the GPU's memory is too small for {len(numbers)} images at a time: lower --batch-size; the scores stay the same"
             ) from error
         yield numbers, features, block
+
+
+def _sent(batch: Tensor, device: torch.device) -> Tensor:
+    """To the device, from pinned memory where that is a GPU: else the copy waits until the network is through with the batch before."""
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else batch.to(device)
 
 
 def _batches(

@@ -23,6 +23,7 @@ from .sigma_grids import RESPACED, sigma_grid
 from ..diffusion.preconditioning import preconditioning
 from ..errors import ConfigError, nearest
 from ..models.build import AnyModel
+from ..models.compilation import compile_network
 from ..models.config import ModelConfig, SamplingSettings, drawn_shape, is_conditional, kind_of
 from ..models.pixels import to_uint8
 from ..models.precision import check_precision, computed_in
@@ -59,6 +60,7 @@ class SampleSettings:
     stochasticity: float | None = None  # of ancestral: 1 is DDPM, 0 is DDIM: see `diffusion.posterior`
     batch_size: int = 256  # images at a time; has no influence on the images
     precision: str | None = None  # fp32, tf32, bf16 or fp16; None: as the weights are, on a GPU by torch's own settings
+    compile: bool = False  # torch.compile the network first, for many images on a GPU
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -87,6 +89,7 @@ class Plan:
     negative: str = ""
     notes: tuple[str, ...] = ()  # what a person should know, a sentence each
     precision: str | None = None
+    compile: bool = False
 
 
 def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
@@ -137,6 +140,7 @@ def plan(config: ModelConfig, settings: SampleSettings) -> Plan:
         negative=settings.negative,
         notes=_notes(config, steps, sampler, grid, doubtful) + _cut_note(config, settings.prompts),
         precision=check_precision(settings.precision),
+        compile=settings.compile,
     )
 
 
@@ -275,12 +279,18 @@ def draw(
     with it, up to rounding in the network's last bits.
     """
     chosen = plan(model.config, settings) if isinstance(settings, SampleSettings) else settings
+    if chosen.compile:
+        compile_network(model.network)
     images, labels = [], []
     for start in range(0, len(indices), chosen.batch_size):
-        batch = torch.as_tensor(list(indices[start : start + chosen.batch_size]), device=model.device)
+        numbers = list(indices[start : start + chosen.batch_size])
+        known = len(numbers)
+        if chosen.compile:  # batches of one size need one compilation
+            numbers += numbers[-1:] * (chosen.batch_size - known)
+        batch = torch.as_tensor(numbers, device=model.device)
         condition = draw_condition(model.config, chosen, batch)
-        with _telling(model, chosen, start, len(batch), tell), computed_in(chosen.precision, model.network):
-            drawn = _draw_batch(model, chosen, batch, condition)
+        with _telling(model, chosen, start, known, tell), computed_in(chosen.precision, model.network):
+            drawn = _draw_batch(model, chosen, batch, condition)[:known]
         if model.config.latents is not None and not decode:
             images.append(drawn.float().cpu())
         elif model.config.latents is not None:
@@ -289,7 +299,7 @@ def draw(
             images.append(decoder(model.config.latents, model.device)(drawn).cpu())
         else:
             images.append(to_uint8(drawn).cpu())
-        labels.append(condition.classes.cpu() if isinstance(condition, Labels) else None)
+        labels.append(condition.classes[:known].cpu() if isinstance(condition, Labels) else None)
     if not images:
         empty = None if model.config.num_classes == 0 else torch.empty(0, dtype=torch.int64)
         return torch.empty(0, *drawn_shape(model.config), dtype=torch.uint8), empty
@@ -310,7 +320,7 @@ def _telling(model: AnyModel, chosen: Plan, done: int, count: int, tell: Tell | 
         made += 1
         tell(done + count * min(made / calls, 1))
 
-    hook = model.network.register_forward_hook(after)
+    hook = model.network.register_forward_hook(torch.compiler.disable(after) if chosen.compile else after)
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,7 @@ class Draws:
         if isinstance(num, bool) or not isinstance(num, int) or num < 0:
             raise ConfigError(f"the number of images must be a whole number of at least 0, not {shortened(num)}")
         chosen = plan(self.config, from_keywords(SampleSettings, settings, "setting of sampling"))
+        chosen = replace(chosen, batch_size=max(1, min(chosen.batch_size, num)))
         with (bar("sampling", num) if progress else contextlib.nullcontext(lambda done: None)) as update:
 
             def tell(done: float) -> None:

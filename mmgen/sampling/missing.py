@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def draw_missing(
     there, drawn = num - len(missing), 0
     report(there, num)
     size = max(1, min(chosen.batch_size, math.ceil(len(missing) / process_group.size)))
+    chosen = replace(chosen, batch_size=size)
     batches = [list(missing[i : i + size]) for i in range(0, len(missing), size)]
 
     def tell(part: float) -> None:

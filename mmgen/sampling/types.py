@@ -29,6 +29,8 @@ def check_types(settings: Any) -> None:
     ):
         for name in names:
             _check(settings, name, kind, what)
+    if not isinstance(settings.compile, bool):
+        raise ConfigError(f"compile must be True or False, not {shortened(settings.compile)}")
 
 
 def _check(settings: Any, name: str, kind: Callable[[Any], Any], what: str) -> None:

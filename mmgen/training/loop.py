@@ -23,6 +23,7 @@ from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import MmgenError, TrainingError
 from ..metrics.frechet import halves_distance
+from ..models.compilation import compile_network
 from ..models.build import AnyModel
 from ..networks import checkpoint_blocks
 from ..system.process import keep_large_blocks
@@ -31,7 +32,7 @@ from . import collapse, evaluation
 from .auto_batch import describe, find_size
 from .batches import Batch, BatchSplit, crossed, fetch, part_sizes, share_batch
 from .checkpoint import Progress, file_names, list_checkpoints, load_checkpoint, newest_whole, remove_old, save_checkpoint
-from .compute import compile_network, set_precision
+from .compute import set_precision
 from .ema import EMA, ema_decays
 from .scorer import make_scorer
 from .gradients import measure_and_clip

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-WAYS = ["tf32", "bf16", "bf16, frozen too", "bf16, frozen too, compiled"]
+WAYS = ["tf32", "bf16", "bf16, frozen too", "compiled"]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -65,7 +65,7 @@ def speed_picture(report: dict[str, Any]) -> Image.Image | None:
     if not presets:
         return None
     colours = {"plain, tf32": "#999999", "tf32": "#88b0d8", "bf16": "#3f7fbf", "bf16, frozen too": "#1f5f9f",
-               "bf16, frozen too, compiled": "#0b3c6f"}
+               "compiled": "#0b3c6f"}
     shown = [
         (name, [("plain, tf32", row["plain"]) for _ in ["plain"] if "plain" in row] + [(way, found["rate"]) for way, found in row["ways"].items()])
         for name, row in presets.items()

@@ -22,8 +22,15 @@ SECONDS = 2.0  # of each measurement
 HALF = {"train.frozen_precision": "half"}
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "tf32": ("tf32", {}), "bf16": ("bf16", {}), "bf16, frozen too": ("bf16", HALF),
-    "bf16, frozen too, compiled": ("bf16", {**HALF, "run.compile": True}),
+    "compiled": ("bf16", {**HALF, "run.compile": True}),
 }  # fmt: skip
+
+
+def ways_of(case: Case) -> dict[str, tuple[str, dict[str, Any]]]:
+    """A teacher has no frozen network."""
+    if not case.name.endswith("-teacher"):
+        return WAYS
+    return {"tf32": WAYS["tf32"], "bf16": WAYS["bf16"], "compiled": ("bf16", {"run.compile": True})}
 
 
 def matrix_rate(device: str, dtype: torch.dtype, side: int = 8192) -> float:
@@ -94,7 +101,7 @@ def presets(
     chosen = [row for row in preset_cases(small) if any(name in row[0].name for name in names)]
     for case, work, batch in chosen:
         row = rows.setdefault(case.name, {"batch": batch, "ways": {}})
-        for way in list(WAYS)[:1] if small else WAYS:
+        for way in list(WAYS)[:1] if small else ways_of(case):
             run = partial(measured, case, work, batch, device, way, seconds, peak)
             measure(row["ways"], f"{case.name}, {way}", way, run)
         if "imm" in case.name and (small or "-imm-" not in case.name or case.name.endswith("-b")):
@@ -108,7 +115,7 @@ def measured(
 ) -> dict[str, Any]:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    precision, changes = WAYS[way]
+    precision, changes = ways_of(case)[way]
     trainer = case.make(device, precision, batch, **changes)
     cost = estimate(trainer.train, trainer.task.model_config, trainer.split, work)
     found: dict[str, Any] = {"rate": rate(trainer._step, batch, device, seconds), "computed": cost.total / 2**30}
