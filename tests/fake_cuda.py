@@ -89,6 +89,12 @@ def on_device(value: torch.Tensor) -> torch.Tensor:
         return _fake.from_tensor(value.detach()).to("cuda").requires_grad_(value.requires_grad)
 
 
+def autocast(dtype: torch.dtype | None) -> torch.autocast:
+    """Half precision on the device, which torch would switch off where there is none; None: without."""
+    with mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False), mock.patch("torch.cuda.is_bf16_supported", lambda: True):
+        return torch.autocast("cuda", dtype=dtype, enabled=dtype is not None)
+
+
 def move(module: nn.Module) -> None:
     """In place; `Module.to` makes no fake tensors of real ones."""
     for part in module.modules():

@@ -246,3 +246,24 @@ def test_a_students_own_noise_differs_between_images_and_repeats(place):
     answer = objective.matching.student_x(noised)
     assert torch.equal(answer, objective.matching.student_x(noised))
     assert not torch.allclose(answer, objective.matching.student_x(replace(noised, index=noised.index + 16)))
+
+
+def test_many_tensors_travel_as_few(monkeypatch):
+    """Between processes each has its mean; those of one type go together, as far as a bucket holds them."""
+    sent = []
+
+    class Two(One):
+        num_processes = 2
+
+        def reduce(self, tensor, reduction):
+            assert reduction == "mean"
+            sent.append(tensor.numel())
+            return 3 * tensor
+
+    monkeypatch.setattr(instant, "BUCKET", 10)
+    sizes = {"a": (2, 3), "b": (4,), "c": (1,), "d": (11,), "e": (), "f": (2,)}
+    tensors = {name: torch.randn(size, dtype=torch.float64 if name == "f" else torch.float32) for name, size in sizes.items()}
+    found = instant.mean_over_processes(tensors, Two())
+    assert sent == [10, 1, 11, 1, 2] and list(found) == list(tensors)
+    assert all(torch.equal(found[name], 3 * value) and found[name].dtype == value.dtype for name, value in tensors.items())
+    assert instant.mean_over_processes(tensors, One()) is tensors and instant.mean_over_processes({}, Two()) == {}

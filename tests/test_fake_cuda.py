@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_cuda import Pass, move, on_device, record
+from fake_cuda import Pass, autocast, move, on_device, record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -34,23 +35,6 @@ def moved(condition: Any) -> Any:
     return found if getattr(found, "empty", None) is None else replace(found, empty=found.empty.map(on_device))
 
 
-def passes(case: Case, monkeypatch: Any) -> dict[str, Pass]:
-    """Of each part its `prepare` and its forward pass."""
-    trainer, found = case.make("cpu", "tf32", 16), {}
-    batch = next(iter(trainer._batches(0)))
-    batch = replace(batch, images=on_device(batch.images), condition=moved(batch.condition), index=on_device(batch.index))
-    # Autograd asks for a real device
-    monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, **options: [torch.zeros_like(value) for value in inputs])
-    for name, part in trainer.task.trained.items():
-        objective = part.objective
-        matching = move_objective(objective)
-        if part.rehearse is not None:
-            objective.teacher.parameters = {key: value.detach() for key, value in matching.teacher.network.named_parameters()}
-            found[f"{name}, prepare"] = record(lambda: part.rehearse(batch))
-        found[name] = record(lambda: objective(batch))
-    return found
-
-
 def move_objective(objective: Any) -> Any:
     """All of it to the device; its matching, where it has one."""
     move(objective)
@@ -66,48 +50,74 @@ def move_objective(objective: Any) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_pass_copies_nothing_and_waits_for_nothing(name, monkeypatch):
-    for part, found in passes(CASES[name], monkeypatch).items():
-        print(f"{name}, {part}: {found.kernels} kernels, {found.double_bytes / 2**20:.2f} MiB of float64")
-        assert found.kernels > 100, "nothing ran on the device"
-        assert found.faults == []
-        for q, k, v in found.attention:
-            assert [t.stride(-1) for t in (q, k, v)] == [1, 1, 1], "no fused attention takes such tensors"
+    """Of each part its `prepare` and its forward pass; then its whole step in half precision."""
+    trainer = on_a_gpu(CASES[name].make("cpu", "tf32", 16), "adam", "bf16", monkeypatch)
+    for turn, (part, trained) in enumerate(trainer.task.trained.items()):
+        passes = {part: lambda: trained.objective(next(trainer._batches(0)))}
+        if trained.prepare is not None:
+            passes = {f"{part}, prepare": lambda: trained.prepare(lambda: trainer._batches(0))} | passes
+        for what, run in passes.items():
+            found = record(run)
+            print(f"{name}, {what}: {found.kernels} kernels, {found.double_bytes / 2**20:.2f} MiB of float64")
+            assert found.kernels > 100, "nothing ran on the device"
+            assert found.faults == []
+            for q, k, v in found.attention:
+                assert [t.stride(-1) for t in (q, k, v)] == [1, 1, 1], "no fused attention takes such tensors"
+        check_step(trainer, part, turn, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "unet" in name and "instant" not in name])  # its pass needs what `prepare` finds
-@pytest.mark.parametrize("optimizer", ["radam", "adam"])
-def test_a_whole_step_waits_for_nothing(name, optimizer, monkeypatch):
+@pytest.mark.parametrize(("name", "optimizer", "precision"), [("imm, unet", "radam", "tf32"), ("alternating, unet", "adam", "fp16")])
+def test_a_whole_step_waits_for_nothing(name, optimizer, precision, monkeypatch):
+    trainer = on_a_gpu(CASES[name].make("cpu", "tf32", 16), optimizer, precision, monkeypatch)
+    parts = list(trainer.task.trained)
+    for turn in range(2 * len(parts)):  # the second time with an optimiser that has moments
+        check_step(trainer, trainer.task.turn(turn), turn, torch.float16 if precision == "fp16" else torch.float32)
+
+
+def check_step(trainer: Any, part: str, turn: int, dtype: torch.dtype) -> None:
     """Passes, clipping, the update and whether it counts, averages, numbers for the log: all but the backward pass.
 
     The one copy is that of loss and norm, into pinned memory; the host reads it when the device is steps further.
     """
-    trainer = CASES[name].make("cpu", "tf32", 16)
-    trainer.optimizer = replace(trainer.optimizer, name=optimizer, grad_clip=1.0)
+    trainer.progress.images = trainer.train.batch_size * turn
+    trainer.task.turn = lambda step: part
+    found = record(trainer._step)
+    assert found.waits == [] and found.mismatches == []
+    assert [copy.partition(":")[0] for copy in found.copies] == ["_to_copy at training/updates.py"]
+    assert ("_fused_adam_" in found.operations) == (trainer.optimizer.name == "adam")
+    assert ("_amp_update_scale_" in found.operations) == (dtype == torch.float16)
+    assert any(q.dtype == dtype for q, _, _ in found.attention)
+
+
+def on_a_gpu(trainer: Any, optimizer: str, precision: str, monkeypatch: Any) -> Any:
+    """A trainer as it would be on a GPU, but for the backward pass."""
     batch = next(iter(trainer._batches(0)))
     batch = replace(batch, images=on_device(batch.images), condition=moved(batch.condition), index=on_device(batch.index))
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, **options: [torch.zeros_like(value) for value in inputs])
     monkeypatch.setattr(trainer, "_batches", lambda first: iter([batch]))
-    updates, part = Updates(trainer.accelerator, str, str, lag=LAG), trainer.task.trained[trainer.task.turn(0)]
-    for each in trainer.task.trained.values():
-        move_objective(each.objective)
-    trainer.updates, part.prepare = updates, None
-    trainer.optimizers = {key: build_optimizer(trainer.optimizer, own.network.parameters()) for key, own in trainer.task.trained.items()}
-    trainer._prepared = {key: (own.objective, trainer.optimizers[key]) for key, own in trainer.task.trained.items()}
-    network = part.network
-    trainer.ema = EMA(network, trainer.ema.decays)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    half = partial(autocast, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
+    monkeypatch.setattr(trainer.accelerator, "autocast", half)
+    trainer.optimizer = replace(trainer.optimizer, name=optimizer, grad_clip=1.0)
+    trainer.updates = Updates(trainer.accelerator, str, str, lag=LAG + 9)  # the host would read what is not there
+    trainer.metrics = MetricAccumulator(trainer.accelerator, single=len(trainer.task.trained) == 1)
+    for name, part in trainer.task.trained.items():
+        matching = move_objective(part.objective)
+        if part.prepare is not None:
+            part.objective.teacher.parameters = {key: value.detach() for key, value in matching.teacher.network.named_parameters()}
+        trainer.optimizers[name] = build_optimizer(trainer.optimizer, part.network.parameters())
+        trainer._prepared[name] = half()(part.objective), trainer.optimizers[name]
+        trainer.scalers[name] = torch.amp.GradScaler("cuda") if precision == "fp16" else None
+    trainer.ema = EMA(trainer.network, trainer.ema.decays)
 
-    def backward(loss):
-        for parameter in network.parameters():
+    def backward(loss: torch.Tensor) -> None:
+        scaler = trainer.accelerator.scaler
+        assert loss.device.type == "cuda" and (scaler is None or scaler.scale(loss).device.type == "cuda")
+        for parameter in trainer.task.trained[trainer.task.turn(0)].network.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
     monkeypatch.setattr(trainer.accelerator, "backward", backward)
-    trainer.metrics = MetricAccumulator(trainer.accelerator, single=True)
-    for _ in range(2):  # the second time with an optimiser that has moments
-        trainer.progress.images = 0
-        found = record(trainer._step)
-        assert found.waits == [] and found.mismatches == []
-        assert [copy.partition(":")[0] for copy in found.copies] == ["_to_copy at training/updates.py"]
-        assert "_fused_adam_" in found.operations or optimizer == "radam"
+    return trainer
 
 
 def test_a_copy_a_wait_and_two_devices_are_seen():

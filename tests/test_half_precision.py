@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import move, on_device, record
+from fake_cuda import autocast, move, on_device, record
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.gpu.cases import TINY, imm_case, tiny_cases  # noqa: E402
@@ -103,44 +103,57 @@ def test_each_network_has_a_loss_scaler_of_its_own(tmp_path):
     assert [scaler.get_scale() for scaler in fresh.values()] == [16.0, 512.0]
 
 
-def test_a_step_uses_the_scaler_of_its_part(monkeypatch):
-    """What accelerate does with fp16 on a GPU, by torch's own scaler on the CPU."""
-    import mmgen.training.loop as loop
-
-    made = loop.build_optimizer
-    prepared = []
-
-    def with_scaler(settings, parameters):
-        prepared.append(made(settings, parameters))
-        return prepared[-1]
-
-    monkeypatch.setattr(loop, "build_optimizer", with_scaler)
+@pytest.fixture
+def scaled(monkeypatch):
+    """The alternating method with what accelerate makes for fp16 on a GPU, by torch's own scaler on the CPU."""
     from mmgen.training import start
 
     make = start.make_accelerator
 
-    def with_accelerators_scaler(*arguments):
+    def with_scaler(*arguments):
         accelerator = make(*arguments)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
         return accelerator
 
-    monkeypatch.setattr("tests.benchmarks.runs.make_accelerator", with_accelerators_scaler)
-    trainer = CASES["alternating, unet"].make("cpu", "fp32", 8)
-    first, second = trainer.scalers.values()
-    assert first is not second
-    trainer.progress.images = 8  # step 1: the student's turn
-    trainer._step()
-    assert trainer.scalers["student"].get_scale() == 2.0**11  # it grows with each step that was made
-    assert trainer.scalers["auxiliary"].get_scale() == 2.0**10
-    trainer._step()
-    assert [scaler.get_scale() for scaler in (first, second)] == [2.0**11, 2.0**11]
+    monkeypatch.setattr("tests.benchmarks.runs.make_accelerator", with_scaler)
+    return CASES["alternating, unet"].make("cpu", "fp32", 8)
+
+
+def scales(trainer):
+    return {name: scaler.get_scale() for name, scaler in trainer.scalers.items()}
+
+
+def test_a_step_uses_the_scaler_of_its_part(scaled):
+    assert scaled.scalers["student"] is not scaled.scalers["auxiliary"]
+    scaled.progress.images = 8  # step 1: the student's turn
+    scaled._step()
+    assert scales(scaled) == {"student": 2.0**11, "auxiliary": 2.0**10}  # it grows with each step that was made
+    scaled._step()
+    assert scales(scaled) == {"student": 2.0**11, "auxiliary": 2.0**11}
+
+
+def test_an_overflow_of_the_auxiliary_is_its_own(scaled):
+    """Its step is left out and its factor halved; the student's next step is made, by a factor that knows nothing of it."""
+    first = next(scaled.networks["auxiliary"].parameters())
+    hook = first.register_hook(lambda gradient: gradient * torch.inf)
+    before = {name: [p.detach().clone() for p in network.parameters()] for name, network in scaled.networks.items()}
+    scaled._step()
+    assert scales(scaled) == {"student": 2.0**10, "auxiliary": 2.0**9}
+    for name, network in scaled.networks.items():
+        assert all(map(torch.equal, network.parameters(), before[name])) and not scaled.optimizers[name].state
+    hook.remove()
+    scaled._step()
+    assert scales(scaled) == {"student": 2.0**11, "auxiliary": 2.0**9}
+    assert scaled.optimizers["student"].state and not scaled.optimizers["auxiliary"].state
+    numbers = scaled._flush()
+    assert (numbers["auxiliary_skipped_steps"], numbers["student_skipped_steps"]) == (1, 0)
 
 
 def test_a_group_norm_on_a_gpu_stays_in_half_precision():
     norm = GroupNorm(4, 16)
     move(norm)
     x, outputs = on_device(torch.randn(2, 16, 8, 8)), []
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    with autocast(torch.bfloat16):
         found = record(lambda: outputs.append(norm(x.bfloat16())))
     assert outputs[0].dtype == torch.bfloat16 and outputs[0].device.type == "cuda" and found.faults == []
     assert torch.equal(GroupNorm(4, 16)(torch.ones(1, 16, 2, 2)), torch.nn.GroupNorm(4, 16)(torch.ones(1, 16, 2, 2)))

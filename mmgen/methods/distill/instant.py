@@ -34,6 +34,7 @@ from ...training.task import TrainedNetwork
 
 GROUP = 2  # images that stay together: one of A and one of B
 MOMENT_PASS = 16  # images in a pass for them where run.batch_per_device is auto
+BUCKET = 2**24  # numbers that travel between processes at once
 MOMENT_BATCHES = 64  # whose squared gradients are averaged where the teacher's optimiser left nothing
 
 Derivative = Callable[[Function, dict[str, Tensor], dict[str, Tensor]], tuple[Tensor, Tensor]]
@@ -182,4 +183,24 @@ def mean_gradient(gradients: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def mean_over_processes(tensors: dict[str, Tensor], accelerator: Any) -> dict[str, Tensor]:
-    return tensors if accelerator.num_processes == 1 else accelerator.reduce(tensors, reduction="mean")
+    """In few collectives: many tensors travel as one."""
+    if accelerator.num_processes == 1:
+        return tensors
+    found: dict[str, Tensor] = {}
+    for names in _buckets(tensors):
+        flat = accelerator.reduce(torch.cat([tensors[name].flatten() for name in names]), reduction="mean")
+        parts = flat.split([tensors[name].numel() for name in names])
+        found |= {name: part.view_as(tensors[name]) for name, part in zip(names, parts, strict=True)}
+    return found
+
+
+def _buckets(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
+    """The names, in order, in lists of one type and of at most BUCKET numbers, or of one tensor that has more."""
+    names, size = [], 0
+    for name, tensor in tensors.items():
+        if names and (size + tensor.numel() > BUCKET or tensor.dtype != tensors[names[0]].dtype):
+            yield names
+            names, size = [], 0
+        names, size = [*names, name], size + tensor.numel()
+    if names:
+        yield names
