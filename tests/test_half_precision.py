@@ -10,13 +10,14 @@ import torch
 from fake_cuda import autocast, move, on_device, record
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.gpu.cases import TINY, imm_case, tiny_cases  # noqa: E402
+from tests.gpu.cases import TINY, imm_case, tiny_case, tiny_cases  # noqa: E402
 
 from mmgen.config.imm import ImmConfig, resolve  # noqa: E402
 from mmgen.config.sections import nest  # noqa: E402
 from mmgen.errors import ConfigError  # noqa: E402
 from mmgen.networks.dropout import Dropout  # noqa: E402
 from mmgen.networks.norm import GroupNorm  # noqa: E402
+from mmgen.training.compute import set_precision  # noqa: E402
 from mmgen.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 
 PLAIN = {"data.name": "noise", "data.resolution": 16, "data.channels": 3, "data.conditional": True, "data.num_classes": 10,
@@ -63,6 +64,19 @@ def test_the_target_of_imm_computes_as_the_setting_says(frozen):
     assert loss.dtype == torch.float64
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trainer.network.parameters())
+
+
+@pytest.mark.parametrize("more", [{"student.dropout": 0.5}, {"student.noise_channels": 1}])
+@pytest.mark.parametrize("kind", ["unet", "uvit"])
+def test_x_tilde_of_a_random_student_is_the_same_in_both_turns(kind, more):
+    trainer = tiny_case("alternating", kind, **more).make("cpu", "bf16", 8)
+    matching, batch, found = trainer.task.trained["student"].objective.matching, next(iter(trainer._batches(0))), []
+    answer = matching.student_x
+    matching.student_x = lambda noised: found.append(answer(noised)) or found[-1]
+    for name in ("student", "auxiliary"):
+        torch.manual_seed(len(found))  # torch's generator has no part in it
+        trainer._prepared[name][0](batch)
+    assert torch.equal(found[0].detach(), found[1]) and matching.student.is_random
 
 
 def test_half_precision_of_frozen_networks_needs_that_of_the_trained_one():
@@ -147,6 +161,23 @@ def test_an_overflow_of_the_auxiliary_is_its_own(scaled):
     assert scaled.optimizers["student"].state and not scaled.optimizers["auxiliary"].state
     numbers = scaled._flush()
     assert (numbers["auxiliary_skipped_steps"], numbers["student_skipped_steps"]) == (1, 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+def test_what_a_training_asks_of_a_gpu(precision, monkeypatch):
+    """TF32 but for fp32, the fastest convolution for the shapes at hand, and no sum in half precision."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = torch.get_float32_matmul_precision()
+    for owner, name in ((cudnn, "allow_tf32"), (cudnn, "benchmark"), (products, "allow_fp16_reduced_precision_reduction"),
+                        (products, "allow_bf16_reduced_precision_reduction")):  # fmt: skip
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
+    cudnn.benchmark, cudnn.allow_tf32 = False, precision == "fp32"
+    try:
+        set_precision(precision)
+        assert (torch.get_float32_matmul_precision(), cudnn.allow_tf32) == (("highest", False) if precision == "fp32" else ("high", True))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert cudnn.benchmark and not products.allow_fp16_reduced_precision_reduction and not products.allow_bf16_reduced_precision_reduction
 
 
 def test_a_group_norm_on_a_gpu_stays_in_half_precision():
