@@ -164,20 +164,22 @@ def test_an_overflow_of_the_auxiliary_is_its_own(scaled):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
-def test_what_a_training_asks_of_a_gpu(precision, monkeypatch):
+def test_what_a_training_asks_of_a_gpu(precision):
     """TF32 but for fp32, the fastest convolution for the shapes at hand, and no sum in half precision."""
     cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = torch.get_float32_matmul_precision()
-    for owner, name in ((cudnn, "allow_tf32"), (cudnn, "benchmark"), (products, "allow_fp16_reduced_precision_reduction"),
-                        (products, "allow_bf16_reduced_precision_reduction")):  # fmt: skip
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back afterwards
-    cudnn.benchmark, cudnn.allow_tf32 = False, precision == "fp32"
+    settings = [(cudnn, "allow_tf32"), (cudnn, "benchmark"), (products, "allow_tf32"), (products, "allow_fp16_reduced_precision_reduction"),
+                (products, "allow_bf16_reduced_precision_reduction")]  # fmt: skip
+    before = [getattr(owner, name) for owner, name in settings]
+    for owner, name in settings:
+        setattr(owner, name, True)
+    cudnn.benchmark = False
     try:
         set_precision(precision)
-        assert (torch.get_float32_matmul_precision(), cudnn.allow_tf32) == (("highest", False) if precision == "fp32" else ("high", True))
+        tf32 = precision != "fp32"
+        assert [getattr(owner, name) for owner, name in settings] == [tf32, True, tf32, False, False]
     finally:
-        torch.set_float32_matmul_precision(before)
-    assert cudnn.benchmark and not products.allow_fp16_reduced_precision_reduction and not products.allow_bf16_reduced_precision_reduction
+        for (owner, name), value in zip(settings, before, strict=True):
+            setattr(owner, name, value)
 
 
 def test_a_group_norm_on_a_gpu_stays_in_half_precision():
