@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,12 +14,14 @@ import torch
 from test_objective import make
 from test_training import tiny
 from toy_task import Quiet
+from rich.console import Console
 from typer.testing import CliRunner
 
 from mmgen.cli import app
+from mmgen.cli.training_report import TrainingReport
 from mmgen.diffusion.process import diffuse
 from mmgen.losses.imm import draw_times, earlier_time
-from mmgen.methods import IMM, timing
+from mmgen.methods import IMM, METHODS, timing
 from mmgen.methods.imm import flow_objective as imm
 from mmgen.methods.run import train
 from mmgen.models.files import read_config
@@ -26,7 +31,7 @@ from mmgen.training import speed
 from mmgen.training.loop import Trainer
 from mmgen.training.batches import BatchSplit
 from mmgen.training.cost import IMM as WORK
-from mmgen.training.cost import pass_cost
+from mmgen.training.cost import Work, pass_cost
 
 
 def test_the_log_says_how_much_arithmetic_was_done(tmp_path):
@@ -43,10 +48,45 @@ def test_the_share_of_a_gpu(monkeypatch):
     monkeypatch.setattr(speed, "matrix_rate", lambda device, precision: 1e12)
     monkeypatch.setattr(speed, "forward_flops", lambda config: 1e9)
     config = SimpleNamespace(network=SimpleNamespace())
-    found = speed.Speed(config, WORK, torch.device("cuda"), "bf16", False, 2).numbers(250)
+    found = speed.Speed(config, WORK, torch.device("cuda"), "bf16", 2).numbers(250)
     assert found == {"flops_per_second": 1e12, "mfu": 0.5}
-    assert speed.Speed(config, WORK, torch.device("cuda"), "bf16", True, 2).numbers(200)["flops_per_second"] == 1e12
-    assert speed.Speed(config, None, torch.device("cuda"), "bf16", True, 2).numbers(200) == {}
+    adapters = replace(WORK, back=1)
+    assert speed.Speed(config, adapters, torch.device("cuda"), "bf16", 2).numbers(250) == {"flops_per_second": 7.5e11, "mfu": 0.375}
+    assert speed.Speed(config, None, torch.device("cuda"), "bf16", 2).numbers(200) == {}
+
+
+def test_the_bar_says_the_share_of_a_gpu(monkeypatch):
+    """In 80 columns, with the largest numbers that it may have to hold."""
+    shown = io.StringIO()
+    report = TrainingReport(watch="moment_gap")
+    report.terminal = True
+    monkeypatch.setattr(report, "_console", lambda: Console(file=shown, width=80, force_terminal=True, color_system=None))
+    report.start(0, 1_638_400_000)
+    report.log({"images": 1, "moment_gap": 0.004791})
+    assert report._watched() == "moment gap 0.00479"  # as on a CPU
+    report.log({"images": 2, "moment_gap": 0.004791, "mfu": 0.384})
+    report.advance(1_228_800_000)
+    report.stop()
+    last = [line for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.getvalue()).replace("\r", "\n").split("\n") if line.strip()][-1]
+    assert len(last) <= 80 and "1.23G/1.64G" in last and last.rstrip().endswith("moment gap 0.00479, MFU 38%")
+
+
+def test_every_method_says_what_a_step_of_it_does():
+    """Passes of networks; adapters have no gradient of the weights below; guidance is a second pass of the teacher."""
+    def work(name, **settings):
+        method = METHODS[name]
+        config = method.training().config()
+        for path, value in settings.items():
+            section, name = path.split("__")
+            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+        return method.training().work(config)[0]
+
+    assert work("train-imm") == Work(2, 1) and work("train-teacher") == Work(1, 1)
+    assert work("train-imm", teacher__name="t", teacher__solver="heun").forward == 4
+    assert work("distill", loss__method="alternating") == Work(3, 1, trained=2, frozen=1)
+    assert work("distill", loss__method="instant") == Work(2.5, 1, whole=3)
+    assert work("distill", loss__method="alternating", student__lora=4).back == 1
+    assert work("distill", loss__method="alternating", teacher__guidance=2.0).forward == 4
 
 
 def test_matrices_are_multiplied_at_some_rate():

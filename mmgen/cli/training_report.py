@@ -36,7 +36,7 @@ class TrainingReport:
         self.announce = announce if visible else lambda: None
         self.visible, self.terminal = visible, visible and sys.stderr.isatty()
         self.progress = self.task = None
-        self.watch, self.value = watch, "-"
+        self.watch, self.value, self.share = watch, "-", ""
 
     def note(self, text: str) -> None:
         self.announce()
@@ -54,7 +54,7 @@ class TrainingReport:
         self.progress.start()
 
     def _watched(self) -> str:
-        return f"{self.watch.replace('_', ' ')} {self.value}"
+        return f"{self.watch.replace('_', ' ')} {self.value}{self.share}"
 
     def advance(self, images: int) -> None:
         if self.progress is not None:
@@ -80,6 +80,8 @@ class TrainingReport:
         found = [number for number in (found if isinstance(found, list) else [found]) if number is not None]
         if found:
             self.value = f"{sum(found) / len(found):.3g}"
+        if "mfu" in line:
+            self.share = f", MFU {line['mfu']:.0%}"
         if self.visible and not self.terminal:
             print(json.dumps(line), file=sys.stderr, flush=True)
 

@@ -26,13 +26,14 @@ from .batches import BatchSplit
 
 @dataclass(frozen=True)
 class Work:
-    """What a step of a method does, in passes of networks of the model's size. A backward pass costs two forward ones."""
+    """What a step of a method does, in passes of networks of the model's size."""
 
     forward: float  # passes for each image of the batch
     backward: float
     trained: int = 1  # networks with gradients and an optimiser
     frozen: int = 0  # as many weights besides: a teacher
     whole: int = 0  # likewise, what is never sharded: of the instant method the teacher, its gradient and the direction
+    back: int = 2  # forward passes that one back costs; of adapters 1: the weights below get no gradient
 
     def __str__(self) -> str:
         return f"{self.forward:g} pass{'es' * (self.forward > 1)} forward, {self.backward:g} back"

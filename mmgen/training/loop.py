@@ -110,9 +110,7 @@ class Trainer:
         self.updates = Updates(accelerator, reporter.note, self._remedy)
         self.process_group = process_group_of(accelerator)
         self.source = Prefetch(self._fetch, threaded=accelerator.device.type == "cuda")
-        self.speed = Speed(
-            self.task.model_config, self.task.work, accelerator.device, train.precision, run.gradient_checkpointing, accelerator.num_processes
-        )
+        self.speed = Speed(self.task.model_config, self.task.work, accelerator.device, train.precision, accelerator.num_processes)
         about = {"config": config, "data": dataset.identity}
         self.files = ModelFiles(folder.path, self.task, self.ema, about, self.process_group, self.history)
         if run.batch_per_device == "auto":

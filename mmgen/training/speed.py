@@ -9,20 +9,20 @@ from typing import Any
 import torch
 
 from ..models.config import ModelConfig
-from .cost import Work, forward_flops, has_checkpointing
+from .cost import Work, forward_flops
 
 _SIDE = {"cuda": 8192, "cpu": 512}  # of the matrices that are multiplied
 
 
 class Speed:
-    """`numbers(images_per_second)` for the log; the network's arithmetic is counted when it is first asked for."""
+    """`numbers(images_per_second)` for the log; the network's arithmetic is counted when it is first asked for.
 
-    def __init__(
-        self, model_config: ModelConfig, work: Work | None, device: torch.device, precision: str, checkpointing: bool, processes: int
-    ) -> None:
+    What gradient checkpointing computes again is not counted (PaLM, arXiv:2204.02311, appendix B: model FLOPs utilization).
+    """
+
+    def __init__(self, model_config: ModelConfig, work: Work | None, device: torch.device, precision: str, processes: int) -> None:
         """work: of a step of the method; None: unknown, and nothing is logged."""
         self.model_config, self.work, self.device, self.precision = model_config, work, device, precision
-        self.back = 3 if checkpointing or has_checkpointing(model_config) else 2  # a pass back, in passes forward
         self.processes = processes
         self._found: tuple[float, float | None] | None = None
 
@@ -31,7 +31,7 @@ class Speed:
         if self.work is None:
             return {}
         if self._found is None:
-            flops = (self.work.forward + self.back * self.work.backward) * forward_flops(self.model_config)
+            flops = (self.work.forward + self.work.back * self.work.backward) * forward_flops(self.model_config)
             self._found = flops, matrix_rate(self.device, self.precision) if self.device.type == "cuda" else None
         flops, peak = self._found
         found = {"flops_per_second": _short(flops * images_per_second)}

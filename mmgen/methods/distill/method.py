@@ -345,7 +345,7 @@ def _work(config: DistillConfig) -> tuple[Work, int]:
     elif guided:
         forward, backward = (1.0, 0.0) if alternating else (1.5, 0.5)  # what `cost` counts for the teacher
         work = replace(work, forward=work.forward + forward, backward=work.backward + backward)
-    return work, 1 if alternating else GROUP
+    return replace(work, back=1 if student.lora else 2), 1 if alternating else GROUP
 
 
 def _trains(config: DistillConfig) -> list[tuple[str, Adapters | None]]:
