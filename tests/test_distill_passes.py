@@ -146,10 +146,11 @@ def test_an_objective_trains_its_own_network_alone(place):
     assert [turn(i) for i in range(4)] == ["auxiliary", "student"] * 2 and next(iter(task.trained)) == "student"
 
 
+@pytest.mark.parametrize("rollouts", [0.0, 0.5])
 @pytest.mark.parametrize("method", ["alternating", "instant"])
-def test_results_do_not_depend_on_how_the_batch_is_cut(place, method):
+def test_results_do_not_depend_on_how_the_batch_is_cut(place, method, rollouts):
     """nu is of the whole of A, whatever the rounds."""
-    task, _ = task_for(place, **{"loss.method": method})
+    task, _ = task_for(place, **{"loss.method": method, "student.rollouts": rollouts, "student.rollouts_after": 0})
     found = []
     for size in (16, 4):
         batches = [digits(start, size) for start in range(0, 16, size)]

@@ -82,7 +82,7 @@ def check_step(trainer: Any, part: str, turn: int, dtype: torch.dtype) -> None:
     trainer.progress.images = trainer.train.batch_size * turn
     trainer.task.turn = lambda step: part
     found = record(trainer._step)
-    assert found.waits == [] and found.mismatches == []
+    assert (found.waits, found.mismatches) == ([], [])
     assert [copy.partition(":")[0] for copy in found.copies] == ["_to_copy at training/updates.py"]
     assert ("_fused_adam_" in found.operations) == (trainer.optimizer.name == "adam")
     assert ("_amp_update_scale_" in found.operations) == (dtype == torch.float16)

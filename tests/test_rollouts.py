@@ -28,23 +28,28 @@ def rollouts(share=0.5, after=0, steps=4):
     return Rollouts(share, after, steps, stochasticity=1.0, seed=3)
 
 
+def chosen(plan, first, count):
+    """(row, j) of the images that begin at states of the student's own."""
+    return [(row, level) for row, level in enumerate(plan.levels(torch.arange(first, first + count)).tolist()) if level]
+
+
 def test_the_share_is_kept_and_every_level_comes_equally_often():
     for share in (0.25, 0.5, 1 / 3, 1.0):
-        chosen = rollouts(share).chosen(0, 4800)
-        assert abs(len(chosen) - 4800 * share) <= 2
-        counts = [sum(level == j for _, level in chosen) for j in (1, 2, 3, 4)]
+        found = chosen(rollouts(share), 0, 4800)
+        assert abs(len(found) - 4800 * share) <= 2
+        counts = [sum(level == j for _, level in found) for j in (1, 2, 3, 4)]
         assert max(counts) - min(counts) <= 2
-        assert abs(sum(row % 2 for row, _ in chosen) - len(chosen) / 2) <= 1  # both minibatches of the instant method
+        assert abs(sum(row % 2 for row, _ in found) - len(found) / 2) <= 1  # both minibatches of the instant method
 
 
 def test_how_a_batch_is_cut_changes_nothing():
-    whole = rollouts(0.3).chosen(64, 32)
-    cut = [(row + start, level) for start in (0, 8, 16, 24) for row, level in rollouts(0.3).chosen(64 + start, 8)]
+    whole = chosen(rollouts(0.3), 64, 32)
+    cut = [(row + start, level) for start in (0, 8, 16, 24) for row, level in chosen(rollouts(0.3), 64 + start, 8)]
     assert whole == cut
 
 
 def test_none_before_the_time_for_it():
-    assert {row for row, _ in rollouts(1.0, after=10).chosen(0, 20)} == set(range(10, 20))
+    assert {row for row, _ in chosen(rollouts(1.0, after=10), 0, 20)} == set(range(10, 20))
 
 
 @pytest.mark.parametrize("name", ["vp_cosine", "fm", "discrete"])
@@ -52,7 +57,7 @@ def test_states_have_the_variance_that_exact_steps_give(name):
     """Each step of the posterior with x_hat in the place of x: the variance of z by the recursion of the linear student."""
     schedule = make_schedule(ScheduleSettings(name=name))
     student, plan = Student(schedule), rollouts(1.0)
-    index, levels = torch.arange(8000), [1, 2, 3, 4] * 2000
+    index, levels = torch.arange(8000), sorted([1, 2, 3, 4] * 2000)
     z = plan.states(student, schedule, torch.Size((1, 2, 2)), None, index, levels)
     variance = 1.0
     from mmgen.diffusion.process import posterior
@@ -71,7 +76,8 @@ def test_an_image_has_the_same_state_in_any_batch():
     schedule = make_schedule(ScheduleSettings(name="vp_cosine"))
     index = torch.arange(8)
     states = lambda rows: rollouts().states(Student(schedule), schedule, torch.Size((1, 2, 2)), None, index[rows], [1 + i % 4 for i in rows])
-    assert torch.equal(states([5, 2]), states(list(range(8)))[[5, 2]])
+    whole = [0, 4, 1, 5, 2, 6, 3, 7]  # by level
+    assert torch.equal(states([5, 2]), states(whole)[[3, 4]])
 
 
 def test_labels_and_times_go_with_the_images():
@@ -89,15 +95,15 @@ def test_labels_and_times_go_with_the_images():
             return super().x_hat(z, t, schedule)
 
     plan = rollouts(0.5)
-    new, chosen = plan.put(old, Watching(schedule), schedule, 0), dict(plan.chosen(0, n))
+    new, levels = plan.put(old, Watching(schedule), schedule, range(n)), dict(chosen(plan, 0, n))
     for row in range(n):
-        if row not in chosen:
+        if row not in levels:
             assert new.t[row] == 2 and new.s[row] == 2 and not new.z_t[row].any()
             continue
-        assert new.t[row] == chosen[row] / 4
-        assert chosen[row] - 1 < 4 * new.s[row] < chosen[row]
+        assert new.t[row] == levels[row] / 4
+        assert levels[row] - 1 < 4 * new.s[row] < levels[row]
         assert new.z_t[row].any()
-    first = [row % 10 for row, level in chosen.items() if level < 4]
+    first = [row % 10 for row, level in sorted(levels.items(), key=lambda both: both[1]) if level < 4]
     assert seen[0] == (first, [1.0] * len(first))
 
 
@@ -131,5 +137,5 @@ def test_a_step_costs_the_students_own_steps_too():
         plain, half = (
             TRAINING.work(resolve({"student": {"steps": 4, "rollouts": share}, "loss": {"method": method}}))[0].forward for share in (0.0, 0.5)
         )
-        counted = sum(4 - level for _, level in rollouts(0.5).chosen(0, 4000)) / 4000
+        counted = sum(4 - level for _, level in chosen(rollouts(0.5), 0, 4000)) / 4000
         assert half - plain == pytest.approx(counted, rel=1e-3)

@@ -26,6 +26,12 @@ class Batch:
     condition: Condition | None
     index: Tensor  # int64 [N], the number of each image in the whole training; 0 is the first image of the first step
     first: int  # index[0], known without asking the device
+    stride: int = 1  # between the numbers of the images
+
+    @property
+    def numbers(self) -> range:
+        """`index`, on the host."""
+        return range(self.first, self.first + self.stride * len(self.index), self.stride)
 
 
 @dataclass(frozen=True)

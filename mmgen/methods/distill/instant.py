@@ -126,7 +126,7 @@ class _XHat(nn.Module):
 def minibatch(batch: Batch, which: int) -> Batch:
     """A (0), the images of even number, or B (1), those of odd number; a batch begins with an even one."""
     condition = None if batch.condition is None else batch.condition[which::2]
-    return Batch(batch.images[which::2], condition, batch.index[which::2], batch.first)
+    return Batch(batch.images[which::2], condition, batch.index[which::2], batch.first + which, stride=2)
 
 
 def choose_derivative(matching: Matching) -> tuple[Derivative, str | None]:

@@ -74,7 +74,7 @@ class Matching:
         s, t = draw_times(self.steps, keys(self.seed, batch.index, _TIME))
         noise = normal(keys(self.seed, batch.index, _NOISE), x.shape[1:], torch.float64)
         noised = Noised(diffuse(self.schedule, x.double(), noise, t), t, s, condition, batch.index)
-        return noised if self.rollouts is None else self.rollouts.put(noised, self.student, self.schedule, batch.first)
+        return noised if self.rollouts is None else self.rollouts.put(noised, self.student, self.schedule, batch.numbers)
 
     def noised_at_s(self, batch: Batch) -> tuple[Noised, Tensor]:
         """Images noised to s as a denoiser is trained on them (z_t is at t = s), and the images x, float64 [N, C, H, W]."""

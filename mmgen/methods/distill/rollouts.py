@@ -33,18 +33,14 @@ class Rollouts:
     stochasticity: float
     seed: int
 
-    def chosen(self, first: int, count: int) -> list[tuple[int, int]]:
-        """(row, j) of the images number `first` to first + count - 1 that begin at t = j / k; j falls from k to 1 in turn.
+    def levels(self, numbers: Tensor) -> Tensor:
+        """j of the images with these numbers, int64 [N]: they begin at t = j / k, or where it is 0 at noised data. j falls from k to 1 in turn.
 
         Images are taken in pairs, so that both minibatches of the instant method get their share, and evenly: after n pairs
         floor(n share) have been taken.
         """
-        taken = []
-        for row, number in enumerate(range(first, first + count)):
-            before = int(number // 2 * self.share)
-            if number >= self.after and int((number // 2 + 1) * self.share) > before:
-                taken.append((row, self.steps - before % self.steps))
-        return taken
+        before, after = ((pairs.double() * self.share).long() for pairs in (numbers // 2, numbers // 2 + 1))
+        return torch.where((numbers >= self.after) & (after > before), self.steps - before % self.steps, 0)
 
     @torch.no_grad()
     def states(
@@ -52,18 +48,17 @@ class Rollouts:
     ) -> Tensor:
         """z at t = levels[i] / k, float64 [N, *shape], by the student's sampler from pure noise.
 
-        condition, index int64 [N]: of the images. Costs k - j evaluations for an image at level j.
+        condition, index int64 [N]: of the images. levels: ascending. Costs k - j evaluations for an image at level j.
         """
         one = torch.ones(1, dtype=torch.float64, device=index.device)
         alpha, sigma = schedule.alpha(one), schedule.sigma(one)
         scale = (alpha**2 + sigma**2).sqrt() if schedule.keeps == "variance" else sigma
         z = scale.reshape(-1, *[1] * len(shape)) * normal(keys(self.seed, index, _START), shape, torch.float64)
         for level in range(self.steps, 1, -1):
-            going = [row for row, goal in enumerate(levels) if goal < level]
-            if not going:
+            if not (going := sum(goal < level for goal in levels)):
                 break
-            rows = torch.tensor(going, device=index.device)
-            z[rows] = self._step(student, schedule, z[rows], None if condition is None else condition[rows], index[rows], level)
+            own = None if condition is None else condition[:going]
+            z[:going] = self._step(student, schedule, z[:going], own, index[:going], level)
         return z
 
     def _step(
@@ -78,16 +73,20 @@ class Rollouts:
         noise = normal(keys(self.seed + level, index, _STEP), z.shape[1:], torch.float64)
         return per_image(on_z, z) * z + per_image(on_x, z) * x + per_image(std, z) * noise
 
-    def put(self, noised, student: Denoiser, schedule: Schedule, first: int):
-        """`noised` (see `matching.Noised`), with the chosen images' z_t, t and s: t = j / k and s ~ U((j - 1) / k, j / k)."""
-        chosen = self.chosen(first, len(noised.index))
-        if not chosen:
+    def put(self, noised, student: Denoiser, schedule: Schedule, numbers: range):
+        """`noised` (see `matching.Noised`), with the chosen images' z_t, t and s: t = j / k and s ~ U((j - 1) / k, j / k).
+
+        numbers: those of the images, which the host counts by: it need not ask the device.
+        """
+        there = sorted(level for level in self.levels(torch.tensor(numbers)).tolist() if level)
+        if not there:
             return noised
-        rows, levels = torch.tensor(chosen, device=noised.index.device).unbind(1)
+        levels = self.levels(noised.index)
+        rows = torch.where(levels == 0, self.steps + 1, levels).argsort(stable=True)[: len(there)]
         index, condition = noised.index[rows], noised.condition
         condition = None if condition is None else condition[rows]
-        z = self.states(student, schedule, noised.z_t.shape[1:], condition, index, [level for _, level in chosen])
-        t = levels.double() / self.steps
+        z = self.states(student, schedule, noised.z_t.shape[1:], condition, index, there)
+        t = levels[rows].double() / self.steps
         s = t - uniform(keys(self.seed, index, _TIME)) / self.steps
         return replace(
             noised, z_t=noised.z_t.index_copy(0, rows, z), t=noised.t.index_copy(0, rows, t), s=noised.s.index_copy(0, rows, s)
