@@ -9,7 +9,7 @@ import contextlib
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -19,6 +19,10 @@ from torch.nn import functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mmgen.methods.distill.instant import TeacherFunction
+from mmgen.methods.imm.teacher import TeacherPath
+from mmgen.training.batches import Batch
 
 torch_tensor = torch.tensor
 _WAIT = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_consecutive"}
@@ -104,6 +108,33 @@ def move(module: nn.Module) -> None:
         for name, value in part._buffers.items():
             if value is not None and value.device.type != "cuda":
                 part._buffers[name] = on_device(value)
+
+
+def moved(batch: Batch) -> Batch:
+    condition = batch.condition
+    if condition is not None:
+        empty = getattr(condition, "empty", None)  # the null that a text has beside it
+        condition = condition.map(on_device)
+        condition = condition if empty is None else replace(condition, empty=empty.map(on_device))
+    return replace(batch, images=on_device(batch.images), condition=condition, index=on_device(batch.index))
+
+
+def move_objective(objective: Any) -> None:
+    """All of it to the device: networks that it has and those that it only uses."""
+    move(objective)
+    if getattr(objective, "second_moments", None) is not None:
+        objective.second_moments = {name: on_device(value) for name, value in objective.second_moments.items()}
+    if isinstance(getattr(objective, "teacher", None), TeacherPath):
+        move(objective.teacher.model)
+    matching = getattr(objective, "matching", None)
+    if matching is None:
+        return
+    for model in (matching.student, matching.teacher, *getattr(objective, "_others", ())):
+        move(model)
+    if matching.inner_edges.device.type != "cuda":
+        matching.inner_edges = on_device(matching.inner_edges)
+    if isinstance(getattr(objective, "teacher", None), TeacherFunction):
+        objective.teacher.parameters = {key: value.detach() for key, value in matching.teacher.network.named_parameters()}
 
 
 class _Recording(TorchDispatchMode):

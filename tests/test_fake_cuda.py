@@ -10,41 +10,37 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import Pass, autocast, move, on_device, record
+from fake_cuda import autocast, move, move_objective, moved, on_device, record
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.gpu.cases import DISTILLATIONS, TINY, Case, tiny_case, tiny_cases  # noqa: E402
+from tests.gpu.cases import DISTILLATIONS, TINY, imm_case, tiny_case, tiny_cases, tiny_settings  # noqa: E402
 
+from mmgen.encoders import vae  # noqa: E402
+from mmgen.methods.distill import instant  # noqa: E402
 from mmgen.networks import ADMSettings, DiTSettings, TextSettings, UNetSettings, UViTSettings, build_network  # noqa: E402
 from mmgen.networks.conditions import Labels  # noqa: E402
 from mmgen.networks.text import byte_text  # noqa: E402
+from mmgen.training import augment  # noqa: E402
 from mmgen.training.ema import EMA  # noqa: E402
 from mmgen.training.accumulator import MetricAccumulator  # noqa: E402
 from mmgen.training.optim import build_optimizer  # noqa: E402
 from mmgen.training.updates import LAG, Updates  # noqa: E402
 
 DISTILLED = [tiny_case(method, name) for method in DISTILLATIONS for name in (*TINY, "text")]
+DIT = {f"network.{key}": value for key, value in TINY["dit"].items()}
+GUIDED = {"teacher.guidance": 2.0, "teacher.guidance_interval": [0.3, 5.0], "student.steps": 2, "student.rollouts": 0.5, "student.rollouts_after": 0}
+VARIED = {
+    "imm, augmented": tiny_case("imm", "unet", **{"data.augment": 0.5, "data.xflip": True, "data.label_dropout": 0.2, "network.dropout": 0.1}),
+    "imm, latents": imm_case("imagenet256-imm-s", **DIT),
+    "imm, mean flow": imm_case("digits-meanflow", **tiny_settings("unet")),
+    "alternating, guided, with rollouts": tiny_case("alternating", "unet", **GUIDED | {"student.noise_channels": 2, "loss.weighting": "output"}),
+    "instant, guided, with rollouts": tiny_case("instant, forward", "unet", **GUIDED | {"student.dropout": 0.2, "loss.preconditioner": "adam"}),
+    "alternating, told w": tiny_case("alternating", "dit", **{"student.guidance_range": [1.0, 4.0]}),
+    "alternating, lora": tiny_case("alternating", "uvit", **{"student.lora": 4}),
+}  # fmt: skip
 CASES = {case.name: case for case in (*tiny_cases(), *DISTILLED)}
-
-
-def moved(condition: Any) -> Any:
-    """A condition on the device, with the null that a text has beside it, as `Text.to` does."""
-    found = condition.map(on_device)
-    return found if getattr(found, "empty", None) is None else replace(found, empty=found.empty.map(on_device))
-
-
-def move_objective(objective: Any) -> Any:
-    """All of it to the device; its matching, where it has one."""
-    move(objective)
-    matching = getattr(objective, "matching", None)
-    if matching is not None:
-        for model in (matching.student, matching.teacher, *getattr(objective, "_others", ())):
-            move(model)
-        if matching.inner_edges.device.type != "cuda":
-            matching.inner_edges = on_device(matching.inner_edges)
-    return matching
 
 
 @pytest.mark.slow
@@ -66,24 +62,33 @@ def test_a_pass_copies_nothing_and_waits_for_nothing(name, monkeypatch):
         check_step(trainer, part, turn, torch.bfloat16)
 
 
-@pytest.mark.parametrize(("name", "optimizer", "precision"), [("imm, unet", "radam", "tf32"), ("alternating, unet", "adam", "fp16")])
+STEPS = [("imm, unet", "radam", "tf32"), ("alternating, unet", "adam", "fp16")]
+STEPS += [pytest.param(name, "adam", "bf16", marks=pytest.mark.slow) for name in VARIED]
+
+
+@pytest.mark.parametrize(("name", "optimizer", "precision"), STEPS)
 def test_a_whole_step_waits_for_nothing(name, optimizer, precision, monkeypatch):
-    trainer = on_a_gpu(CASES[name].make("cpu", "tf32", 16), optimizer, precision, monkeypatch)
-    parts = list(trainer.task.trained)
-    for turn in range(2 * len(parts)):  # the second time with an optimiser that has moments
-        check_step(trainer, trainer.task.turn(turn), turn, torch.float16 if precision == "fp16" else torch.float32)
+    monkeypatch.setattr(instant, "MOMENT_BATCHES", 2)
+    trainer = on_a_gpu((CASES | VARIED)[name].make("cpu", "tf32", 16), optimizer, precision, monkeypatch)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, torch.float32)
+    for again in (False, True):  # then the optimisers have moments, and constants are on the device
+        for turn, part in enumerate(trainer.task.trained):
+            check_step(trainer, part, turn, dtype, copies=not again)
+    for kept in (vae._constants, augment._enlarging, augment._reducing):  # of no use to a real GPU
+        kept.cache_clear()
 
 
-def check_step(trainer: Any, part: str, turn: int, dtype: torch.dtype) -> None:
+def check_step(trainer: Any, part: str, turn: int, dtype: torch.dtype, copies: bool = False) -> None:
     """Passes, clipping, the update and whether it counts, averages, numbers for the log: all but the backward pass.
 
-    The one copy is that of loss and norm, into pinned memory; the host reads it when the device is steps further.
+    The one copy is that of loss and norm, into pinned memory; the host reads it when the device is steps further. copies: of constants,
+    there may be more.
     """
     trainer.progress.images = trainer.train.batch_size * turn
     trainer.task.turn = lambda step: part
     found = record(trainer._step)
     assert (found.waits, found.mismatches) == ([], [])
-    assert [copy.partition(":")[0] for copy in found.copies] == ["_to_copy at training/updates.py"]
+    assert copies or [copy.partition(":")[0] for copy in found.copies] == ["_to_copy at training/updates.py"]
     assert ("_fused_adam_" in found.operations) == (trainer.optimizer.name == "adam")
     assert ("_amp_update_scale_" in found.operations) == (dtype == torch.float16)
     assert any(q.dtype == dtype for q, _, _ in found.attention)
@@ -91,8 +96,7 @@ def check_step(trainer: Any, part: str, turn: int, dtype: torch.dtype) -> None:
 
 def on_a_gpu(trainer: Any, optimizer: str, precision: str, monkeypatch: Any) -> Any:
     """A trainer as it would be on a GPU, but for the backward pass."""
-    batch = next(iter(trainer._batches(0)))
-    batch = replace(batch, images=on_device(batch.images), condition=moved(batch.condition), index=on_device(batch.index))
+    batch = moved(next(iter(trainer._batches(0))))
     monkeypatch.setattr(torch.autograd, "grad", lambda loss, inputs, **options: [torch.zeros_like(value) for value in inputs])
     monkeypatch.setattr(trainer, "_batches", lambda first: iter([batch]))
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
@@ -102,9 +106,7 @@ def on_a_gpu(trainer: Any, optimizer: str, precision: str, monkeypatch: Any) -> 
     trainer.updates = Updates(trainer.accelerator, str, str, lag=LAG + 9)  # the host would read what is not there
     trainer.metrics = MetricAccumulator(trainer.accelerator, single=len(trainer.task.trained) == 1)
     for name, part in trainer.task.trained.items():
-        matching = move_objective(part.objective)
-        if part.prepare is not None:
-            part.objective.teacher.parameters = {key: value.detach() for key, value in matching.teacher.network.named_parameters()}
+        move_objective(part.objective)
         trainer.optimizers[name] = build_optimizer(trainer.optimizer, part.network.parameters())
         trainer._prepared[name] = half()(part.objective), trainer.optimizers[name]
         trainer.scalers[name] = torch.amp.GradScaler("cuda") if precision == "fp16" else None

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fake_cuda import move_objective, moved, record
 from test_pipelines_students import student_of
 from tiny_pipelines import LENGTH, latent_side, tiny_pipeline
 from toy_distill import One
@@ -13,6 +14,7 @@ from toy_task import Quiet
 
 from mmgen.config.distill import DistillConfig, resolve, settled
 from mmgen.config.sections import nest
+from mmgen.encoders.vae import _constants
 from mmgen.errors import ConfigError
 from mmgen.losses.moment_matching import finite_derivative, forward_derivative
 from mmgen.methods.distill.instant import TeacherFunction, choose_derivative
@@ -178,3 +180,18 @@ def test_what_a_pass_costs_is_known_beforehand(folders, kind):
     assert plain.parameters == sum(p.numel() for p in load_teacher(folders[kind]).model.network.parameters())
     assert plain.flops == recomputed.flops > 1e5
     assert 0 < recomputed.bytes < plain.bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_a_pass_copies_nothing_and_waits_for_nothing(folders, kind):
+    """On CUDA tensors that are not there: see fake_cuda.py. Of the second pass, when constants are on the device."""
+    task, teacher = task_for(folders[kind], **{"teacher.guidance": 3.0})
+    batch = batch_for(kind, teacher.model.config)
+    batch = moved(replace(batch, condition=replace(batch.condition, sizes=None)))  # SDXL's are those of the whole image then
+    for part in task.trained.values():
+        move_objective(part.objective)
+        found = [record(lambda: part.objective(batch)) for _ in range(2)][1]  # noqa: B023
+        assert found.faults == [] and found.kernels > 1000
+        assert found.attention and all(tensor.stride(-1) == 1 for three in found.attention for tensor in three)
+    _constants.cache_clear()

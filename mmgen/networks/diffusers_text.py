@@ -148,8 +148,9 @@ def _unet(model: nn.Module, t: Tensor, text: Text, tokens: Tensor, side: int) ->
         w = torch.ones_like(t) if text.guidance is None else text.guidance
         given["timestep_cond"] = guidance_embedding(w, width).to(tokens.dtype)
     if model.config.addition_embed_type == "text_time":  # SDXL
-        own = torch.tensor([side, side, 0, 0, side, side], dtype=torch.float32, device=t.device).expand(len(t), 6)
-        sizes = own if text.sizes is None else text.sizes
+        if (sizes := text.sizes) is None:  # of the whole image: made on the device, nothing is copied there
+            sizes = torch.full((len(t), 6), side, dtype=torch.float32, device=t.device)
+            sizes[:, 2:4] = 0
         given["added_cond_kwargs"] = {"text_embeds": text.pooled.to(tokens.dtype), "time_ids": sizes.to(tokens.dtype)}
     return given
 
