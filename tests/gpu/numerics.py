@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mmgen.networks.dropout import Dropout
 from mmgen.training.loop import Trainer
 
 from .cases import Case, scramble, tiny_cases
@@ -26,7 +27,7 @@ def precisions(device: str) -> list[str]:
 
 def numerics(device: str, small: bool) -> dict[str, Any]:
     """{case: {precision: relative errors of "outputs" of the networks, the "loss" and the "gradient"}}, and `failed`."""
-    found, failed = {}, []
+    found, failed = {}, different_masks(device)
     for case in list(tiny_cases())[:: 3 if small else 1]:  # on a CPU `tests/test_fake_cuda.py` and `tests/test_matrix.py` have them all
         reference = loss_and_gradient(case, "cpu", "fp32")
         rows = {}
@@ -40,6 +41,19 @@ def numerics(device: str, small: bool) -> dict[str, Any]:
                 failed.append(f"{case.name}, {precision}: {rows[precision]}")
         found[case.name] = rows
     return {"cases": found, "limits": LIMITS, "failed": failed}
+
+
+def different_masks(device: str) -> list[str]:
+    """IMM's two passes may be in different precisions, and their dropout masks must be the same."""
+    failed, layer = [], Dropout(0.3)
+    for shape in ((4, 64, 16, 16), (3, 5, 7, 7), (2, 257, 66)):
+        masks = []
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            torch.manual_seed(7)
+            masks.append(layer(torch.ones(shape, dtype=dtype, device=device)) == 0)
+        if not 0 < masks[0].float().mean() < 1 or not all(torch.equal(mask, masks[0]) for mask in masks):
+            failed.append(f"dropout of {shape}: masks depend on the precision")
+    return failed
 
 
 @dataclass
