@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests.gpu.cases import DISTILLATIONS, TINY, Case, tiny_case  # noqa: E402
+from tests.gpu.cases import DISTILLATIONS, TINY, Case, imm_case, tiny_case, tiny_settings  # noqa: E402
 
 from mmgen.methods.distill import instant  # noqa: E402
 from mmgen.training.checkpoint import save_checkpoint  # noqa: E402
@@ -31,12 +31,15 @@ MOMENT_BATCHES = 4
 
 def cases() -> dict[str, Case]:
     """By name; sharded ones are named so."""
-    plain = [("imm", kind) for kind in ("unet", "ncsnpp", "dit", "text")] + [("teacher", kind) for kind in KINDS]
+    plain = [("imm", kind) for kind in KINDS if kind != "edm2"] + [("teacher", kind) for kind in KINDS]
     plain += [(method, kind) for kind in KINDS for method in DISTILLATIONS if method != "instant, finite" or kind == "unet"]
     sharded = [("imm", "dit"), ("teacher", "ncsnpp"), ("alternating", "text"), ("instant, finite", "unet")]
     adapters = [("alternating", kind) for kind in KINDS if kind != "edm2"] + [("instant, forward", "unet")]
     changed = {
         "instant, forward, unet, preconditioned": tiny_case("instant, forward", "unet", **{"loss.preconditioner": "adam"}),
+        "instant, forward, unet, with rollouts": tiny_case("instant, forward", "unet", **{"student.rollouts": 0.5, "student.rollouts_after": 0}),
+        "imm, mean flow": imm_case("digits-meanflow", **tiny_settings("unet")),
+        "imm, latents": imm_case("imagenet256-imm-s", **{f"network.{key}": value for key, value in TINY["dit"].items()}),
         "teacher, unet, augmented": tiny_case("teacher", "unet", **{"data.augment": 0.5}),
     }
     found = {case.name: case for case in (tiny_case(*one) for one in plain)} | changed

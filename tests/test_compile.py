@@ -56,3 +56,14 @@ def test_blocks_of_a_unet_that_are_compiled_apart_share_what_they_can():
     """Four more blocks of a level on each way take no more graphs; the results are those of the whole."""
     few, many = (graphs(replace(NETWORKS["unet"], channel_mult=(1,), num_blocks=count), regional=True) for count in (3, 7))
     assert few == many > 2
+
+
+def test_a_run_compiles_all_of_its_networks(monkeypatch):
+    """The frozen ones too, before anything is computed."""
+    compiled = []
+    monkeypatch.setattr(loop, "compile_network", compiled.append)
+    trainer = tiny_case("alternating", "unet").make("cpu", "fp32", 8, **{"run.compile": True})
+    teacher = trainer.task.trained["student"].objective.matching.teacher.network
+    assert {id(network) for network in compiled} == {id(network) for network in (teacher, *trainer.networks.values())} and len(compiled) == 3
+    tiny_case("alternating", "unet").make("cpu", "fp32", 8)
+    assert len(compiled) == 3
