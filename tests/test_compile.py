@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from mmgen.networks import DiTSettings, UNetSettings, UViTSettings, build_network  # noqa: E402
 from mmgen.networks.conditions import Labels  # noqa: E402
 from mmgen.models.compilation import compile_network  # noqa: E402
+from mmgen.training import loop  # noqa: E402
+from tests.gpu.cases import tiny_case  # noqa: E402
 
 NETWORKS = {
     "dit": DiTSettings(hidden_size=32, depth=1, num_heads=2, patch_size=2),
