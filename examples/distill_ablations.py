@@ -1,20 +1,30 @@
 """What each part of moment matching distillation is worth, in small: on digits, one change at a time, over several seeds.
 
-    python examples/distill_ablations.py --out runs/distill-ablations     # an hour or two on one core
+    python examples/distill_ablations.py --out runs/distill-ablations     # many hours on one core: choose
     python examples/distill_ablations.py --seeds 1 --only posterior method
     python examples/distill_ablations.py --teacher runs/digits-teacher    # students of your own teacher of digits
+    python examples/distill_ablations.py --only few --processes 16 --minutes 15      # see ablations.py
 
 A small teacher is trained first, then the students (Salimans et al., arXiv:2406.04103), each from the teacher's weights and with as
-many iterations, but for three of the group `ahead`, which have twice as many. The table has FD-pixels; the variance of the samples
-within their classes, in per cent of the data's; and, of the pixels too, precision (samples that lie among the digits) and recall
-(digits that lie among the samples: diversity).
-Each is the mean over the seeds, and half the distance between the lowest and the highest. Runs that are there are not repeated.
+many iterations, but for those that say otherwise. With `--wide`, the teacher is that of the preset, of 0.19M parameters. The table has
+FD-pixels; the variance of the samples within their classes, in per cent of the data's; and, of the pixels too, precision (samples that
+lie among the digits) and recall (digits that lie among the samples: diversity).
+Each is the mean over the seeds, and half the distance between the lowest and the highest. What is there is not done again.
+
+Groups: `ahead` asks what brings a student of 8 steps ahead of its teacher's 256; `few`, what helps in one and two;
+`preconditioner`, what the instant method reaches by as much compute as the alternating one. An iteration costs passes of the networks: for each image of the
+batch the alternating method takes 3 forward and 1 back, the instant one 2.5 and 1, where a pass back costs two forward and a derivative of
+the teacher counts as two passes. So the instant students of that group have 10/9 as many iterations. A state of the student's own at step j of k
+costs k - j passes more, which is not made up for.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +33,7 @@ import torch
 from torch import Tensor
 
 import mmgen
+from ablations import Job, Scores, add_options, carry_out, check_least, ended, settings_of, slug, spread
 from mmgen import data
 from mmgen.report.charts import Panel, line_chart
 from mmgen.errors import ConfigError, MmgenError, ModelError
@@ -32,41 +43,74 @@ from mmgen.metrics.neighbours import precision_recall
 
 SHOWN = 15  # images of each row of the picture
 QUIET = {"run.checkpoint_every": 10**9, "run.preview_every": 10**9, "run.eval_num": 0}  # what is measured is measured here
-TEACHER = {"network.channel_mult": [1, 1], "train.batch_size": 128, **QUIET}
-STUDENT = {"data.name": "digits", "student.stochasticity": 1.0, "train.batch_size": 128, "run.teacher_steps": 0, **QUIET}
+TEACHER = {"train.batch_size": 128, **QUIET}
+SMALL, WIDE = {"network.channel_mult": [1, 1]}, {}  # 79k parameters; those of the preset
+STUDENT = {"data.name": "digits", "student.stochasticity": 1.0, "run.teacher_steps": 0, **QUIET}
 TEACHER_STEPS = (1, 2, 4, 8, 256)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One change, for how many steps its students are, and how often as many iterations as the others they have."""
+    """One change, for how many steps its students are, and how often as many iterations, and images in each, as the others they have."""
 
     group: str
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
     steps: tuple[int, ...] = (8,)
-    times: int = 1
+    times: float = 1
+    batch: int = 1
+    own_from: float | None = None  # the part of the training after which it begins at states of the student's own
 
 
-AUXILIARY = {"loss.auxiliary_updates": 3}  # with twice the iterations: as many updates of the student
+SOFTER, SOFT = ({"loss.stochasticity": value, "student.stochasticity": value} for value in (0.5, 0.7))
+HALF, ALL = {"student.rollouts": 0.5}, {"student.rollouts": 1.0}
+THREE, FIVE = {"loss.auxiliary_updates": 3}, {"loss.auxiliary_updates": 5}  # with 2 and 3 times the iterations: as many updates of the student
+DROPOUT, NOISE, SHIFT = {"student.dropout": 0.1}, {"student.noise_channels": 1}, {"student.shift": 2.0}
+PLAIN, INSTANT, ADAM = {"loss.weighting": "uniform"}, {"loss.method": "instant"}, {"loss.preconditioner": "adam"}
+STEPS, FEW = (8, 4, 2, 1), (2, 1)
 VARIANTS = [
-    Variant("steps", "alternating", {}, (8, 4, 2, 1)),
+    Variant("steps", "alternating", {}, STEPS),
     Variant("posterior", "unconditional posterior", {"loss.posterior": "unconditional"}, (8, 2)),
-    Variant("posterior", "stochasticity 0.5", {"loss.stochasticity": 0.5, "student.stochasticity": 0.5}, (8, 2)),
-    Variant("method", "instant", {"loss.method": "instant"}, (8, 4, 2, 1)),
-    Variant("weighting", "weight 1", {"loss.weighting": "uniform"}),
+    Variant("posterior", "stochasticity 0.5", SOFTER, (8, 2)),
+    Variant("method", "instant", INSTANT, STEPS),
+    Variant("weighting", "weight 1", PLAIN),
     Variant("weighting", "weight min(SNR, 5)", {"loss.weighting": "min_snr"}),
     Variant("weighting", "weight sigmoid of log-SNR", {"loss.weighting": "sigmoid"}),
-    Variant("ahead", "rollouts", {"student.rollouts": 0.5}),
-    Variant("ahead", "three auxiliary updates", AUXILIARY, times=2),
-    Variant("ahead", "both", {"student.rollouts": 0.5, **AUXILIARY}, times=2),
+    Variant("ahead", "rollouts 0.25", {"student.rollouts": 0.25}),
+    Variant("ahead", "rollouts 0.5", HALF),
+    Variant("ahead", "rollouts 0.75", {"student.rollouts": 0.75}),
+    Variant("ahead", "rollouts 0.5 in the second half", HALF, own_from=0.5),
+    Variant("ahead", "three auxiliary updates", THREE, times=2),
+    Variant("ahead", "rollouts 0.5, three auxiliary updates", {**HALF, **THREE}, times=2),
+    Variant("ahead", "five auxiliary updates", FIVE, times=3),
+    Variant("ahead", "rollouts 0.5, five auxiliary updates", {**HALF, **FIVE}, times=3),
     Variant("ahead", "twice the iterations", times=2),
+    Variant("ahead", "three times the iterations", times=3),
+    Variant("ahead", "rollouts 0.5, twice the iterations", HALF, times=2),
+    Variant("ahead", "batches twice as large", batch=2),
+    Variant("ahead", "weight 1", PLAIN),
+    Variant("few", "dropout", DROPOUT, FEW),
+    Variant("few", "noise input", NOISE, FEW),
+    Variant("few", "shift 2", SHIFT, FEW),
+    Variant("few", "shift 0.5", {"student.shift": 0.5}, FEW),
+    Variant("few", "stochasticity 0.7", SOFT, FEW),
+    Variant("few", "stochasticity 0.5", SOFTER, FEW),
+    Variant("few", "rollouts 0.5", HALF, FEW),
+    Variant("few", "rollouts 1", ALL, FEW),
+    Variant("few", "three auxiliary updates", THREE, FEW, times=2),
+    Variant("few", "twice the iterations", {}, FEW, times=2),
+    Variant("few", "weight 1", PLAIN, FEW),
+    Variant("few", "dropout, shift 2", {**DROPOUT, **SHIFT}, FEW),
+    Variant("few", "dropout, shift 2, rollouts 0.5, three auxiliary updates", {**DROPOUT, **SHIFT, **HALF, **THREE}, FEW, times=2),
+    Variant("few", "noise input, rollouts 0.5, three auxiliary updates", {**NOISE, **HALF, **THREE}, FEW, times=2),
+    Variant("preconditioner", "instant, as much compute", INSTANT, STEPS, times=10 / 9),
+    Variant("preconditioner", "instant, Adam, as much compute", {**INSTANT, **ADAM}, STEPS, times=10 / 9),
 ]
 GROUPS = list(dict.fromkeys(variant.group for variant in VARIANTS))
 
 
 class Table:
-    """Rows that are printed as they are found. Scores are kept for the chart, pictures for the picture."""
+    """Rows, printed at once. Scores are kept for the chart, pictures for the picture."""
 
     def __init__(self, samples: int) -> None:
         self.real, self.samples = data.load("digits"), samples
@@ -76,22 +120,16 @@ class Table:
         self._add("|---" * 6 + "|")
         self._add(f"| halves of the data | | {halves_distance(self.real.images):.3f} | | | |")
 
-    def measure(self, name: str, steps: int, models: list, draws: int) -> None:
-        """A row for models of the seeds 0, 1, ..., each sampled ancestrally so many times."""
-        found = []
-        for index, model in enumerate(models):
-            drawn = [model.sample(self.samples, steps=steps, seed=index + 10 * i, sampler="ancestral") for i in range(draws)]
-            found.append(np.mean([self._figures(each.images, each.labels) for each in drawn], axis=0))
-            if index == 0:
-                self.pictures.append((f"{name}, {steps}", drawn[0].images[:SHOWN]))
-        columns = zip(np.transpose(found), self.digits.values(), strict=True)
+    def row(self, name: str, steps: int, found: list[dict[str, Any]], seeds: int) -> None:
+        """What was measured of those of the seeds that are there, as `measure` gives it. None: no row."""
+        if not found:
+            return
+        name += f" ({len(found)} of {seeds} seeds)" * (len(found) < seeds)
+        figures = np.array([each["figures"] for each in found])
+        self.pictures.append((f"{name}, {steps}", torch.tensor(found[0]["shown"], dtype=torch.uint8)))
+        columns = zip(figures.T, self.digits.values(), strict=True)
         self._add(f"| {name} | {steps} | {' | '.join(spread(values, digits) for values, digits in columns)} |")
-        self.points.setdefault(name, {})[steps] = np.mean(found, axis=0)
-
-    def _figures(self, images: Tensor, labels: Tensor | None) -> tuple[float, ...]:
-        share = variance(images, labels) / variance(self.real.images, None if labels is None else self.real.labels)
-        among = precision_recall(pixel_features(self.real.images), pixel_features(images))
-        return fd_pixels(images, self.real.images), 100 * share, *among
+        self.points.setdefault(name, {})[steps] = figures.mean(0)
 
     def _add(self, row: str) -> None:
         self.rows.append(row)
@@ -119,53 +157,90 @@ def variance(images: Tensor | np.ndarray, labels: Tensor | np.ndarray | None) ->
     return ((x - means[label]).square().sum() / (len(x) - len(count))).item()
 
 
-def spread(values: np.ndarray | list[float], digits: int) -> str:
-    return f"{np.mean(values):.{digits}f} ± {np.ptp(values) / 2:.{digits}f}"
+def measure(model: Any, steps: int, seed: int, samples: int, draws: int) -> dict[str, Any]:
+    """The mean figures of so many ancestral draws of a model, and the first images of the first."""
+    real = data.load("digits")
+    drawn = [model.sample(samples, steps=steps, seed=seed + 10 * i, sampler="ancestral") for i in range(draws)]
+    found = [figures(each.images, each.labels, real) for each in drawn]
+    return {"figures": np.mean(found, axis=0).tolist(), "shown": drawn[0].images[:SHOWN].tolist()}
 
 
-def ended(run: Any) -> Any:
-    """A run that was told to stop ends the script, too: half a training is no result."""
-    if run.signal is not None:
-        raise SystemExit(128 + run.signal)
-    return run
+def figures(images: Tensor, labels: Tensor | None, real: Any) -> tuple[float, ...]:
+    """FD-pixels, the variance in per cent, precision, recall."""
+    share = variance(images, labels) / variance(real.images, None if labels is None else real.labels)
+    among = precision_recall(pixel_features(real.images), pixel_features(images))
+    return fd_pixels(images, real.images), 100 * share, *among
 
 
-def teacher(out: Path, iterations: int) -> Path:
-    """Trains the small teacher in the folder `out`, or finds it there; the folder."""
+def teacher(out: Path, iterations: int, wide: bool = False, device: str = "cpu") -> Path:
+    """Trains the small teacher, or the preset's, in the folder `out`, or finds it there; the folder."""
     images = iterations * TEACHER["train.batch_size"]
-    settings = {**TEACHER, "train.max_images": images, "optimizer.warmup_images": images // 20}
-    ended(mmgen.train_teacher(preset="digits-teacher", settings=settings, out=out, progress=False, device="cpu"))
+    settings = {**TEACHER, **(WIDE if wide else SMALL), "train.max_images": images, "optimizer.warmup_images": images // 20}
+    ended(mmgen.train_teacher(preset="digits-teacher", settings=settings, out=out, progress=False, device=device))
     return out
 
 
-def student(path: str, variant: Variant, steps: int, seed: int, iterations: int, out: Path):
-    """Distils the teacher at `path` in a folder in `out`, or finds the student there."""
-    images = variant.times * iterations * STUDENT["train.batch_size"]
-    settings = {
-        **STUDENT, **variant.changes, "train.seed": seed, "train.max_images": images, "optimizer.warmup_images": images // 20,
+def student_settings(variant: Variant, seed: int, iterations: int, batch_size: int = 128, others: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Of one student, `others` among them; what the variant changes has precedence."""
+    batch = variant.batch * batch_size
+    images = round(variant.times * iterations) * batch
+    own = {} if variant.own_from is None else {"student.rollouts_after": round(variant.own_from * images)}
+    return {
+        **STUDENT, "train.batch_size": batch, "train.max_images": images, "optimizer.warmup_images": images // 20,
+        **others, **variant.changes, **own, "train.seed": seed,
     }  # fmt: skip
-    folder = out / f"{''.join(c if c.isalnum() else '-' for c in variant.name)}-{steps}-{seed}"
-    run = mmgen.distill(path, steps=steps, preset="digits-distill", settings=settings, out=folder, progress=False, device="cpu")
-    return ended(run).load()
+
+
+def student(path: str, name: str, steps: int, settings: dict[str, Any], out: Path, device: str = "cpu") -> Any:
+    """Distils the teacher at `path` in a folder in `out`, or finds the student there."""
+    run = mmgen.distill(path, steps=steps, preset="digits-distill", settings=settings, out=out / name, progress=False, device=device)
+    return ended(run).load(device=device)
+
+
+def compared(only: list[str]) -> list[tuple[Variant, int]]:
+    """What the groups compare, with the plain students of all their numbers of steps. A variant of two groups is there once."""
+    chosen = [(variant, steps) for variant in VARIANTS if variant.group in only for steps in variant.steps]
+    plain = [(VARIANTS[0], steps) for steps in VARIANTS[0].steps if steps in {steps for _, steps in chosen}]
+    return list({(variant.name, steps): (variant, steps) for variant, steps in [*plain, *chosen]}.values())
 
 
 def compare(options: argparse.Namespace) -> None:
-    path = options.teacher or str(teacher(options.out / "teacher", options.teacher_iterations))
-    model = mmgen.load(path)
+    path = options.teacher or str(options.out / "teacher")
+    if not options.teacher and not options.job:  # which many do at a time, of a teacher that is there
+        teacher(Path(path), options.teacher_iterations, options.wide, options.device)
+    model = mmgen.load(path, device=options.device)
     if model.config.denoiser is None:
         raise ModelError(f"{path} is a flow map, which no student is distilled from: give a diffusion or flow-matching teacher")
     if model.image_shape != (1, 8, 8):
         raise ConfigError(f"the teacher {path} knows images of {model.image_shape}, and the digits are of (1, 8, 8)")
-    table = Table(options.samples)
-    for steps in TEACHER_STEPS:
-        table.measure("teacher", steps, [model] * options.seeds, draws=1)
-    for variant in VARIANTS:
-        chosen = variant.steps if variant.group in options.only else ()
-        if variant is VARIANTS[0]:  # what the others are compared with
-            chosen = chosen or (8,)
-        for steps in chosen:
-            models = [student(path, variant, steps, seed, options.iterations, options.out) for seed in range(options.seeds)]
-            table.measure(variant.name, steps, models, options.draws)
+    weights = hashlib.sha256()
+    for value in model.state_dict().values():
+        weights.update(value.cpu().numpy().tobytes())
+    same = {"teacher": weights.hexdigest(), "samples": options.samples, "draws": options.draws}
+    others, seeds = settings_of(options.set), range(options.first_seed, options.first_seed + options.seeds)
+
+    def of_teacher(steps: int, seed: int) -> Job:
+        work = partial(measure, model, steps, seed, options.samples, options.draws)
+        return Job(f"teacher-{steps}-{seed}", {**same, "steps": steps}, work)
+
+    def of_student(variant: Variant, steps: int, seed: int) -> Job:
+        name = f"{slug(variant.name)}-{steps}-{seed}"
+        settings = student_settings(variant, seed, options.iterations, options.batch_size, others)
+
+        def work() -> dict[str, Any]:
+            found = student(path, name, steps, settings, options.out, options.device)
+            return measure(found, steps, seed, options.samples, options.draws)
+
+        return Job(name, {**same, "steps": steps, "settings": settings}, work)
+
+    pairs = compared(options.only)
+    rows = [("teacher", steps, partial(of_teacher, steps)) for steps in TEACHER_STEPS]
+    rows += [(variant.name, steps, partial(of_student, variant, steps)) for variant, steps in pairs]
+    if not carry_out([job(seed) for seed in seeds for _, _, job in rows], options):
+        return
+    table, scores = Table(options.samples), Scores(options.out)
+    for name, steps, job in rows:
+        table.row(name, steps, [found for seed in seeds if (found := scores.get(job(seed))) is not None], len(seeds))
     table.write(options.out)
 
 
@@ -173,16 +248,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--teacher", help="a teacher of digits: file, folder or hub id (default: one is trained, small)")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="what is compared (default: all)")
-    parser.add_argument("--seeds", type=int, default=3, help="students per variant (default 3)")
-    parser.add_argument("--iterations", type=int, default=1000, help="of each student, 128 images each (default 1000)")
+    parser.add_argument("--iterations", type=int, default=1000, help="of each student (default 1000)")
+    parser.add_argument("--batch-size", type=int, default=128, help="of the students (default 128)")
+    parser.add_argument("--wide", action="store_true", help="a teacher of the preset's size, 0.19M parameters in place of 0.08M")
     parser.add_argument("--teacher-iterations", type=int, default=3000, help="of the teacher, 128 images each (default 3000)")
     parser.add_argument("--samples", type=int, default=1797, help="samples per measurement (default 1,797, as many as the data)")
     parser.add_argument("--draws", type=int, default=1, help="measurements of each student, whose mean is taken (default 1)")
-    parser.add_argument("--out", type=Path, default=Path("runs/distill-ablations"), help="folder of runs, table and pictures")
+    add_options(parser, "runs/distill-ablations", "students per variant")
     options = parser.parse_args()
-    for name, least in (("seeds", 1), ("iterations", 1), ("teacher_iterations", 1), ("samples", 32), ("draws", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if options.teacher and options.wide:
+        parser.error("--wide is of the teacher that is trained here: leave it out, or --teacher")
+    check_least(parser, options, iterations=1, batch_size=1, teacher_iterations=1, samples=32, draws=1)
     try:
         compare(options)
     except MmgenError as error:

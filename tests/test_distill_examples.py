@@ -35,9 +35,9 @@ def cells(text: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """All comparisons, each student of two iterations: where it was run, and what was printed."""
+    """The first comparisons, each student of two iterations: where it was run, and what was printed."""
     folder = tmp_path_factory.mktemp("ablations")
-    result = ablations(*QUICK, cwd=folder)
+    result = ablations(*QUICK, "--only", "steps", "posterior", "method", "weighting", cwd=folder)
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 
@@ -57,8 +57,7 @@ def test_every_variant_has_its_row(quick):
     assert steps.pop("alternating") == [8, 4, 2, 1] and steps.pop("instant") == [8, 4, 2, 1]
     assert steps.pop("unconditional posterior") == steps.pop("stochasticity 0.5") == [8, 2]
     assert set(map(tuple, steps.values())) == {(8,)}
-    others = [name for name in steps if not name.startswith("weight ")]
-    assert others == ["rollouts", "three auxiliary updates", "both", "twice the iterations"]
+    assert all(name.startswith("weight ") for name in steps) and len(steps) == 3
 
 
 def test_the_pictures_are_not_empty(quick):
@@ -78,7 +77,7 @@ def test_what_is_there_is_not_repeated_and_rows_can_be_chosen(quick):
     again, before = cells(result.stdout), cells(printed)
     assert all(row in before for row in again)
     assert [row[:2] for row in again[8:]] == [
-        ["alternating", "8"], ["unconditional posterior", "8"], ["unconditional posterior", "2"],
+        ["alternating", "8"], ["alternating", "2"], ["unconditional posterior", "8"], ["unconditional posterior", "2"],
         ["stochasticity 0.5", "8"], ["stochasticity 0.5", "2"],
     ]  # fmt: skip
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == models

@@ -54,7 +54,7 @@ def every_command() -> list[tuple[str, str]]:
 def in_help_and_examples() -> list[tuple[str, str]]:
     """The commands in the help of the commands, and in examples/ and its settings files."""
     texts = {f"help of {name}": command.help for name, command in COMMANDS.items()}
-    texts |= {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "examples").iterdir() if file.suffix != ".png"}
+    texts |= {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "examples").iterdir() if file.is_file() and file.suffix != ".png"}
     found = []
     for place, text in texts.items():
         if not place.endswith(".md"):

@@ -63,16 +63,14 @@ def test_quality_against_cost_goes_on_where_it_was_stopped(tmp_path):
 @pytest.mark.parametrize(
     ("example", "function", "trains", "arguments"),
     [
-        ("imm_ablations.py", "run", "train_imm", ("a", {}, 0, 128, 32, Path("a"))),
+        ("imm_ablations.py", "run", "train_imm", ("a", {}, Path("a"))),
         ("distill_ablations.py", "teacher", "train_teacher", (Path("a"), 2)),
-        ("distill_ablations.py", "student", "distill", ("teacher", None, 8, 0, 2, Path("a"))),
+        ("distill_ablations.py", "student", "distill", ("teacher", "a", 8, {}, Path("a"))),
     ],
 )
 def test_half_a_training_is_no_result(example, function, trains, arguments, monkeypatch):
     """A signal lets a run save and end in good order; the script must not go on as if it had finished."""
     names = runpy.run_path(str(ROOT / "examples" / example))
-    if arguments[1] is None:
-        arguments = (arguments[0], names["VARIANTS"][0], *arguments[2:])
     monkeypatch.setattr(mmgen, trains, lambda *_, **__: Outcome(128, signal=signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
         names[function](*arguments)
