@@ -120,6 +120,7 @@ def test_a_dry_run_says_how_long_the_run_takes(monkeypatch):
     small = ["--set", "network.model_channels=8", "--set", "network.channel_mult=[1]", "--batch-size", "8", "--device", "cpu"]
     printed = CliRunner().invoke(app, ["train-imm", "--dry-run", *small], catch_exceptions=False).stdout
     assert "time of the run" in printed and "on cpu:" in printed and "s a step, scores and previews not counted" in printed
+    assert re.search(r"about \d+\.\d\d MiB: weights and gradients (?!0\.00)", printed)
     monkeypatch.setattr(timing, "MOST_SECONDS", 0.0)
     printed = CliRunner().invoke(app, ["train-imm", "--dry-run", *small], catch_exceptions=False).stdout
     assert "at least" in printed and "not timed, as one pass takes" in printed

@@ -16,7 +16,7 @@ from .training_report import announced
 if TYPE_CHECKING:
     from ..training.cost import Cost, PassCost
 
-GIB = 1024**3
+UNITS = {2**30: "GiB", 2**20: "MiB"}
 
 
 def show_cost(method: Method, config: Any, device: str = "auto", announce: Callable[[], None] = lambda: None) -> None:
@@ -64,6 +64,7 @@ def show_cost(method: Method, config: Any, device: str = "auto", announce: Calla
 
     (chosen, adapters), *others = training.trains(config)
     cost = cost_of(adapters, checkpointing)
+    unit = next((unit for unit in UNITS if cost.total >= unit), 2**20)
     size, networks = shape.resolution, work.trained + work.frozen + work.whole
     sets = f"{work.trained} trained, {work.frozen + work.whole} frozen" if adapters is None else f"1 frozen, shared; {cost.trained:,} trained"
     used = "captions" if model_config.text is not None else f"{model_config.num_classes or 'no'} classes"
@@ -80,26 +81,26 @@ def show_cost(method: Method, config: Any, device: str = "auto", announce: Calla
                           f"{cost.flops_per_step * train.max_images / train.batch_size:.3g} FLOP"),
         ("passes per step", f"{parts} images" + ", the least: auto finds more when the run begins" * auto),
         ("memory per device" + ", sharded" * sharded,
-                              f"about {cost.total / GIB:.2f} GiB: weights and gradients {cost.weights / GIB:.2f}, "
-                              f"optimiser {cost.optimizer / GIB:.2f}, averages {cost.averages / GIB:.2f}, "
-                              + f"half-precision copies {cost.copies / GIB:.2f}, " * (cost.copies > 0)
-                              + f"activations {cost.activations / GIB:.2f}"),
+                              f"about {cost.total / unit:.2f} {UNITS[unit]}: weights and gradients {cost.weights / unit:.2f}, "
+                              f"optimiser {cost.optimizer / unit:.2f}, averages {cost.averages / unit:.2f}, "
+                              + f"half-precision copies {cost.copies / unit:.2f}, " * (cost.copies > 0)
+                              + f"activations {cost.activations / unit:.2f}"),
     ):  # fmt: skip
         table.add_row(name, value)
     images = parts.size * parts.processes
     table.add_row("time of the run", time_of_run(method, asked, cost, images, device) if dataset else "not timed: the data are not here")
     show(table)
     if others:
-        show(_ways([(chosen, adapters), *others], cost_of, parts.size))
+        show(_ways([(chosen, adapters), *others], cost_of, parts.size, unit))
 
 
-def _ways(ways: list[tuple[str, Any]], cost_of: Any, images: int) -> Any:
+def _ways(ways: list[tuple[str, Any]], cost_of: Any, images: int, unit: int) -> Any:
     """Memory of each way to train, with and without gradient checkpointing; a way that the network has not is left out."""
     from ..errors import ConfigError
 
     table = table_of(
         "what is trained", "parameters trained", "weights, gradients", "optimiser, averages", "an image", f"{images} images in a pass",
-        title="memory per device in GiB, computed",
+        title=f"memory per device in {UNITS[unit]}, computed",
     )  # fmt: skip
     for name, adapters in ways:
         for checkpointing in (False, True):
@@ -109,7 +110,7 @@ def _ways(ways: list[tuple[str, Any]], cost_of: Any, images: int) -> Any:
                 continue
             table.add_row(
                 name + ", gradient checkpointing" * checkpointing, f"{cost.trained / 1e6:,.1f}M",
-                f"{(cost.weights + cost.copies) / GIB:.2f}", f"{(cost.optimizer + cost.averages) / GIB:.2f}",
-                f"{cost.activations / images / GIB:.3f}", f"{cost.total / GIB:.2f}",
+                f"{(cost.weights + cost.copies) / unit:.2f}", f"{(cost.optimizer + cost.averages) / unit:.2f}",
+                f"{cost.activations / images / unit:.3f}", f"{cost.total / unit:.2f}",
             )  # fmt: skip
     return table
