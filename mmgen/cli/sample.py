@@ -109,7 +109,7 @@ def sample(
     guide_all: Annotated[bool, _facts("--guide-all", **GUIDE_ALL)] = False,
     batch_size: Annotated[int, _running(**COUNT, help="Images at a time: fewer need less memory; same images.")] = 256,
     precision: Annotated[str | None, _running(**PRECISION)] = None,
-    compile: Annotated[bool, _running("--compile", help="Use torch.compile: faster for many images, a minute later.")] = False,
+    compile: Annotated[bool, _running("--compile", help="Use torch.compile: faster on a GPU, after a minute.")] = False,
     device: Annotated[str, _running(**DEVICE)] = "auto",
 ) -> None:
     """Draw images from a model.
