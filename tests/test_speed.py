@@ -143,6 +143,7 @@ def test_a_dry_run_on_a_cpu_takes_few_images_at_a_time(monkeypatch):
     assert max(sizes) < 128 and all(size % 4 == 0 for size in sizes)  # groups of IMM
 
 
+@torch.no_grad()
 def test_numbers_of_imm_by_level():
     """Against the definitions, image by image."""
     objective, batch = make(**{"loss.k": 4})
