@@ -23,7 +23,7 @@ NETWORKS = {
 }
 
 
-def graphs(settings, regional=None) -> int:
+def graphs(settings) -> int:
     """How many a step of IMM compiles: a pass with gradient, and one without."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -32,7 +32,7 @@ def graphs(settings, regional=None) -> int:
         torch.nn.init.normal_(parameter, std=0.1)
     inputs = torch.randn(2, 3, 16, 16), *torch.rand(2, 2, dtype=torch.float64), Labels(torch.tensor([1, 2]), 10)
     expected, keys, counter = network(*inputs), list(network.state_dict()), CompileCounter()
-    compile_network(network, counter, regional)
+    compile_network(network, counter)
     torch.testing.assert_close(network(*inputs), expected)
     with torch.no_grad():
         torch.testing.assert_close(network(*inputs), expected)
@@ -51,13 +51,6 @@ def test_a_deep_transformer_compiles_no_more_than_a_shallow_one(kind):
 @pytest.mark.slow
 def test_a_unet_is_compiled_whole():
     assert graphs(NETWORKS["unet"]) == 2
-
-
-@pytest.mark.slow
-def test_blocks_of_a_unet_that_are_compiled_apart_share_what_they_can():
-    """Four more blocks of a level on each way take no more graphs; the results are those of the whole."""
-    few, many = (graphs(replace(NETWORKS["unet"], channel_mult=(1,), num_blocks=count), regional=True) for count in (3, 7))
-    assert few == many > 2
 
 
 def test_a_run_compiles_all_of_its_networks(monkeypatch):

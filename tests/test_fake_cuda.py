@@ -59,7 +59,7 @@ def test_a_whole_step_waits_for_nothing(name, optimizer, precision, monkeypatch)
         for part in trainer.task.trained:
             found = check_step(trainer, part, dtype)
             if not again:
-                print(f"{name}, {part}: {found.kernels} kernels a step, {found.double_bytes / 2**20:.2f} MiB of float64")
+                print(f"{name}, {part}: {found.of_objective} kernels a pass, {found.kernels} a step, {found.double_bytes / 2**20:.2f} MiB of float64")
     if keeps:
         for kept in (vae._constants, augment._enlarging, augment._reducing):  # of no use to a real GPU
             kept.cache_clear()
@@ -72,7 +72,8 @@ def check_step(trainer: Any, part: str, dtype: torch.dtype, copies: bool = False
     be more.
     """
     trainer.progress.images, trainer.task.turn = 0, lambda step: part
-    found = record(trainer._step)
+    found = trainer.found = Pass()
+    record(trainer._step, found)
     assert (found.waits, found.mismatches) == ([], [])
     assert copies or [copy.partition(":")[0] for copy in found.copies] == ["_to_copy at training/updates.py"]
     assert ("_fused_adam_" in found.operations) == (trainer.optimizer.name == "adam")
@@ -80,6 +81,16 @@ def check_step(trainer: Any, part: str, dtype: torch.dtype, copies: bool = False
     assert any(q.dtype == dtype for q, _, _ in found.attention)
     assert all(tensor.stride(-1) == 1 for three in found.attention for tensor in three), "no fused attention takes such tensors"
     return found
+
+
+def counting(objective: Any, trainer: Any) -> Any:
+    def counted(batch: Any) -> Any:
+        before = trainer.found.kernels
+        out = objective(batch)
+        trainer.found.of_objective += trainer.found.kernels - before
+        return out
+
+    return counted
 
 
 def on_a_gpu(trainer: Any, optimizer: str, precision: str, monkeypatch: Any) -> Any:
@@ -96,7 +107,7 @@ def on_a_gpu(trainer: Any, optimizer: str, precision: str, monkeypatch: Any) -> 
     for name, part in trainer.task.trained.items():
         move_objective(part.objective)
         trainer.optimizers[name] = build_optimizer(trainer.optimizer, part.network.parameters())
-        trainer._prepared[name] = half()(part.objective), trainer.optimizers[name]
+        trainer._prepared[name] = counting(half()(part.objective), trainer), trainer.optimizers[name]
         trainer.scalers[name] = torch.amp.GradScaler("cuda") if precision == "fp16" else None
     trainer.ema = EMA(trainer.network, trainer.ema.decays)
 
@@ -119,6 +130,7 @@ def test_a_copy_a_wait_and_two_devices_are_seen():
     assert record(lambda: x[torch.tensor([0, 1])]).copies
     with pytest.raises(Exception, match="devices"):
         record(lambda: x + torch.ones(3))
+    assert record(lambda: x.view(1, 3).mul(2).relu_().device).kernels == 2
     assert record(lambda: x * 2 + torch.tensor(1.0)).faults == []  # a number of the host is an argument of the kernel
 
 
