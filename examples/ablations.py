@@ -5,6 +5,7 @@ not there, and makes its table of those that are:
 
     python examples/distill_ablations.py --only few --processes 8      # eight jobs at a time, then the table
     python examples/distill_ablations.py --only few --minutes 15       # none begins after 15 minutes; the table of what is there
+    python examples/distill_ablations.py --only few --variant dropout shift-2 --seeds 1      # of the group, these variants
     python examples/distill_ablations.py --only few --processes 0      # the table of what is there
     python examples/distill_ablations.py --only few --jobs             # a command for each job that is not there, for a pool of your own
 """
@@ -73,7 +74,8 @@ def add_options(parser: argparse.ArgumentParser, out: str, seeds: str) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all that is compared")
     parser.add_argument("--device", default="cpu", help="that trains and samples: cpu, cuda or auto (default cpu)")
     parser.add_argument("--processes", type=int, default=1, help="jobs at a time; 0: only the table of what is there (default 1)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no job begins (default: no limit)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no job begins, and those of several processes stop (default: no limit)")
+    parser.add_argument("--variant", nargs="+", default=[], metavar="NAME", help="of what is compared only these, named as their folders are")
     parser.add_argument("--jobs", action="store_true", help="print the commands of the jobs that are not there")
     parser.add_argument("--job", metavar="NAME", help="do this job alone, and make no table")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder of runs, scores, tables and pictures (default {out})")
@@ -105,7 +107,7 @@ def carry_out(jobs: list[Job], options: argparse.Namespace) -> bool:
                 print(f"{job.name} ({number} of {len(missing)})", file=sys.stderr, flush=True)
                 scores.do(job)
     elif options.processes:
-        with ThreadPoolExecutor(options.processes) as pool:
+        with ThreadPoolExecutor(options.processes) as pool:  # trainings that are stopped save what they have, and go on the next time
             failed = list(pool.map(lambda job: _apart(job, last), missing))
         if any(failed):
             raise TrainingError(f"{sum(failed)} of {len(missing)} jobs failed: what they said is above, and the others are kept")
@@ -113,11 +115,17 @@ def carry_out(jobs: list[Job], options: argparse.Namespace) -> bool:
 
 
 def _apart(job: Job, last: float) -> bool:
-    """Does a job in a process of its own, of one thread; whether it failed."""
+    """Does a job in a process of its own, of one thread, which is told to stop at the time `last`; whether it failed."""
     if time.monotonic() >= last:
         return False
     print(job.name, file=sys.stderr, flush=True)
-    return subprocess.run(_command(job), env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode != 0
+    process = subprocess.Popen(_command(job), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        return process.wait(None if last == float("inf") else max(0.0, last - time.monotonic())) != 0
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
+        return False
 
 
 def _command(job: Job) -> list[str]:
@@ -141,6 +149,15 @@ def settings_of(given: list[str]) -> dict[str, Any]:
 def count(text: str) -> int:
     """5000, 5k or 1M."""
     return int(float(text.rstrip("kM")) * {"k": 1000, "M": 1_000_000}.get(text[-1:], 1))
+
+
+def chosen(names: list[str], among: list[str]) -> set[str]:
+    """The names of variants among those that are compared whose slugs are given; none given: all."""
+    by_slug = {slug(name): name for name in among}
+    for name in names:
+        if name not in by_slug:
+            raise ConfigError(f"--variant: there is no {name!r} here, but {', '.join(by_slug)}")
+    return {by_slug[name] for name in names} or set(among)
 
 
 def ended(run: Any) -> Any:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 import mmgen
-from ablations import Job, Scores, add_options, carry_out, check_least, ended, settings_of, slug, spread
+from ablations import Job, Scores, add_options, carry_out, check_least, chosen, ended, settings_of, slug, spread
 from mmgen import data
 from mmgen.report.charts import Panel, line_chart
 from mmgen.errors import ConfigError, MmgenError, ModelError
@@ -199,9 +199,9 @@ def student(path: str, name: str, steps: int, settings: dict[str, Any], out: Pat
 
 def compared(only: list[str]) -> list[tuple[Variant, int]]:
     """What the groups compare, with the plain students of all their numbers of steps. A variant of two groups is there once."""
-    chosen = [(variant, steps) for variant in VARIANTS if variant.group in only for steps in variant.steps]
-    plain = [(VARIANTS[0], steps) for steps in VARIANTS[0].steps if steps in {steps for _, steps in chosen}]
-    return list({(variant.name, steps): (variant, steps) for variant, steps in [*plain, *chosen]}.values())
+    asked = [(variant, steps) for variant in VARIANTS if variant.group in only for steps in variant.steps]
+    plain = [(VARIANTS[0], steps) for steps in VARIANTS[0].steps if steps in {steps for _, steps in asked}]
+    return list({(variant.name, steps): (variant, steps) for variant, steps in [*plain, *asked]}.values())
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -234,6 +234,8 @@ def compare(options: argparse.Namespace) -> None:
         return Job(name, {**same, "steps": steps, "settings": settings}, work)
 
     pairs = compared(options.only)
+    names = chosen(options.variant, [variant.name for variant, _ in pairs])
+    pairs = [(variant, steps) for variant, steps in pairs if variant.name in names and steps in (options.steps or STEPS)]
     rows = [("teacher", steps, partial(of_teacher, steps)) for steps in TEACHER_STEPS]
     rows += [(variant.name, steps, partial(of_student, variant, steps)) for variant, steps in pairs]
     if not carry_out([job(seed) for seed in seeds for _, _, job in rows], options):
@@ -248,6 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--teacher", help="a teacher of digits: file, folder or hub id (default: one is trained, small)")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="what is compared (default: all)")
+    parser.add_argument("--steps", type=int, nargs="+", choices=STEPS, help="of the students that are compared (default: all)")
     parser.add_argument("--iterations", type=int, default=1000, help="of each student (default 1000)")
     parser.add_argument("--batch-size", type=int, default=128, help="of the students (default 128)")
     parser.add_argument("--wide", action="store_true", help="a teacher of the preset's size, 0.19M parameters in place of 0.08M")

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import mmgen
-from ablations import Job, Scores, add_options, carry_out, check_least, count, ended, settings_of, slug, spread
+from ablations import Job, Scores, add_options, carry_out, check_least, chosen, count, ended, settings_of, slug, spread
 from mmgen.errors import MmgenError
 from mmgen.report.charts import Panel, line_chart
 from mmgen.report.images import save_png
@@ -125,12 +125,14 @@ def compare(options: argparse.Namespace) -> None:
     for group in options.only:
         base = [] if group == "parts" else [Variant(group, PRESET)]
         groups[group] = base + [variant for variant in VARIANTS if variant.group == group]
+    names = chosen(options.variant, [each.name for variants in groups.values() for each in variants])
+    groups = {group: [each for each in variants if each.name in names] for group, variants in groups.items()}
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     jobs = {each.name: each for seed in seeds for variants in groups.values() for each in (job(variant, seed) for variant in variants)}
     if not carry_out(list(jobs.values()), options):
         return
     scores = Scores(options.out)
-    for group, variants in groups.items():
+    for group, variants in ((group, variants) for group, variants in groups.items() if variants):
         rows = [(each.name, [found for seed in seeds if (found := scores.get(job(each, seed))) is not None]) for each in variants]
         table(group, rows, len(seeds), options.out)
 

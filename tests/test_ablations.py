@@ -67,7 +67,7 @@ def test_a_job_is_done_once_and_not_mixed_with_other_settings(tmp_path):
 
 
 SCRIPT = """
-import argparse, os, sys
+import argparse, os, sys, time
 from ablations import Job, add_options, carry_out
 parser = argparse.ArgumentParser()
 add_options(parser, "out", "trainings")
@@ -75,6 +75,7 @@ options = parser.parse_args()
 def work(n):
     if n == options.first_seed:
         raise SystemExit(3)
+    time.sleep(9 * (options.seeds == 9))
     return {"threads": os.environ["OMP_NUM_THREADS"], "process": os.getpid()}
 try:
     carry_out([Job(f"job-{n}", {}, lambda n=n: work(n)) for n in range(3)], options)
@@ -95,8 +96,16 @@ def test_jobs_go_in_processes_of_their_own_and_one_that_fails_stops_no_other(tmp
     assert failed.returncode == 1 and "1 of 3 jobs failed" in failed.stderr
     found = [json.loads(file.read_text())["found"] for file in sorted((tmp_path / "out/scores").iterdir())]
     assert len(found) == 2 and {each["threads"] for each in found} == {"1"} and len({each["process"] for each in found}) == 2
+    stopped = start("--processes", "2", "--first-seed", "9", "--seeds", "9", "--minutes", "0.01")  # of the one that is missing
+    assert stopped.returncode == 0 and stopped.stderr == "job-1\n" and len(list((tmp_path / "out/scores").iterdir())) == 2
     listed = start("--jobs", "--first-seed", "9").stdout.splitlines()
     assert len(listed) == 1 and listed[0].endswith("script.py --first-seed 9 --job job-1")
+
+
+def test_variants_are_chosen_by_the_names_of_their_folders():
+    assert ablations.chosen([], ["shift 2", "M = 4"]) == {"shift 2", "M = 4"} and ablations.chosen(["M---4"], ["shift 2", "M = 4"]) == {"M = 4"}
+    with pytest.raises(ConfigError, match="no 'shift' here, but shift-2, M---4"):
+        ablations.chosen(["shift"], ["shift 2", "M = 4"])
 
 
 def test_settings_of_all_that_is_compared():
