@@ -36,9 +36,12 @@ def _run() -> int:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return error.exit_status
     except (MemoryError, RuntimeError) as error:
-        if not _is_memory(error):
+        if _is_memory(error):
+            print("error: the memory is too small: take a smaller network or batch, or smaller images", file=sys.stderr)
+        elif type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):  # no compiler, for example
+            print(f"error: torch.compile does not work here, leave out --compile: {_one_line(shortened(error, 200))}", file=sys.stderr)
+        else:
             raise
-        print("error: the memory is too small: take a smaller network or batch, or smaller images", file=sys.stderr)
         return 1
     except OSError as error:
         if error.filename is None:
@@ -51,7 +54,7 @@ def _run() -> int:
     return 0
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception | str) -> str:
     """Without line breaks and what moves a terminal's cursor: names of files and columns can hold anything."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(error))
 

@@ -1,5 +1,7 @@
 """Compilation: how often it happens, and that it changes no result. With a backend that only counts, so no C++ compiler is needed."""
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from tiny_model import make_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -62,3 +65,13 @@ def test_a_run_compiles_all_of_its_networks(monkeypatch):
     assert {id(network) for network in compiled} == {id(network) for network in (teacher, *trainer.networks.values())} and len(compiled) == 3
     tiny_case("alternating", "unet").make("cpu", "fp32", 8)
     assert len(compiled) == 3
+
+
+@pytest.mark.slow
+def test_without_a_compiler_one_sentence_says_so(tmp_path):
+    model = make_model(tmp_path / "model.safetensors", channels=1)
+    environment = {**os.environ, "PATH": "", "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "mmgen", "sample", str(model), "--num", "1", "--compile", "--out", str(tmp_path / "grid.png")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: torch.compile does not work here, leave out --compile: ")
+    assert done.stderr.count("\n") == 1
