@@ -192,6 +192,6 @@ def test_a_pass_copies_nothing_and_waits_for_nothing(folders, kind):
     for part in task.trained.values():
         move_objective(part.objective)
         found = [record(lambda: part.objective(batch)) for _ in range(2)][1]  # noqa: B023
-        assert found.faults == [] and found.kernels > 1000
+        assert found.faults == [] and found.kernels > 500
         assert found.attention and all(tensor.stride(-1) == 1 for three in found.attention for tensor in three)
     _constants.cache_clear()

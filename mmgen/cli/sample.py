@@ -107,7 +107,7 @@ def sample(
     heads: Annotated[int | None, _facts(**HEADS)] = None,
     num_classes: Annotated[int | None, _facts(**NUM_CLASSES)] = None,
     guide_all: Annotated[bool, _facts("--guide-all", **GUIDE_ALL)] = False,
-    batch_size: Annotated[int, _running(**COUNT, help="Images at a time: fewer need less memory; same images.")] = 256,
+    batch_size: Annotated[int, _running(**COUNT, help="Fewer images at a time need less memory.")] = 256,
     precision: Annotated[str | None, _running(**PRECISION)] = None,
     compile: Annotated[bool, _running("--compile", help="Use torch.compile: faster on a GPU, after a minute.")] = False,
     device: Annotated[str, _running(**DEVICE)] = "auto",
