@@ -6,10 +6,12 @@ Backward passes are left out: autograd asks for a real device, and their operati
 from __future__ import annotations
 
 import contextlib
+import os
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,6 +22,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mmgen
 from mmgen.methods.distill.instant import TeacherFunction
 from mmgen.methods.imm.teacher import TeacherPath
 from mmgen.training.batches import Batch
@@ -180,5 +183,6 @@ class _Recording(TorchDispatchMode):
 
 def _place() -> str:
     """The line of mmgen that is being run."""
-    frames = [frame for frame in traceback.extract_stack() if "/mmgen/" in frame.filename]
-    return f"{frames[-1].filename.rpartition('/mmgen/')[2]}:{frames[-1].lineno}: {frames[-1].line}" if frames else "torch"
+    package = str(Path(mmgen.__file__).parent) + os.sep  # the clone, with the tests in it, may be called mmgen too
+    frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(package)]
+    return f"{frames[-1].filename.removeprefix(package)}:{frames[-1].lineno}: {frames[-1].line}" if frames else "torch"
