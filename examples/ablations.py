@@ -1,4 +1,4 @@
-"""What the ablations share: jobs, each a training and its scores, which can be done by several processes at a time.
+"""What the experiments on digits share. Those of the ablations are jobs, each a training and its scores; several processes can do them at a time.
 
 A job has a name, and what it found is kept as scores/NAME.json with the settings that it was found with. A script does the jobs that are
 not there, and makes its table of those that are:
@@ -91,10 +91,10 @@ def carry_out(jobs: list[Job], options: argparse.Namespace) -> bool:
     """Does the jobs as the options say; whether a table is wanted. Jobs are done in their order."""
     scores = Scores(options.out)
     if options.job:
-        chosen = [job for job in jobs if job.name == options.job]
-        if not chosen:
+        asked = [job for job in jobs if job.name == options.job]
+        if not asked:
             raise ConfigError(f"there is no job {options.job!r} here: --jobs lists those that are not done")
-        scores.do(chosen[0])
+        scores.do(asked[0])
         return False
     missing = [job for job in jobs if scores.get(job) is None]
     if options.jobs:

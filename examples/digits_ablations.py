@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import mmgen
+from ablations import count, ended
 from mmgen import data
 from mmgen.errors import MmgenError
 from mmgen.metrics.frechet import fd_pixels, halves_distance
@@ -30,7 +31,6 @@ from mmgen.report.images import save_png
 
 QUIET = {"run.checkpoint_every": 10**9, "run.preview_every": 10**9, "run.eval_num": 0}  # what is measured is measured here
 FEW = (1, 2, 4, 8)
-SHOWN = {"k": 1000, "M": 1_000_000}
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,14 @@ ROWS = {
 
 
 def trained(row: Row, seed: int, out: Path, options: argparse.Namespace, first: dict[str, Any], name: str) -> Any:
-    """The model of a row, trained in `out` or found there. A run that was told to stop ends the script, too."""
+    """The model of a row, trained in `out` or found there."""
     settings = {**QUIET, "train.seed": seed, **dict(row.settings)}
     if row.taught:
         settings["teacher.name"] = str(out / f"teacher-{seed}")
     if options.max_images:
         settings |= {"train.max_images": options.max_images, "optimizer.warmup_images": options.max_images // 20}
     run = row.train(preset=row.preset, settings=settings, out=out / name, progress=False, device="cpu", **first)
-    if run.signal is not None:
-        raise SystemExit(128 + run.signal)
-    return run.load()
+    return ended(run).load()
 
 
 def measure(name: str, seed: int, options: argparse.Namespace, found: dict[str, Any], keep: Callable[[], None]) -> None:
@@ -128,11 +126,6 @@ def write(file: Path, found: dict[str, Any]) -> None:
     file.with_suffix(".md").write_text("\n".join(lines) + "\n")
     panel = Panel("FD-pixels (lower is better)", "network evaluations per image", series, log_y=True, log_x=True)
     save_png(file.with_suffix(".png"), line_chart([panel], width=900, height=560))
-
-
-def count(text: str) -> int:
-    """5000, 5k or 1M."""
-    return int(float(text.rstrip("kM")) * SHOWN.get(text[-1:], 1))
 
 
 def main() -> None:

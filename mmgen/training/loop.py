@@ -23,8 +23,8 @@ from ..data import Dataset
 from ..data.latents import LatentDataset
 from ..errors import MmgenError, TrainingError
 from ..metrics.frechet import halves_distance
-from ..models.compilation import compile_network
 from ..models.build import AnyModel
+from ..models.compilation import compile_network
 from ..networks import checkpoint_blocks
 from ..system.process import keep_large_blocks
 from ..system.processes import process_group_of
