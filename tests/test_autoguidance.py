@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import awaken, make_denoiser, make_model
+from tiny_model import awaken, changed, make_denoiser, make_model
 from toy_distill import config_for, digits, place, run, task_for, toy_teacher  # noqa: F401
 from typer.testing import CliRunner
 
@@ -18,7 +18,7 @@ from mmgen.methods.distill.instant import TeacherFunction
 from mmgen.methods.distill.method import find_teacher
 from mmgen.models.autoguidance import autoguided, check_guide
 from mmgen.models.denoiser import Denoiser
-from mmgen.models.files import load_model, read_config, save_model
+from mmgen.models.files import load_model, read_config
 from mmgen.sampling.denoiser_samplers import heun
 from mmgen.sampling.drawing import SampleSettings, plan
 from mmgen.sampling.guidance import Guide
@@ -77,15 +77,6 @@ def test_a_clipped_denoiser_is_clipped_once(normal):
     assert bad > good > 1 > 3 * good - 2 * bad
     assert model.denoise(y, 0.2, guidance=3.0)[0, 0, 0, 0].item() == pytest.approx(3 * good - 2 * bad, rel=1e-6)
     assert model.denoise(2 * y, 0.2, guidance=3.0).max() == 1
-
-
-def changed(path):
-    """The model in the file with other weights."""
-    model = load_model(path)
-    for weight in model.network.parameters():
-        weight.mul_(1.3)
-    save_model(path, model.config, model.network.state_dict())
-    return path
 
 
 @pytest.fixture(scope="module", params=[make_model, make_denoiser])

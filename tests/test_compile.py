@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from tiny_model import make_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from mmgen.networks import DiTSettings, UNetSettings, UViTSettings, build_network  # noqa: E402
 from mmgen.networks.conditions import Labels  # noqa: E402
 from mmgen.models.compilation import compile_network  # noqa: E402
+from mmgen.methods.distill import method as distill  # noqa: E402
 from mmgen.training import loop  # noqa: E402
-from tests.gpu.cases import tiny_case  # noqa: E402
+from mmgen.training.batches import fetch  # noqa: E402
+from tests.gpu.cases import random_teacher, tiny_case, tiny_settings  # noqa: E402
 
 NETWORKS = {
     "dit": DiTSettings(hidden_size=32, depth=1, num_heads=2, patch_size=2),
@@ -60,11 +62,39 @@ def test_a_run_compiles_all_of_its_networks(monkeypatch):
     """The frozen ones too, before anything is computed."""
     compiled = []
     monkeypatch.setattr(loop, "compile_network", compiled.append)
-    trainer = tiny_case("alternating", "unet").make("cpu", "fp32", 8, **{"run.compile": True})
-    teacher = trainer.task.trained["student"].objective.matching.teacher.network
-    assert {id(network) for network in compiled} == {id(network) for network in (teacher, *trainer.networks.values())} and len(compiled) == 3
+    monkeypatch.setattr(distill, "compile_network", compiled.append)
+    guided = {"teacher.guide": str(random_teacher("cifar10-teacher", tiny_settings("unet"))), "teacher.guidance": 2.0}
+    for method in ("alternating", "instant, forward"):
+        for changes in ({}, guided):
+            trainer = tiny_case(method, "unet", **changes).make("cpu", "fp32", 8, **{"run.compile": True})
+            teacher = next(iter(trainer.task.trained.values())).objective.matching.teacher
+            frozen = [teacher.network, *([teacher.guide.network] if changes else [])]
+            expected = {id(network) for network in (*frozen, *trainer.networks.values())}
+            assert {id(network) for network in compiled} == expected and len(compiled) == len(expected)
+            compiled.clear()
     tiny_case("alternating", "unet").make("cpu", "fp32", 8)
-    assert len(compiled) == 3
+    assert not compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["unet", "dit"])
+@pytest.mark.parametrize("derivative", ["forward", "finite"])
+def test_a_compiled_teacher_has_the_gradients_and_products_of_the_eager_one(network, derivative):
+    """Of the instant method: its weights are arguments there, and it is asked in forward mode."""
+    torch._dynamo.reset()
+    trainer, counter = tiny_case(f"instant, {derivative}", network).make("cpu", "fp32", 8), CompileCounterWithBackend("aot_eager")
+    objective, batch = trainer.task.trained["model"].objective, fetch(trainer.dataset, 0, 8, 0, torch.device("cpu"))
+
+    def found():
+        objective.rehearse(batch)
+        loss, _ = objective(batch)
+        return [*objective.direction.values(), *torch.autograd.grad(loss, list(objective.student.network.parameters()))]
+
+    expected = found()
+    compile_network(objective.matching.teacher.network, counter)
+    for ours, theirs in zip(found(), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
+    assert counter.frame_count
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import make_denoiser
+from tiny_model import changed, make_denoiser
 
 from mmgen.errors import ConfigError
 from mmgen.networks import EDM2Settings, build_network
@@ -104,10 +104,12 @@ def test_goes_on_sharded_and_whole_again(tmp_path):
 
 @on_cpu
 def test_distillation_on_two_processes_is_that_on_one(tmp_path):
-    """Student and auxiliary, sharded, and the table at the end. With a copy on each: test_processes.py; the instant method: test_matrix.py."""
-    make_denoiser(tmp_path / "teacher.safetensors", channels=1, num_classes=10)
+    """Student, auxiliary, teacher and guide, sharded, and the table at the end. With a copy on each: test_processes.py; the instant method: test_matrix.py."""
+    for name in ("teacher", "guide"):
+        make_denoiser(tmp_path / f"{name}.safetensors", channels=1, num_classes=10)
+    changed(tmp_path / "guide.safetensors")
     command = [
-        "distill", "--teacher", "teacher.safetensors", "--method", "alternating", "--steps", "2", "--device", "cpu",
+        "distill", "--teacher", "teacher.safetensors", "--guide", "guide.safetensors", "--guidance", "2", "--method", "alternating", "--steps", "2", "--device", "cpu",
         "--batch-size", "16", "--batch-per-device", "4", "--max-images", "96", "--eval-num", "32", "--teacher-steps", "4",
         "--set", "optimizer.warmup_images=16", "--lr", "1e-3",
     ]  # fmt: skip

@@ -40,6 +40,15 @@ def awaken(path: Path) -> Path:
     return path
 
 
+def changed(path: Path) -> Path:
+    """The model in the file with other weights."""
+    model = load_model(path)
+    for weight in model.network.parameters():
+        weight.mul_(1.3)
+    save_model(path, model.config, model.network.state_dict())
+    return path
+
+
 def make_denoiser(path: Path, denoiser: DenoiserSettings = DenoiserSettings(), **config) -> Path:
     """Likewise a denoiser."""
     small = UNetSettings(model_channels=8, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))

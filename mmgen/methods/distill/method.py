@@ -23,6 +23,7 @@ from ...errors import ConfigError, MmgenError
 from ...formats.family import ConvertOptions
 from ...models.autoguidance import AutoguidedDenoiser, check_guide
 from ...models.build import AnyModel
+from ...models.compilation import compile_network
 from ...models.config import ModelConfig, SamplingSettings
 from ...models.files import find_model, read_config
 from ...networks import checkpoint_blocks, widen_input, with_second_time, without_augment
@@ -172,15 +173,16 @@ def distill_task(
         reporter.note(lora.description)
         teacher = replace(teacher, model=Denoiser(own, lora.base.itself()).eval())
         hooks = {"save": lora.save, "averaged": lora.averaged(model_config)}
-    network = teacher.model.network
+    network, guide = teacher.model.network, teacher.guide and teacher.guide.model
     if not alternating and config.run.gradient_checkpointing:  # its gradient is taken as well
         checkpoint_blocks(network)
-    if alternating and is_sharded(accelerator):  # the loop shards it; the comparison needs a whole one
-        network = copy.deepcopy(network)
-        teacher.model.to("cpu")
+    if alternating and is_sharded(accelerator):  # the loop shards them; the comparison needs whole ones
+        network, guide = copy.deepcopy((network, guide))
+        for whole in teacher.networks:
+            whole.to("cpu")
     student = copy_of(teacher.model, model_config) if lora is None else Denoiser(model_config, lora.student).eval()
     frozen = Denoiser(plain, network if lora is None or alternating else lora.auxiliary).eval()
-    frozen = frozen if teacher.guide is None else AutoguidedDenoiser(frozen, teacher.guide.model)
+    frozen = frozen if guide is None else AutoguidedDenoiser(frozen, guide)
     schedule = model_config.sampling.schedule
     matching = Matching(
         student, frozen, schedule, config.loss, Inputs(config.data, config.train.seed, own.latents),
@@ -201,11 +203,16 @@ def distill_task(
         reporter.note(
             f"moment_gap should fall (by_noise: sigma {edges}); student_loss has no lower bound and is no measure of it"
         )
-        return Task(alternating_parts(matching, auxiliary), turn=partial(turn, auxiliary_updates=config.loss.auxiliary_updates), frozen=(network,), **shown)
+        networks = (network,) if guide is None else (network, guide.network)
+        own_turn = partial(turn, auxiliary_updates=config.loss.auxiliary_updates)
+        return Task(alternating_parts(matching, auxiliary), turn=own_turn, frozen=networks, **shown)
     derivative, note = choose_derivative(matching)
     if note is not None:
         reporter.note(note)
     moments = second_moments(config, teacher, matching, dataset, reporter, accelerator)
+    if config.run.compile:  # here, as the loop would shard them too, and products with directions need whole ones
+        for whole in teacher.networks:
+            compile_network(whole)
     return Task(instant_parts(matching, derivative, moments, accelerator), group_size=GROUP, **shown)
 
 
@@ -267,7 +274,7 @@ class Comparison:
     """Teacher and student side by side: the table in results.json and the pictures."""
 
     def __init__(self, teacher, config, schedule, dataset, reporter, device) -> None:
-        self.network, self.device = teacher.model.network, device
+        self.networks, self.device = teacher.networks, device
         rounded = half_base(config)  # whose scores are none of the teacher's own
         self.teacher = teacher.sha256 if rounded is None else f"{teacher.sha256} {rounded}"
         teacher_steps = config.run.teacher_steps
@@ -283,13 +290,15 @@ class Comparison:
 
     @contextlib.contextmanager
     def _teacher_at_hand(self) -> Iterator[None]:
-        """The teacher on the device: beside networks that are sharded it rests on the CPU."""
-        rests = next(self.network.parameters()).device
-        self.network.to(self.device)
+        """The teacher and its guide on the device: beside networks that are sharded they rest on the CPU."""
+        rests = next(self.networks[0].parameters()).device
+        for network in self.networks:
+            network.to(self.device)
         try:
             yield
         finally:
-            self.network.to(rests)
+            for network in self.networks:
+                network.to(rests)
 
     def finish(self, model: AnyModel, folder: Path, scorer: Scorer | None) -> dict[str, Any] | None:
         """The scores: the teacher in many steps, the teacher in k, the student in k."""

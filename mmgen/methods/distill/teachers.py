@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data import Dataset
 from ...data.latents import LatentDataset
@@ -37,6 +37,11 @@ class Teacher:
     run: Path | None = None  # the run folder that it lies in, where it is one of `mmgen train-teacher`
     notes: tuple[str, ...] = ()  # what is assumed of another project's file
     guide: Guide | None = None  # a worse version of it, which guidance leads away from
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Its own, and its guide's."""
+        return [model.network for model in (self.model, self.guide and self.guide.model) if model is not None]
 
     @property
     def has_null_class(self) -> bool:
