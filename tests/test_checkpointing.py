@@ -129,7 +129,7 @@ def test_the_estimate_knows_it():
     one_block = plain.bytes - pass_cost(replace(config, network=replace(settings, depth=11)), "fp32").bytes
     assert 12 * tokens + 0.8 * one_block < less.bytes < 14 * tokens + 1.3 * one_block
     assert pass_cost(replace(config, network=replace(settings, gradient_checkpointing=True)), "fp32") == less
-    assert pass_cost(config, "bf16", True).bytes == pytest.approx(less.bytes / 2)
+    assert less.bytes / 2 < pass_cost(config, "bf16", True).bytes < less.bytes  # layer norms stay in float32: see test_meta_autocast.py
 
     network = build_network(settings, resolution=16, channels=3, second_time=False)
     checkpoint_blocks(network)

@@ -63,7 +63,7 @@ def test_gradient_checkpointing_of_adapters_keeps_less():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "weights", "attention", "gib"), [
-    ("sd15", 859.5, 12.8, 0.91), ("sdxl", 2567.5, 92.9, 6.79), ("pixart", 610.9, 33.0, 1.56), ("sd3", 2028.3, 37.6, 6.42),
+    ("sd15", 859.5, 12.8, 1.20), ("sdxl", 2567.5, 92.9, 8.47), ("pixart", 610.9, 33.0, 1.94), ("sd3", 2028.3, 37.6, 8.26),
 ])  # fmt: skip
 def test_sizes_of_known_models(name, weights, attention, gib):
     """Millions of parameters, of a LoRA of rank 64 in the attention, and GiB of activations an image in half precision."""
@@ -77,7 +77,7 @@ def test_sizes_of_known_models(name, weights, attention, gib):
 
 def test_memory_of_stable_diffusion():
     """In full, alternating: weights of three networks, a gradient, two moments each: 25.6 GiB, and 19.2 without Adam's first."""
-    one = PassCost(859_520_964, 0.8e12, 0.91 * 2**30)
+    one = PassCost(859_520_964, 0.8e12, 1.2 * 2**30)
     train, parts = TrainSettings(ema_betas=()), BatchSplit(1, 1, 1)
     found = [estimate(train, model("dit"), parts, ALTERNATING, one=one, moments=kept) for kept in (2, 1)]
     assert [(cost.total - cost.activations) / 2**30 for cost in found] == pytest.approx([25.6, 19.2], abs=0.05)

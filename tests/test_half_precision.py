@@ -16,7 +16,7 @@ from mmgen.config.imm import ImmConfig, resolve  # noqa: E402
 from mmgen.config.sections import nest  # noqa: E402
 from mmgen.errors import ConfigError  # noqa: E402
 from mmgen.networks.dropout import Dropout  # noqa: E402
-from mmgen.networks.norm import GroupNorm  # noqa: E402
+from mmgen.networks.half import GroupNorm  # noqa: E402
 from mmgen.training.compute import set_precision  # noqa: E402
 from mmgen.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 

@@ -20,7 +20,7 @@ from .conditions import Condition, class_numbers, has_null
 from .keyed_dropout import run_block
 from .dropout import Dropout
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
-from .norm import GroupNorm
+from .half import GroupNorm, doubled
 from .limits import BLOCKS, FACTOR, HEADS, PROBABILITY, SIDE, WIDTH, check_groups, check_levels
 
 EPSILON = 1e-5  # of every group norm
@@ -110,7 +110,7 @@ class Block(nn.Module):
     def _resampled(self, x: Tensor) -> Tensor:
         if self.resampling is None:
             return x
-        return F.avg_pool2d(x, 2) if self.resampling == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.resampling == "down" else doubled(x)
 
     def _attend(self, x: Tensor) -> Tensor:
         n, c, h, w = x.shape

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .conditions import Condition, class_numbers
+from .half import doubled
 from .keyed_dropout import run_block
 from .dropout import Dropout
 from .limits import BLOCKS, FACTOR, PROBABILITY, SHARE, SIDE, WIDTH, WIDTH_OR_0, check_levels
@@ -130,7 +131,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if self.resampling is not None:
-            x = F.avg_pool2d(x, 2) if self.resampling == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = F.avg_pool2d(x, 2) if self.resampling == "down" else doubled(x)
         if self.side == "enc":
             x = x if self.conv_skip is None else self.conv_skip(x)
             x = normalise(x, (1,))

@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from .conditions import Condition, class_numbers
 from .keyed_dropout import run_block
 from .dropout import Dropout
-from .norm import GroupNorm
+from .half import GroupNorm, doubled
 from .text import CrossAttention, TextEncoder, TextSettings, start_attention_at_zero
 from .embeddings import TimeMLP, positional_frequencies, sinusoid
 from .limits import BLOCKS, DEPTH, FACTOR, PATCH, PROBABILITY, SIDE, WIDTH, WIDTH_OR_0
@@ -155,7 +155,7 @@ class Resampling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.direction == "down":
             return self.conv(F.avg_pool2d(x, 2))
-        return F.interpolate(self.conv(x), scale_factor=2.0, mode="nearest")
+        return doubled(self.conv(x))
 
 
 class UViT(nn.Module):

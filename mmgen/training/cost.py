@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config.sections import TrainSettings
@@ -22,6 +20,7 @@ from ..networks.conditions import Condition
 from ..networks.empty import without_weights
 from ..networks.lora import LoraBase
 from .batches import BatchSplit
+from .meta_autocast import MetaAutocast
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ class PassCost:
     parameters: int
     flops: float  # forward: two to a multiply-add
     bytes: float  # activations that autograd keeps for the backward pass
+    fixed: int = 0  # bytes that it keeps whatever the number of images: normalised weights of EDM2
     adapters: tuple[int, ...] = ()  # parameters of each adapter
     halved: int = 0  # of the parameters under them, those that `LoraBase.halve` keeps in half precision
 
@@ -101,15 +101,15 @@ def pass_cost(model_config: ModelConfig, precision: str, checkpointing: bool = F
             halved = sum(module.weight.numel() for module in base.halvable())
             views = [base.add(str(number), rank) for number, rank in enumerate(adapters.ranks)]
             called = views[0]
-    probe = 2
     checkpointing = checkpointing or has_checkpointing(model_config)
     if checkpointing:
         checkpoint_blocks(network)  # which refuses where it must
         network.settings = replace(network.settings, gradient_checkpointing=False)  # so that all tensors are seen
-    saved = _saved_bytes(called, recomputed(network) if checkpointing else [], model_config, precision, probe)
-    flops = _forward_flops(called, model_config, probe)
+    again = recomputed(network) if checkpointing else []
+    one, two = (_saved_bytes(called, again, model_config, precision, count) for count in (1, 2))
+    flops = _forward_flops(called, model_config, 1)
     sizes = tuple(sum(p.numel() for p in view.parameters()) for view in views)
-    return PassCost(parameters, flops / probe, saved / probe, sizes, halved)
+    return PassCost(parameters, flops, two - one, 2 * one - two, sizes, halved)
 
 
 def recomputed(network: nn.Module) -> list[nn.Module]:
@@ -167,7 +167,7 @@ def estimate(
         optimizer=4 * moments * sum(trained[: work.trained]) // shards,
         averages=4 * averages * trained[0] // shards,
         copies=2 * copied if half else 0,
-        activations=int(one.bytes * parts.size),
+        activations=int(one.bytes * parts.size + one.fixed),
     )
 
 
@@ -193,13 +193,14 @@ def _saved_bytes(network: nn.Module, again: list[nn.Module], config: ModelConfig
 
     again: blocks that are computed again: of each what goes into it, and of one at a time, the largest, what is inside.
     """
+    autocast = MetaAutocast({"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision))
     kept: dict[int, torch.Tensor] = {}  # by storage; the tensors are held so that no address is used twice
     inside: list[dict[int, torch.Tensor]] = []  # of each block
     places = [kept]
 
     def put(tensor: torch.Tensor, into: dict[int, torch.Tensor]) -> None:
         base = tensor._base if tensor._base is not None else tensor
-        if not isinstance(base, nn.Parameter):
+        if not autocast.is_weight(base):
             into[base.untyped_storage()._cdata] = base
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -216,33 +217,15 @@ def _saved_bytes(network: nn.Module, again: list[nn.Module], config: ModelConfig
     def leave(*_: object) -> None:
         places.pop()
 
-    for block in again:
-        block.register_forward_pre_hook(enter, with_kwargs=True)
-        block.register_forward_hook(leave)
-    with saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+    hooks = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in again]
+    hooks += [block.register_forward_hook(leave) for block in again]
+    with saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         output = network.train()(*_inputs(config, count))
     del output
+    for hook in hooks:
+        hook.remove()
     within = [_bytes(tensor for key, tensor in block.items() if key not in kept) for block in inside]
-    total = _bytes(kept.values()) + max(within, default=0)
-    return total // 2 if precision in ("fp16", "bf16") else total
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention keeps what a fused kernel does: q, k, v and what comes out. On the meta device torch takes the plain one."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        named = dict(zip(("query", "key", "value"), args)) | (kwargs or {})
-        return _Attention.apply(named["query"], named["key"], named["value"])
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        ctx.save_for_backward(q, k, v, out)
-        return out
+    return _bytes(kept.values()) + max(within, default=0)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
