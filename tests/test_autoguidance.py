@@ -19,6 +19,7 @@ from mmgen.methods.distill.method import find_teacher
 from mmgen.models.autoguidance import autoguided, check_guide
 from mmgen.models.denoiser import Denoiser
 from mmgen.models.files import load_model, read_config
+from mmgen.sampling import drawing
 from mmgen.sampling.denoiser_samplers import heun
 from mmgen.sampling.drawing import SampleSettings, plan
 from mmgen.sampling.guidance import Guide
@@ -89,6 +90,14 @@ def models(request, tmp_path_factory):
 
 def images(model, **settings):
     return mmgen.load(model).sample(4, steps=3, seed=1, **settings).images
+
+
+def test_the_guide_is_compiled_as_well(models, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(drawing, "compile_network", compiled.append)
+    model, guide = load_model(models[0]), load_model(models[1])
+    drawing.draw(model, SampleSettings(steps=2, guidance=2.0, guide=Guide("guide", "", guide), compile=True), range(2))
+    assert compiled == [model.network, guide.network]
 
 
 def test_the_model_itself_guides_nowhere_and_another_does(models):

@@ -280,7 +280,8 @@ def draw(
     """
     chosen = plan(model.config, settings) if isinstance(settings, SampleSettings) else settings
     if chosen.compile:
-        compile_network(model.network)
+        for each in [model] if chosen.guide is None else [model, chosen.guide.model]:
+            compile_network(each.network)
     images, labels = [], []
     for start in range(0, len(indices), chosen.batch_size):
         numbers = list(indices[start : start + chosen.batch_size])
