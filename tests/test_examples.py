@@ -150,3 +150,11 @@ def test_the_weights_of_predictions_under_other_schedules(schedule):
 def test_one_step_has_no_weights(tmp_path):
     result = run("predictions_weights.py", "--steps", "1", cwd=tmp_path)
     assert result.returncode == 2 and "at least 2" in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_a_student_without_noise_loses_variance_of_normal_data_and_one_that_is_posterior_keeps_it():
+    student = runpy.run_path(str(ROOT / "examples/normal_students.py"))["student"]
+    found, error = student(4, 0.3, 1.0, 2000)
+    assert error < 1e-6 and found == pytest.approx([1.0] * 4, abs=1e-3)
+    found, error = student(4, 0.3, 0.0, 2000)
+    assert error < 0.05 and found[-1] < 0.7 and found == sorted(found, reverse=True)

@@ -95,10 +95,10 @@ def checkpoint_blocks(network: nn.Module) -> None:
     network.settings = replace(network.settings, gradient_checkpointing=True)
 
 
-def widen_input(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """A network's state dict as that of `network`, which differs in `extra_channels` only: their weights are zero.
+def widen_input(state: dict[str, Tensor], network: nn.Module, share: float = 0.0) -> dict[str, Tensor]:
+    """A network's state dict as that of `network`, which differs in `extra_channels` only: their weights are zero, or `share` times the first channels'.
 
-    So the wider network begins as the other, whatever the extra channels hold. What has its shape already is returned as it is;
+    So the wider network begins as the other, whatever the extra channels hold, or as the other of x + share * extra, where there are as many. What has its shape already is returned as it is;
     shapes that differ otherwise are left for `load_state_dict` to refuse.
     """
     widened = dict(state)
@@ -108,7 +108,8 @@ def widen_input(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tenso
             continue
         more = wanted.shape[1] - found.shape[1]
         if more > 0 and (found.shape[0], *found.shape[2:]) == (wanted.shape[0], *wanted.shape[2:]):
-            widened[key] = torch.cat([found, found.new_zeros(found.shape[0], more, *found.shape[2:])], dim=1)
+            extra = share * found[:, :more] if share else found.new_zeros(found.shape[0], more, *found.shape[2:])
+            widened[key] = torch.cat([found, extra], dim=1)
     return widened
 
 
