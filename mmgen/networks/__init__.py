@@ -96,10 +96,11 @@ def checkpoint_blocks(network: nn.Module) -> None:
 
 
 def widen_input(state: dict[str, Tensor], network: nn.Module, share: float = 0.0) -> dict[str, Tensor]:
-    """A network's state dict as that of `network`, which differs in `extra_channels` only: their weights are zero, or `share` times the first channels'.
+    """A network's state dict as that of `network`, which differs in `extra_channels` only.
 
-    So the wider network begins as the other, whatever the extra channels hold, or as the other of x + share * extra, where there are as many. What has its shape already is returned as it is;
-    shapes that differ otherwise are left for `load_state_dict` to refuse.
+    Their weights are zero: the wider network begins as the other, whatever they hold. Or they are `share` times those of the first
+    channels: of as many extra channels as others it begins as the other of x + share * extra. What has its shape already is returned
+    as it is; shapes that differ otherwise are left for `load_state_dict` to refuse.
     """
     widened = dict(state)
     for key, wanted in network.state_dict().items():

@@ -60,7 +60,7 @@ def find_size(
     else:
         cost = pass_cost(model_config, precision, checkpointing)
         states = states_to_come(parts, optimizers) // (process_group.size if sharded else 1)
-        room = int(OF_MEMORY * free_memory(device)) - states
+        room = int(OF_MEMORY * free_memory(device)) - states - cost.fixed
         own = kept if kept is not None and kept * cost.bytes <= room else 0
         search = lambda: estimated_size(sizes, cost, room, on_cpu=device.type == "cpu")  # noqa: E731
         how = f"estimated: {cost.bytes / 2**20:.3g} MiB an image, and {max(room, 0) / 2**30:.3g} GiB to fill"

@@ -142,8 +142,9 @@ def student_guidance(config: DistillConfig, teacher: ModelConfig) -> float:
 
 
 def copy_of(teacher: Denoiser, config: ModelConfig, noise_start: float = 0.0) -> Denoiser:
-    """A denoiser of this config that begins as the teacher: with the same weights, those of further inputs being zero, or of noise as `noise_start` says.
+    """A denoiser of this config that begins as the teacher: with the same weights, those of further inputs being zero.
 
+    noise_start: or those of noise channels being so many times the image's.
     The teacher's augmentation input is left out where the config has none: it has no bias and is never given, so outputs are equal.
     """
     model = Denoiser(config).to(teacher.device)
