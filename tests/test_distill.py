@@ -141,17 +141,6 @@ def test_what_a_student_says_of_itself(place, tmp_path):
     assert (tmp_path / "run/samples.png").is_file()
 
 
-def test_a_student_that_begins_with_noise(place):
-    """As its teacher of images with more noise: see test_schedule_denoiser.py for every network."""
-    task, _ = task_for(place, **{"student.noise_channels": 1, "student.noise_start": 0.5})
-    matching = task.trained["student"].objective.matching
-    wide, own = (model.network.state_dict() for model in (matching.student, matching.teacher))
-    changed = [name for name in own if own[name].shape != wide[name].shape]
-    assert changed and all(torch.equal(wide[name], torch.cat([own[name], 0.5 * own[name]], dim=1)) for name in changed)
-    with pytest.raises(ConfigError, match="set student.noise_channels to 1"):
-        task_for(place, **{"student.noise_channels": 2, "student.noise_start": 0.5})
-
-
 def test_the_same_noise_and_classes_in_all_rows(place, monkeypatch):
     """With the student still the teacher, its row is the teacher's of as many steps."""
     teacher, config = find_teacher(config_for(place))

@@ -236,7 +236,6 @@ def test_defaults_are_the_papers():
         ({"loss.method": "instant", "run.batch_per_device": 1}, "at least 2"),
         ({"loss.weighting": "emd"}, "did you mean 'edm'"),
         ({"student.noise_channels": -1}, "noise_channels"),
-        ({"student.noise_start": -0.1}, "from 0 to 10"),
         ({"data.augment": 0.1}, "data.augment"),
         ({"student.step": 8}, "did you mean 'student.steps'"),
     ],

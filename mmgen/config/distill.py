@@ -50,8 +50,6 @@ class StudentSettings:
     schedule: ScheduleSettings | None = None  # unset: the teacher's own process
     shift: float = 1.0  # of that schedule: more than 1 has more of its steps at high noise (2606.30414 shifts for 2 steps)
     noise_channels: int = 0  # normal noise beside the image, as the student's own randomness (2603.20155; for 1 and 2 steps)
-    # The student begins as its teacher of z_t + noise_start * noise, in the network's units; needs a noise channel for each of the image (ours)
-    noise_start: float = 0.0
     dropout: float = 0.0  # of the student, also when sampling: likewise (2606.30414 has 0.1)
     rollouts: float = 0.0  # share of the images that begin at states of its own sampler, not at noised data (2605.18190 has such)
     rollouts_after: int = 0  # images of the training before the first of them
@@ -129,7 +127,6 @@ def check(config: DistillConfig) -> None:
         )
         require(config.teacher.guidance == 1, "student.guidance_range takes the place of teacher.guidance: leave one of them out")
     require(student.noise_channels >= 0, f"student.noise_channels cannot be negative, and is {student.noise_channels}")
-    require(0 <= student.noise_start <= 10, f"student.noise_start must be from 0 to 10, not {student.noise_start}")
     require(0 <= student.dropout < 1, f"student.dropout must be at least 0 and less than 1, not {student.dropout}")
     require(0 <= student.rollouts <= 1, f"student.rollouts must be from 0 to 1, not {student.rollouts}")
     require(student.rollouts_after >= 0, f"student.rollouts_after cannot be negative, and is {student.rollouts_after}")
@@ -205,10 +202,6 @@ def settled(
     require(data.caption_dropout == 0 or has_null_class, "data.caption_dropout needs a teacher that knows images without a text")
     for key in () if teacher.text is not None else ("text", *CAPTIONS, "leave_out"):
         require(not getattr(data, key), f"data.{key} is of captions, and the teacher takes none: leave it out")
-    require(
-        config.student.noise_start == 0 or config.student.noise_channels == teacher.channels,
-        f"student.noise_start needs a noise channel for each of the image: set student.noise_channels to {teacher.channels}",
-    )
     if config.student.dropout > 0 and not hasattr(teacher.network, "dropout"):
         raise ConfigError(f"student.dropout: a network of kind {teacher.network.kind!r} has none; take student.noise_channels")
     data = dataclasses.replace(

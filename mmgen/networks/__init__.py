@@ -95,12 +95,11 @@ def checkpoint_blocks(network: nn.Module) -> None:
     network.settings = replace(network.settings, gradient_checkpointing=True)
 
 
-def widen_input(state: dict[str, Tensor], network: nn.Module, share: float = 0.0) -> dict[str, Tensor]:
-    """A network's state dict as that of `network`, which differs in `extra_channels` only.
+def widen_input(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """A network's state dict as that of `network`, which differs in `extra_channels` only: their weights are zero.
 
-    Their weights are zero: the wider network begins as the other, whatever they hold. Or they are `share` times those of the first
-    channels: of as many extra channels as others it begins as the other of x + share * extra. What has its shape already is returned
-    as it is; shapes that differ otherwise are left for `load_state_dict` to refuse.
+    So the wider network begins as the other, whatever the extra channels hold. What has its shape already is returned as it is;
+    shapes that differ otherwise are left for `load_state_dict` to refuse.
     """
     widened = dict(state)
     for key, wanted in network.state_dict().items():
@@ -109,8 +108,7 @@ def widen_input(state: dict[str, Tensor], network: nn.Module, share: float = 0.0
             continue
         more = wanted.shape[1] - found.shape[1]
         if more > 0 and (found.shape[0], *found.shape[2:]) == (wanted.shape[0], *wanted.shape[2:]):
-            extra = share * found[:, :more] if share else found.new_zeros(found.shape[0], more, *found.shape[2:])
-            widened[key] = torch.cat([found, extra], dim=1)
+            widened[key] = torch.cat([found, found.new_zeros(found.shape[0], more, *found.shape[2:])], dim=1)
     return widened
 
 

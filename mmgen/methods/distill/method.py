@@ -141,17 +141,16 @@ def student_guidance(config: DistillConfig, teacher: ModelConfig) -> float:
     return min(max(teacher.sampling.guidance, ends[0]), ends[1]) if ends else config.teacher.guidance
 
 
-def copy_of(teacher: Denoiser, config: ModelConfig, noise_start: float = 0.0) -> Denoiser:
+def copy_of(teacher: Denoiser, config: ModelConfig) -> Denoiser:
     """A denoiser of this config that begins as the teacher: with the same weights, those of further inputs being zero.
 
-    noise_start: or those of noise channels being so many times the image's.
     The teacher's augmentation input is left out where the config has none: it has no bias and is never given, so outputs are equal.
     """
     model = Denoiser(config).to(teacher.device)
     state = teacher.network.state_dict()
     if not config.augment_dim:
         state = without_augment(state)
-    state = with_second_time(widen_input(state, model.network, noise_start), model.network)
+    state = with_second_time(widen_input(state, model.network), model.network)
     model.network.load_state_dict(with_guidance_input(state, model.network))
     return model.eval()  # torch's own dropout stays off; a student's, which has keys, does not look at the mode
 
@@ -181,7 +180,7 @@ def distill_task(
         network, guide = copy.deepcopy((network, guide))
         for whole in teacher.networks:
             whole.to("cpu")
-    student = copy_of(teacher.model, model_config, config.student.noise_start) if lora is None else Denoiser(model_config, lora.student).eval()
+    student = copy_of(teacher.model, model_config) if lora is None else Denoiser(model_config, lora.student).eval()
     frozen = Denoiser(plain, network if lora is None or alternating else lora.auxiliary).eval()
     frozen = frozen if guide is None else AutoguidedDenoiser(frozen, guide)
     schedule = model_config.sampling.schedule
