@@ -16,7 +16,7 @@ from mmgen.config.imm import ImmConfig, resolve  # noqa: E402
 from mmgen.config.sections import nest  # noqa: E402
 from mmgen.errors import ConfigError  # noqa: E402
 from mmgen.networks.dropout import Dropout  # noqa: E402
-from mmgen.networks.half import GroupNorm  # noqa: E402
+from mmgen.networks.half import GroupNorm, doubled  # noqa: E402
 from mmgen.training.compute import set_precision  # noqa: E402
 from mmgen.training.checkpoint import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 
@@ -191,3 +191,11 @@ def test_a_group_norm_on_a_gpu_stays_in_half_precision():
         found = record(lambda: outputs.append(norm(x.bfloat16())))
     assert outputs[0].dtype == torch.bfloat16 and outputs[0].device.type == "cuda" and found.faults == []
     assert torch.equal(GroupNorm(4, 16)(torch.ones(1, 16, 2, 2)), torch.nn.GroupNorm(4, 16)(torch.ones(1, 16, 2, 2)))
+
+
+def test_upsampling_on_a_gpu_stays_in_half_precision():
+    x, outputs = on_device(torch.randn(2, 16, 8, 8)), []
+    with autocast(torch.bfloat16):
+        found = record(lambda: outputs.extend([doubled(x.bfloat16()), torch.nn.functional.interpolate(x.bfloat16(), scale_factor=2)]))
+    assert [each.dtype for each in outputs] == [torch.bfloat16, torch.float32] and found.faults == []
+    assert torch.equal(doubled(torch.arange(4.0).reshape(1, 1, 2, 2))[0, 0, :2], torch.tensor([[0.0, 0, 1, 1]] * 2))
