@@ -14,8 +14,7 @@ from tests.gpu.cases import TINY, scramble, teacher_parts, tiny_settings  # noqa
 from mmgen.models.build import build_model  # noqa: E402
 from mmgen.networks.conditions import Labels  # noqa: E402
 from mmgen.training.cost import pass_cost  # noqa: E402
-from mmgen.training.meta_autocast import _Attention  # noqa: E402
-
+from mmgen.training.meta_autocast import FusedAttention  # noqa: E402
 
 
 def kept_by_torch(config, count: int) -> int:
@@ -47,7 +46,7 @@ def test_what_a_pass_keeps_in_half_precision(kind, monkeypatch):
     """By how much it grows with an image: copies of weights, which torch counts here too, do not grow."""
     _, _, config = teacher_parts("cifar10-teacher", "bf16", None, tiny_settings(kind))
     cost = pass_cost(config, "bf16")
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: _Attention.apply(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v: FusedAttention.apply(q.bfloat16(), k.bfloat16(), v.bfloat16()))
     one, two = (kept_by_torch(config, count) for count in (1, 2))
     assert two > one and cost.bytes == two - one
 

@@ -48,7 +48,7 @@ class MetaAutocast(TorchFunctionMode):
             named = {key: self._as(value, dtype) for key, value in named.items()}
         if func is F.scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), args)) | named
-            return _Attention.apply(named["query"], named["key"], named["value"])
+            return FusedAttention.apply(named["query"], named["key"], named["value"])
         return func(*args, **named)
 
     def _as(self, value: Any, dtype: torch.dtype) -> Any:
@@ -64,7 +64,7 @@ class MetaAutocast(TorchFunctionMode):
         return cast
 
 
-class _Attention(torch.autograd.Function):
+class FusedAttention(torch.autograd.Function):
     """It keeps what a fused kernel does: q, k, v and what comes out. On the meta device torch takes the plain one."""
 
     @staticmethod
