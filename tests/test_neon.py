@@ -9,6 +9,7 @@ from tiny_model import make_denoiser
 from typer.testing import CliRunner
 
 from mmgen.cli import app
+from mmgen.diffusion.preconditioning import DenoiserSettings
 from mmgen.errors import ConfigError
 from mmgen.methods.neon import extrapolated
 from mmgen.models.files import read_config
@@ -61,6 +62,7 @@ def test_a_run_is_sampled_tuned_and_extrapolated_and_another_weight_trains_nothi
 @pytest.mark.parametrize("options, sentence", [
     (["--num", 0], "--num must be positive"),
     (["--lr", -1], "--lr must be positive"),
+    (["--out", "better.safetensors"], "--out is a folder"),
 ])  # fmt: skip
 def test_bad_options_are_one_sentence(options, sentence, digits_model):
     status, shown = run("neon", digits_model, *options)
@@ -71,7 +73,50 @@ def test_other_models_are_refused(tmp_path):
     status, shown = run("neon", tmp_path / "none")
     assert status != 0 and "there is no" in shown
     status, shown = run("neon", make_denoiser(tmp_path / "teacher.safetensors", channels=1))
-    assert status != 0 and "no IMM model trained by mmgen" in shown
+    assert status != 0 and "was not trained by mmgen" in shown
+
+
+FEW = ("--max-images", 128, "--set", "run.eval_num=0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train-imm", "train-teacher"])
+def test_a_model_trained_with_augmentation_goes_on_with_it(command, tmp_path):
+    status, shown = run(command, "--out", tmp_path / "run", *FEW, "--set", "data.augment=0.12")
+    assert status == 0, shown
+    status, shown = run("neon", tmp_path / "run", "--num", 16, "--steps", 1, "--images", 128, "--lr", 1e-3, "--weight", 0.5)
+    assert status == 0, shown
+    base, made = (load_file(tmp_path / "run" / file) for file in ("model.safetensors", "neon/model-0.5.safetensors"))
+    assert base.keys() == made.keys() and any("augment" in key for key in base)
+    assert json.loads((tmp_path / "run/neon/tuned/config.json").read_text())["config"]["data"]["augment"] == 0.12
+
+
+@pytest.mark.slow
+def test_a_student_learns_as_a_denoiser_from_its_samples(tmp_path):
+    status, shown = run("train-teacher", "--out", tmp_path / "teacher", *FEW, "--set", "train.ema_betas=[0.99]")
+    assert status == 0, shown
+    status, shown = run("distill", "--teacher", tmp_path / "teacher", "--steps", 2, "--preset", "digits-distill", "--out", tmp_path / "run", *FEW,
+                        "--set", "run.teacher_steps=0", "--set", "loss.weighting=min_snr")  # fmt: skip
+    assert status == 0, shown
+    status, shown = run("neon", tmp_path / "run", "--num", 16, "--images", 128, "--lr", 1e-3, "--weight", 0.2)
+    assert status == 0, shown
+    folder = tmp_path / "run/neon"
+    base, tuned, made = (load_file(tmp_path / "run" / file) for file in ("model.safetensors", "neon/tuned/model.safetensors", "neon/model-0.2.safetensors"))
+    assert all(torch.equal(value, (1.2 * base[key].double() - 0.2 * tuned[key].double()).float()) for key, value in made.items())
+    assert any(not torch.equal(value, base[key]) for key, value in tuned.items())
+    found, before = read_config(folder / "model-0.2.safetensors"), read_config(tmp_path / "run/model.safetensors")
+    assert (found.sampling, found.denoiser, found.training["distilled"]) == (before.sampling, before.denoiser, before.training["distilled"])
+    assert found.training["neon"]["steps"] == 2 and found.training["neon"]["method"] == "train-teacher"
+    settings = json.loads((folder / "tuned/config.json").read_text())["config"]
+    assert settings["loss"]["weighting"] == "min_snr" and settings["optimizer"]["lr"] == 1e-3 and settings["data"]["label_dropout"] == 0.0
+
+
+@pytest.mark.parametrize("field", ["noise_channels", "noise_dropout", "told_guidance"])
+def test_a_student_with_noise_of_its_own_is_refused(field, tmp_path):
+    own = {"distilled": {}, "config": {"student": {"steps": 2}}}
+    path = make_denoiser(tmp_path / "student.safetensors", DenoiserSettings(**{field: 1 if field == "noise_channels" else True}), channels=1, training=own)
+    status, shown = run("neon", path)
+    assert status != 0 and "neon does not improve those" in shown and not (tmp_path / "neon").exists()
 
 
 @pytest.mark.slow

@@ -13,26 +13,30 @@ from .options import COUNT, DEVICE, NUMBER
 
 
 def neon(
-    model: Annotated[str, typer.Argument(metavar="RUN", help="A run folder of `mmgen train-imm`, or its model file.")],
+    model: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a model file of one.")],
     weight: Annotated[float, typer.Option(**NUMBER, help="w of the extrapolation; 0 is the model as it is.")] = 1.0,
     num: Annotated[int, typer.Option(**COUNT, help="Samples to draw and train on.")] = 10_000,
-    steps: Annotated[int, typer.Option(**COUNT, help="Steps in which they are drawn.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(**COUNT, help="Their steps. Default: IMM 8, others their own.")
+    ] = None,
     images: Annotated[int, typer.Option(**COUNT, help="Images to train on.")] = 20_000,
     lr: Annotated[float, typer.Option(**NUMBER, help="Learning rate of that training, constant.")] = 1e-5,
     ema: Annotated[str | None, typer.Option(metavar="NAME", help="Another weight average of the run, such as 0.9999.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Default: neon in the run's folder.")] = None,
     device: Annotated[str, typer.Option(**DEVICE)] = "auto",
 ) -> None:
-    """Improve a trained IMM model by Neon (arXiv:2510.03597), without new data.
+    """Improve a trained model by Neon (arXiv:2510.03597), without new data.
 
-    The model is trained for a moment on its own samples; its weights are then led away from what that did. Another --weight
-    uses the same samples and training, so compare a few by their scores.
+    The model is trained for a moment on its own samples; its weights are then led away from what that did. Another --weight uses the
+    same samples and training, so compare a few by their scores. Students want about --weight 0.2.
 
     Example: mmgen neon runs/digits-imm --weight 0.5
     """
     for option, value in (("--num", num), ("--steps", steps), ("--images", images), ("--lr", lr)):
-        if not value > 0:
+        if value is not None and not value > 0:
             raise ConfigError(f"{option} must be positive, not {value}")
+    if out is not None and (out.suffix == ".safetensors" or out.is_file()):
+        raise ConfigError(f"--out is a folder, for samples, training and model, and {out} names a file: name a folder")
 
     from ..methods.neon import neon as improve
     from ..models.files import find_model

@@ -5,27 +5,37 @@ Its samples lean to where the model already is too sure; training on them goes f
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from ..config.distill import DistillConfig
 from ..config.imm import ImmConfig
+from ..config.sections import DataSettings, OptimizerSettings, RunSettings
+from ..config.teacher import TeacherConfig
 from ..errors import ConfigError
+from ..losses.denoising import DenoisingSettings
 from ..models.config import ModelConfig, kind_of
 from ..models.files import MODEL_FILE, load_model, read_config, save_model
-from ..sampling.drawing import SampleSettings
+from ..networks.text import TextSettings
+from ..sampling.drawing import SampleSettings, plan
 from ..sampling.folder import write_png
 from ..sampling.latents_folder import write_latents
 from ..sampling.record import Origin
 from ..system.devices import find_device
 from ..system.schema import from_dict
 from ..training.task import Outcome, Reporter
-from . import IMM
+from . import IMM, TEACHER
+from .distill.method import DISTILLED
+from .method import Method
 from .run import train
 
+IMM_STEPS = 8  # in which samples are drawn; other models have a usual number of their own
 NEON = "neon"  # entry of ModelConfig.training: where a model comes from
 
 
@@ -42,47 +52,84 @@ def extrapolated(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight
     }
 
 
-def tuning_config(config: ModelConfig, model: Path, samples: Path, images: int, lr: float) -> ImmConfig:
-    """The settings of the model's own training, for a short one on its samples at a constant learning rate.
+def tuning(config: ModelConfig, model: Path, samples: Path, images: int, lr: float) -> tuple[Method, Any]:
+    """The method and settings of a short training of the model on its samples, at a constant learning rate.
 
+    IMM models and teachers go on as they were trained. A student has no loss without its teacher: it learns as a denoiser, with the
+    weight of its distillation. That leads it to means, which vary less than its samples: the direction in which students fail.
     Raises ConfigError where the model does not say how it was trained.
     """
     trained = config.training.get("config")
-    if kind_of(config) != "imm" or not trained:
-        raise ConfigError(f"{model} is no IMM model trained by mmgen: neon goes on with the settings of a training")
-    text = config.text is not None  # the samples' captions are beside them
-    table = {**trained, "data": {"conditional": config.num_classes > 0, "num_classes": config.num_classes or None, "text": text}}
-    own = from_dict(ImmConfig, table)
-    return replace(
+    if not trained:
+        raise ConfigError(f"{model} was not trained by mmgen: neon goes on with the settings of a training")
+    settings = {key: value for key, value in trained.items() if key != "data"}
+    if kind_of(config) == "imm":
+        method, own = IMM, from_dict(ImmConfig, settings)
+    elif DISTILLED in config.training:
+        method, own = TEACHER, _as_denoiser(config, from_dict(DistillConfig, settings), model)
+    else:
+        method, own = TEACHER, from_dict(TeacherConfig, settings)
+    hidden = {key: trained.get("data", {}).get(key, getattr(own.data, key)) for key in ("label_dropout", "caption_dropout")}
+    augment = trained.get("data", {}).get("augment", 0.0) if config.augment_dim else 0.0
+    data = DataSettings(
+        name=str(samples), resolution=config.resolution, channels=config.channels, conditional=config.num_classes > 0,
+        num_classes=config.num_classes or None, text=config.text is not None,  # the samples' captions are beside them
+        augment=augment, **hidden,
+    )  # fmt: skip
+    return method, replace(
         own,
-        data=replace(own.data, name=str(samples), resolution=config.resolution, channels=config.channels, augment=0.0,
-                     **{key: trained.get("data", {}).get(key, getattr(own.data, key)) for key in ("label_dropout", "caption_dropout")}),
+        data=data,
         optimizer=replace(own.optimizer, lr=lr, warmup_images=0, decay="none"),
         train=replace(own.train, max_images=images, init=str(model)),
         run=replace(own.run, eval_num=0, checkpoint_every=images, preview_every=10 * images, eval_every=10 * images),
-    )  # fmt: skip
+    )
+
+
+def _as_denoiser(config: ModelConfig, trained: DistillConfig, model: Path) -> TeacherConfig:
+    """The settings with which a student of this config is trained as a denoiser. Raises ConfigError for one that no denoiser is like."""
+    denoiser, loss = config.denoiser, trained.loss
+    if denoiser.noise_channels or denoiser.noise_dropout or denoiser.told_guidance:
+        raise ConfigError(f"{model} is a student with noise of its own, or one that is told its guidance: neon does not improve those")
+    of_run = {field.name: getattr(trained.run, field.name) for field in dataclasses.fields(RunSettings)}
+    return TeacherConfig(
+        network=config.network,
+        denoiser=denoiser,
+        loss=DenoisingSettings(loss.weighting, loss.sigma_data, loss.sigmoid_bias, loss.min_snr_gamma),
+        text=config.text or TextSettings(),
+        optimizer=OptimizerSettings(name="adam", grad_clip=trained.optimizer.grad_clip),  # distillation's has no momentum
+        train=trained.train,
+        sampling=config.sampling,
+        run=RunSettings(**of_run),
+    )
 
 
 def neon(
-    file: Path, out: Path, *, num: int, steps: int, images: int, lr: float, weight: float, reporter: Reporter, device: str = "auto"
+    file: Path, out: Path, *, num: int, steps: int | None, images: int, lr: float, weight: float, reporter: Reporter, device: str = "auto"
 ) -> tuple[Path, Outcome]:
     """Draws `num` samples in `steps` steps, trains on `images` of them and writes the extrapolated model, where that training ended.
 
-    file: any of the averages of a run. `out` holds samples/, of a latent model its latents, tuned/ and the model. What is there already
-    is not done again, so another weight takes a moment. Raises ConfigError for a model that is none of IMM's or not trained by mmgen.
+    file: any of the averages of a run. steps: None is 8 for an IMM model, else the model's usual number. `out` holds samples/, of a latent
+    model its latents, tuned/ and the model. What is there already is not done again, so another weight takes a moment. Raises ConfigError
+    for a model that was not trained by mmgen, and for students with noise of their own.
     """
     origin = Origin.of(str(file))
     write = write_png if origin.config.latents is None else write_latents
-    settings = tuning_config(origin.config, file, out / "samples", images, lr)
+    method, settings = tuning(origin.config, file, out / "samples", images, lr)
+    sampled = SampleSettings(steps=steps or (IMM_STEPS if method is IMM else None))
     result = out / f"model-{weight:g}.safetensors"
     with reporter.work("own samples", num) as update:
-        write(origin.load(find_device(device)), out / "samples", num, SampleSettings(steps=steps), origin, progress=update)
-    outcome = train(IMM, settings, out / "tuned", reporter, device=device)
+        write(origin.load(find_device(device)), out / "samples", num, sampled, origin, progress=update)
+    outcome = train(method, settings, out / "tuned", reporter, device=device)
     if not outcome.finished or int(os.environ.get("RANK", "0")) != 0:
         return result, outcome
     of_tuning = out / "tuned" / file.name  # the same average
-    base, tuned = load_model(file), load_model(of_tuning if of_tuning.is_file() else out / "tuned" / MODEL_FILE)
-    made = {"base": str(file), "base_sha256": origin.sha256, "num": num, "steps": steps, "images": images, "lr": lr, "weight": weight}
+    if not of_tuning.is_file():
+        of_tuning = out / "tuned" / MODEL_FILE
+    base, tuned = load_model(file), load_model(of_tuning)
+    made = {
+        "base": str(file), "base_sha256": origin.sha256, "tuned": of_tuning.name, "method": method.name, "num": num,
+        "steps": plan(origin.config, sampled).steps, "images": images, "lr": lr, "weight": weight,
+    }  # fmt: skip
     config = read_config(file)
     save_model(
         result,
