@@ -153,8 +153,13 @@ def test_one_step_has_no_weights(tmp_path):
 
 
 def test_a_student_without_noise_loses_variance_of_normal_data_and_one_that_is_posterior_keeps_it():
-    student = runpy.run_path(str(ROOT / "examples/normal_students.py"))["student"]
-    found, error = student(4, 0.3, 1.0, 2000)
-    assert error < 1e-6 and found == pytest.approx([1.0] * 4, abs=1e-3)
-    found, error = student(4, 0.3, 0.0, 2000)
+    """And Neon brings it back: the more, the larger w, until there is too much."""
+    example = runpy.run_path(str(ROOT / "examples/normal_students.py"))
+    sampled, led_away = example["sampled"], example["led_away"]
+    a, b, error = example["student"](4, 0.3, 1.0, 2000)
+    assert error < 1e-6 and sampled(a, b, 4, 0.3) == pytest.approx([1.0] * 4, abs=1e-3)
+    a, b, error = example["student"](4, 0.3, 0.0, 2000)
+    found = sampled(a, b, 4, 0.3)
     assert error < 0.05 and found[-1] < 0.7 and found == sorted(found, reverse=True)
+    last = [sampled(led_away(a, 0.3 * found[-1], w), b, 4, 0.3)[-1] for w in (0.0, 0.2, 0.5, 1.0)]
+    assert last[0] == found[-1] and last == sorted(last) and abs(last[2] - 1) < abs(last[0] - 1) / 2 and last[3] > 1.1
