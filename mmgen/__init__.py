@@ -16,6 +16,7 @@ from .errors import in_python
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
     from .formats.convert import Written
     from .methods.python import Run
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Labels", "__version__", "convert", "distill", "fid", "load", "pipeline", "train_imm", "train_teacher",
+    "Labels", "__version__", "convert", "distill", "fid", "load", "neon", "pipeline", "train_imm", "train_teacher",
 ]  # fmt: skip
 
 
@@ -94,6 +95,18 @@ def distill(teacher: PathOrName, *, steps: int | None = None, data: PathOrName |
     from .methods.python import train
 
     return train(DISTILLATION, {"teacher.name": teacher, "student.steps": steps, "data.name": data}, **options)
+
+
+def neon(model: PathOrName, *, weight: float = 1.0, **options: Any) -> Path:
+    """Improves a trained model by training on its own samples and leading away from that, as `mmgen neon` does; the new model's file.
+
+    options: num, steps, images, lr, ema, out, device and progress, as of the command. What is there already is not done again.
+
+    >>> mmgen.load(mmgen.neon("runs/digits-distill", weight=0.2, lr=1e-4)).sample(16)
+    """
+    from .methods.python import improve
+
+    return improve(model, weight=weight, **options)
 
 
 def load(model: PathOrName, **options: Any) -> FlowModel | Denoiser:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from tiny_model import make_denoiser
 from typer.testing import CliRunner
 
+import mmgen
 from mmgen.cli import app
 from mmgen.diffusion.preconditioning import DenoiserSettings
 from mmgen.errors import ConfigError
@@ -57,6 +58,8 @@ def test_a_run_is_sampled_tuned_and_extrapolated_and_another_weight_trains_nothi
         assert torch.equal(value, (2.5 * base[key].double() - 1.5 * tuned[key].double()).float())
     made = read_config(folder / "model-1.5.safetensors").training["neon"]
     assert made["weight"] == 1.5 and made["images"] == 256 and made["num"] == 48
+    file = mmgen.neon(tmp_path / "run", weight=1.5, num=48, steps=1, images=256, lr=1e-3, progress=False)
+    assert file == folder / "model-1.5.safetensors" and read_config(file).training["neon"] == made
 
 
 @pytest.mark.parametrize("options, sentence", [

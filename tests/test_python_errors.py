@@ -47,6 +47,8 @@ CALLS = {
     "repeat (--repeat)": lambda at: mmgen.fid(at / "square", ref=at / "square", features="pixels", metrics="kid", repeat=2),
     "overwrite (--overwrite)": lambda at: mmgen.convert(at / "model.safetensors", at / "model.safetensors"),
     "to (--to)": lambda at: mmgen.convert(at / "model.safetensors", at / "x.safetensors"),
+    "images (--images) must be positive": lambda at: mmgen.neon(at / "model.safetensors", images=0),
+    "out (--out) is a folder": lambda at: mmgen.neon(at / "model.safetensors", out=at / "better.safetensors"),
     "device (--device) cpu": lambda at: mmgen.load(at / "model.safetensors", device="cuda:5"),
 }
 

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from ..errors import ConfigError
 from ..system.devices import check_device
 from .options import COUNT, DEVICE, NUMBER
 
@@ -16,9 +15,7 @@ def neon(
     model: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a model file of one.")],
     weight: Annotated[float, typer.Option(**NUMBER, help="w of the extrapolation; 0 is the model as it is.")] = 1.0,
     num: Annotated[int, typer.Option(**COUNT, help="Samples to draw and train on.")] = 10_000,
-    steps: Annotated[
-        int | None, typer.Option(**COUNT, help="Their steps. Default: IMM 8, others their own.")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(**COUNT, help="Their steps. Default: IMM 8, others their own.")] = None,
     images: Annotated[int, typer.Option(**COUNT, help="Images to train on.")] = 20_000,
     lr: Annotated[float, typer.Option(**NUMBER, help="Learning rate of that training, constant.")] = 1e-5,
     ema: Annotated[str | None, typer.Option(metavar="NAME", help="Another weight average of the run, such as 0.9999.")] = None,
@@ -32,23 +29,16 @@ def neon(
 
     Example: mmgen neon runs/digits-imm --weight 0.5
     """
-    for option, value in (("--num", num), ("--steps", steps), ("--images", images), ("--lr", lr)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"{option} must be positive, not {value}")
-    if out is not None and (out.suffix == ".safetensors" or out.is_file()):
-        raise ConfigError(f"--out is a folder, for samples, training and model, and {out} names a file: name a folder")
-
+    from ..methods.neon import NeonSettings, place
     from ..methods.neon import neon as improve
-    from ..models.files import find_model
     from .training import is_main
     from .training_report import TrainingReport
 
     check_device(device, numbered=False)
-    file = find_model(model, ema)
-    folder = out or file.parent / ("neon" if ema is None else f"neon-{ema}")
+    file, folder = place(model, ema, out)
     report = TrainingReport(visible=is_main())
     try:
-        written, outcome = improve(file, folder, num=num, steps=steps, images=images, lr=lr, weight=weight, reporter=report, device=device)
+        written, outcome = improve(file, folder, NeonSettings(weight, num, steps, images, lr), report, device)
     finally:
         report.stop()
     if not outcome.finished:

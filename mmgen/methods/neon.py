@@ -6,9 +6,10 @@ Its samples lean to where the model already is too sure; training on them goes f
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..config.teacher import TeacherConfig
 from ..errors import ConfigError
 from ..losses.denoising import DenoisingSettings
 from ..models.config import ModelConfig, kind_of
-from ..models.files import MODEL_FILE, load_model, read_config, save_model
+from ..models.files import MODEL_FILE, find_model, load_model, read_config, save_model
 from ..networks.text import TextSettings
 from ..sampling.drawing import SampleSettings, plan
 from ..sampling.folder import write_png
@@ -37,6 +38,15 @@ from .run import train
 
 IMM_STEPS = 8  # in which samples are drawn; other models have a usual number of their own
 NEON = "neon"  # entry of ModelConfig.training: where a model comes from
+
+
+@dataclass(frozen=True)
+class NeonSettings:
+    weight: float = 1.0  # w; 0 is the model as it is
+    num: int = 10_000  # samples to draw and train on
+    steps: int | None = None  # in which they are drawn; None: IMM_STEPS of an IMM model, else the model's usual number
+    images: int = 20_000  # to train on
+    lr: float = 1e-5  # of that training, constant
 
 
 def extrapolated(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], weight: float) -> dict[str, Tensor]:
@@ -103,23 +113,33 @@ def _as_denoiser(config: ModelConfig, trained: DistillConfig, model: Path) -> Te
     )
 
 
-def neon(
-    file: Path, out: Path, *, num: int, steps: int | None, images: int, lr: float, weight: float, reporter: Reporter, device: str = "auto"
-) -> tuple[Path, Outcome]:
-    """Draws `num` samples in `steps` steps, trains on `images` of them and writes the extrapolated model, where that training ended.
+def place(model: str | os.PathLike, ema: str | None, out: Path | None) -> tuple[Path, Path]:
+    """The model file that is meant, and the folder for what is made of it. Raises ConfigError and ModelError."""
+    if out is not None and (out.suffix == ".safetensors" or out.is_file()):
+        raise ConfigError(f"--out is a folder, for samples, training and model, and {out} names a file: name a folder")
+    file = find_model(model, ema)
+    return file, out or file.parent / ("neon" if ema is None else f"neon-{ema}")
 
-    file: any of the averages of a run. steps: None is 8 for an IMM model, else the model's usual number. `out` holds samples/, of a latent
-    model its latents, tuned/ and the model. What is there already is not done again, so another weight takes a moment. Raises ConfigError
-    for a model that was not trained by mmgen, and for students with noise of their own.
+
+def neon(file: Path, out: Path, settings: NeonSettings, reporter: Reporter, device: str = "auto") -> tuple[Path, Outcome]:
+    """Draws samples, trains on them and writes the extrapolated model, where that training ended.
+
+    file: any of the averages of a run. `out` holds samples/, of a latent model its latents, tuned/ and the model. What is there already
+    is not done again, so another weight takes a moment. Raises ConfigError for impossible settings, a model that was not trained by
+    mmgen, and students with noise of their own.
     """
+    for name in ("num", "steps", "images", "lr"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"--{name} must be positive, not {value}")
     origin = Origin.of(str(file))
     write = write_png if origin.config.latents is None else write_latents
-    method, settings = tuning(origin.config, file, out / "samples", images, lr)
-    sampled = SampleSettings(steps=steps or (IMM_STEPS if method is IMM else None))
-    result = out / f"model-{weight:g}.safetensors"
-    with reporter.work("own samples", num) as update:
-        write(origin.load(find_device(device)), out / "samples", num, sampled, origin, progress=update)
-    outcome = train(method, settings, out / "tuned", reporter, device=device)
+    method, config = tuning(origin.config, file, out / "samples", settings.images, settings.lr)
+    sampled = SampleSettings(steps=settings.steps or (IMM_STEPS if method is IMM else None))
+    result = out / f"model-{settings.weight:g}.safetensors"
+    with reporter.work("own samples", settings.num) as update:
+        write(origin.load(find_device(device)), out / "samples", settings.num, sampled, origin, progress=update)
+    outcome = train(method, config, out / "tuned", reporter, device=device)
     if not outcome.finished or int(os.environ.get("RANK", "0")) != 0:
         return result, outcome
     of_tuning = out / "tuned" / file.name  # the same average
@@ -127,13 +147,13 @@ def neon(
         of_tuning = out / "tuned" / MODEL_FILE
     base, tuned = load_model(file), load_model(of_tuning)
     made = {
-        "base": str(file), "base_sha256": origin.sha256, "tuned": of_tuning.name, "method": method.name, "num": num,
-        "steps": plan(origin.config, sampled).steps, "images": images, "lr": lr, "weight": weight,
+        **dataclasses.asdict(settings), "steps": plan(origin.config, sampled).steps, "method": method.name,
+        "base": str(file), "base_sha256": origin.sha256, "tuned": of_tuning.name,
     }  # fmt: skip
-    config = read_config(file)
+    improved = read_config(file)
     save_model(
         result,
-        replace(config, training={**config.training, NEON: made}),
-        extrapolated(base.network.state_dict(), tuned.network.state_dict(), weight),
+        replace(improved, training={**improved.training, NEON: made}),
+        extrapolated(base.network.state_dict(), tuned.network.state_dict(), settings.weight),
     )
     return result, outcome

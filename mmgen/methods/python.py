@@ -1,4 +1,4 @@
-"""Training from Python: what `mmgen.train_imm`, `mmgen.train_teacher` and `mmgen.distill` share."""
+"""Training from Python: what `mmgen.train_imm`, `mmgen.train_teacher` and `mmgen.distill` share, and `mmgen.neon`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.state import AcceleratorState
 
-from ..errors import ConfigError, in_python, shortened
+from ..errors import ConfigError, MmgenError, in_python, shortened
 from ..report.bars import bar
 from ..sampling.loading import Denoiser, FlowModel, load
 from ..system.devices import check_device
@@ -21,6 +21,7 @@ from ..training.task import Reporter
 from . import run
 from .choosing import choose
 from .method import SHARED_SETTINGS, Method
+from .neon import NeonSettings, neon, place
 from .times import seconds_of
 
 
@@ -75,13 +76,37 @@ def train(method: Method, changes: Mapping[str, Any], **options: Any) -> Run:
     for note in (chosen.note, *training.notes(chosen.config)):
         if note:
             watcher.note(note)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else accelerate keeps the precision of the training before
-        AcceleratorState._reset_state(reset_partial_state=True)
+    _forget_precision()
     try:
         outcome = run.train(method, chosen.config, chosen.folder, watcher, device=asked.device, max_seconds=seconds)
     finally:
         watcher.close()
     return Run(chosen.folder, outcome.images, outcome.finished, outcome.signal, outcome.results or {})
+
+
+@in_python()
+def improve(
+    model: str | os.PathLike, *, ema: str | None = None, out: str | os.PathLike | None = None, device: str = "auto", progress: bool = True, **options: Any
+) -> Path:  # fmt: skip
+    """`mmgen.neon`."""
+    settings = from_keywords(NeonSettings, options, "option")
+    check_device(device, numbered=False)
+    file, folder = place(model, ema, None if out is None else Path(out))
+    watcher = Watcher(None, progress, "loss")
+    _forget_precision()
+    try:
+        written, outcome = neon(file, folder, settings, watcher, device)
+    finally:
+        watcher.close()
+    if not outcome.finished:
+        raise MmgenError("interrupted: the same call goes on")
+    return written
+
+
+def _forget_precision() -> None:
+    """Of the training before, in this process, which accelerate keeps."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Watcher(Reporter):
