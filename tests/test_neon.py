@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import make_denoiser
+from tiny_model import changed, make_denoiser
 from typer.testing import CliRunner
 
 import mmgen
@@ -56,6 +56,13 @@ def test_a_run_is_sampled_tuned_and_extrapolated_and_another_weight_trains_nothi
     assert (folder / "tuned/model.safetensors").stat().st_mtime_ns == then
     for key, value in load_file(folder / "model-1.5.safetensors").items():
         assert torch.equal(value, (2.5 * base[key].double() - 1.5 * tuned[key].double()).float())
+    for option, other in (("--num", 96), ("--num", 16), ("--steps", 2), ("--lr", 1e-4), ("--images", 128)):  # of what is there, none may be told in the model
+        status, shown = run(*common, "--weight", 2, option, other)
+        assert status != 0 and f"was made with {option} " in shown and "another --out" in shown and "overwrite" not in shown, shown
+    assert not (folder / "model-2.safetensors").exists() and len(list((folder / "samples").glob("*.png"))) == 48
+    changed(tmp_path / "run/model.safetensors")
+    status, shown = run(*common)
+    assert status != 0 and "was made of other weights" in shown, shown
     made = read_config(folder / "model-1.5.safetensors").training["neon"]
     assert made["weight"] == 1.5 and made["images"] == 256 and made["num"] == 48
     file = mmgen.neon(tmp_path / "run", weight=1.5, num=48, steps=1, images=256, lr=1e-3, progress=False)

@@ -25,11 +25,12 @@ from ..models.config import ModelConfig, kind_of
 from ..models.files import MODEL_FILE, find_model, load_model, read_config, save_model
 from ..networks.text import TextSettings
 from ..sampling.drawing import SampleSettings, plan
-from ..sampling.folder import write_png
+from ..sampling.folder import RECORD, write_png
 from ..sampling.latents_folder import write_latents
-from ..sampling.record import Origin
+from ..sampling.record import Origin, read_record
 from ..system.devices import find_device
 from ..system.schema import from_dict
+from ..training.run_folder import RunFolder
 from ..training.task import Outcome, Reporter
 from . import IMM, TEACHER
 from .distill.method import DISTILLED
@@ -121,6 +122,20 @@ def place(model: str | os.PathLike, ema: str | None, out: Path | None) -> tuple[
     return file, out or file.parent / ("neon" if ema is None else f"neon-{ema}")
 
 
+def _check_found(out: Path, sha256: str, settings: NeonSettings, steps: int) -> None:
+    """Raises ConfigError where `out` was made of other weights (sha256: the model's) or with other settings: before anything is drawn."""
+    samples, tuned = read_record(out / "samples" / RECORD) or {}, RunFolder(out / "tuned")
+    trained = tuned.identity()["config"] if (tuned.path / "config.json").is_file() else {"train": {}, "optimizer": {}}
+    if samples.get("model_sha256", sha256) != sha256:
+        raise ConfigError(f"{out} was made of other weights, such as those before the run went on: give another --out, or delete it")
+    for option, now, before in (
+        ("--num", settings.num, samples.get("num")), ("--steps", steps, samples.get("steps")), ("--lr", settings.lr, trained["optimizer"].get("lr")),
+        ("--images", settings.images, max(settings.images, trained["train"].get("max_images", 0))),  # more images: the training goes on
+    ):  # fmt: skip
+        if before not in (None, now):
+            raise ConfigError(f"{out} was made with {option} {before}, not {now}: give another --out, or delete it")
+
+
 def neon(file: Path, out: Path, settings: NeonSettings, reporter: Reporter, device: str = "auto") -> tuple[Path, Outcome]:
     """Draws samples, trains on them and writes the extrapolated model, where that training ended.
 
@@ -136,6 +151,8 @@ def neon(file: Path, out: Path, settings: NeonSettings, reporter: Reporter, devi
     write = write_png if origin.config.latents is None else write_latents
     method, config = tuning(origin.config, file, out / "samples", settings.images, settings.lr)
     sampled = SampleSettings(steps=settings.steps or (IMM_STEPS if method is IMM else None))
+    steps = plan(origin.config, sampled).steps
+    _check_found(out, origin.sha256, settings, steps)
     result = out / f"model-{settings.weight:g}.safetensors"
     with reporter.work("own samples", settings.num) as update:
         write(origin.load(find_device(device)), out / "samples", settings.num, sampled, origin, progress=update)
@@ -147,7 +164,7 @@ def neon(file: Path, out: Path, settings: NeonSettings, reporter: Reporter, devi
         of_tuning = out / "tuned" / MODEL_FILE
     base, tuned = load_model(file), load_model(of_tuning)
     made = {
-        **dataclasses.asdict(settings), "steps": plan(origin.config, sampled).steps, "method": method.name,
+        **dataclasses.asdict(settings), "steps": steps, "method": method.name,
         "base": str(file), "base_sha256": origin.sha256, "tuned": of_tuning.name,
     }  # fmt: skip
     improved = read_config(file)

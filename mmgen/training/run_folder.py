@@ -68,14 +68,16 @@ class RunFolder:
         identity = json.loads(json.dumps(identity))  # as it comes back: tuples are lists
         file = self.path / "config.json"
         if file.is_file():
-            self._compare(self._identity(file), identity)
+            self._compare(self.identity(), identity)
         elif self.path.is_dir() and any(not p.name.startswith((TEMPORARY, LOCK_FILE)) for p in self.path.iterdir()):
             raise TrainingError(f"{self.path} is not empty and holds no run: give another --out")
         write_json(file, identity)
         for folder in (self.path, self.checkpoints, self.previews):
             remove_leftovers(folder)
 
-    def _identity(self, file: Path) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """What config.json says of the run that is there: command, config, data. Raises TrainingError where it is damaged."""
+        file = self.path / "config.json"
         try:
             found = read_json(file)
             if (
