@@ -114,6 +114,7 @@ def test_later_tables_win_and_another_kind_of_network_replaces():
         ({"train.ema_betas": [1.0]}, "between 0 and 1"),
         ({"train.ema_betas": []}, "all empty"),
         ({"run.eval_steps": [0]}, "more than 0"),
+        ({"run.eval_steps": [1, 10**9]}, "run.eval_steps must be at most 100,000"),
         ({"run.log_with": ["mlflow"]}, "tensorboard, wandb"),
         ({"optimizer.lr": float("nan")}, "must be a number"),
         ({"sampling.sampler": "push"}, "pushforward, restart"),

@@ -208,6 +208,8 @@ def test_a_flow_map_is_no_teacher(tmp_path):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"student.steps": 0}, "student.steps must be more than 0"),
+    ({"student.steps": 10**9}, "student.steps must be at most 100,000"),
+    ({"run.teacher_steps": 10**9}, "run.teacher_steps must be at most 100,000"),
     ({"teacher.name": ""}, "--teacher"),
     ({"data.resolution": 16}, "data.resolution"),
     ({"data.augment": 0.1}, "data.augment"),

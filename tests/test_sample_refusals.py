@@ -28,6 +28,7 @@ from mmgen.sampling import missing as sample_drawing
     ("options", "said"),
     [
         (("--steps", "0"), "steps must be at least 1"),
+        (("--steps", "1000000000"), "steps must be at most 100,000"),  # a list of so many filled the memory
         (("--steps", "1,two"), "--steps must be whole numbers"),
         (("--num", "0"), "--num must be at least 1"),
         (("--classes", "10"), "unknown class '10'"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .sections import (
-    CAPTIONS, READING, DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, require, require_positive,
+    CAPTIONS, READING, DataSettings, OptimizerSettings, RunSettings, TrainSettings, build, check_shared, check_steps, require, require_positive,
 )  # fmt: skip
 from ..diffusion.preconditioning import DenoiserSettings, preconditioning
 from ..errors import ConfigError
@@ -100,6 +100,8 @@ def check(config: DistillConfig) -> None:
         "student.steps": student.steps, "student.shift": student.shift, "loss.sigma_data": loss.sigma_data,
         "loss.min_snr_gamma": loss.min_snr_gamma, "loss.stochasticity": loss.stochasticity,
     })  # fmt: skip
+    check_steps(student.steps, "student.steps")  # before run.eval_steps, which has them where nothing else is said
+    check_steps(max(config.run.teacher_steps, 1), "run.teacher_steps")
     check_shared(config)
     ends = config.teacher.guidance_interval
     require(
@@ -125,7 +127,8 @@ def check(config: DistillConfig) -> None:
             len(ends) == 2 and 0 < ends[0] < ends[1] < math.inf,
             f"student.guidance_range is the least and the largest w, such as [1, 8], not {list(ends)}",
         )
-        require(config.teacher.guidance == 1, "student.guidance_range takes the place of teacher.guidance: leave one of them out")
+        w = config.teacher.guidance
+        require(w == 1, f"student.guidance_range takes the place of teacher.guidance, which is {w:g} here or in the preset: set that to 1")
     require(student.noise_channels >= 0, f"student.noise_channels cannot be negative, and is {student.noise_channels}")
     require(0 <= student.dropout < 1, f"student.dropout must be at least 0 and less than 1, not {student.dropout}")
     require(0 <= student.rollouts <= 1, f"student.rollouts must be from 0 to 1, not {student.rollouts}")

@@ -28,6 +28,7 @@ except ModuleNotFoundError:  # Python 3.10
 Config = TypeVar("Config")  # a data class whose fields are the sections; it has defaults for all, and to_dict()
 MOST_TOML = 1 << 16  # bytes of a file of settings
 MOST_ENTRIES = 32  # averages of the weights, and numbers of steps measured
+MOST_STEPS = 100_000  # of a sampler: a list of them is made before anything is drawn
 MOST_POINTS = 500  # of one line of such a file
 DEEPEST = 10  # tables and lists in each other
 _COMMAND = "command"  # the key of a TOML file that says for which command it is
@@ -273,6 +274,12 @@ def require_fraction(values: dict[str, float]) -> None:
         require(0 <= value < 1, f"{name} must be at least 0 and less than 1, not {value}")
 
 
+def check_steps(steps: int, name: str = "steps") -> None:
+    """Raises ConfigError for a number of steps that no sampler can have."""
+    require(steps >= 1, f"{name} must be at least 1, not {steps}")
+    require(steps <= MOST_STEPS, f"{name} must be at most {MOST_STEPS:,}, not {steps:,}")
+
+
 def check_shared(config: Any) -> None:
     """Raises ConfigError for values of the shared sections that are impossible, alone or together.
 
@@ -305,6 +312,8 @@ def check_shared(config: Any) -> None:
         ("run.eval_steps", run.eval_steps),
     ):
         require(len(entries) <= MOST_ENTRIES, f"{name} has {len(entries):,} entries: at most {MOST_ENTRIES} make sense")
+    for steps in run.eval_steps:
+        check_steps(steps, "run.eval_steps")
     for beta in train.ema_betas:
         require(0 < beta < 1, f"train.ema_betas must lie between 0 and 1, not {beta}")
     for length in train.ema_lengths:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..config.sections import check_steps
 from ..diffusion.process import diffuse
 from ..errors import ConfigError
 from ..diffusion.flow_map import FlowMapSettings
@@ -70,8 +71,7 @@ def time_grid(flow: FlowMapSettings, steps: int, grid: str = "default", etas: Se
     eta: the intermediate times are those where eta = sigma/alpha has the values `etas`, descending, steps - 1 of them.
     Raises ConfigError for a grid that cannot be.
     """
-    if steps < 1:
-        raise ConfigError(f"steps must be at least 1, not {steps}")
+    check_steps(steps)
     high, low, schedule = flow.t_max, flow.t_min, flow.get_schedule()
     if grid == "default" and steps == 2:
         grid, etas = "eta", (TWO_STEP_ETA,)

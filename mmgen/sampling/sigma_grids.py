@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..config.sections import check_steps
 from ..diffusion.preconditioning import DenoiserSettings, Preconditioning, preconditioning
 from ..diffusion.schedules import ScheduleSettings, make_schedule
 from ..errors import ConfigError
@@ -104,8 +105,7 @@ def sigma_grid(
     """
     kind = preconditioning(settings)
     name, schedule = _named(kind, grid, sampler, schedule)
-    if steps < 1:
-        raise ConfigError(f"steps must be at least 1, not {steps}")
+    check_steps(steps)
     if kind.num_timesteps is not None and steps > kind.num_timesteps:
         total = kind.num_timesteps
         raise ConfigError(f"this model has {total} timesteps, so that {steps} steps cannot be: take at most {total}")
