@@ -115,7 +115,7 @@ def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
     >>> nearest("laplac", ["laplace", "rbf"])
     "did you mean 'laplace'? Valid: laplace, rbf"
     """
-    valid = list(valid)
+    valid = list(dict.fromkeys(valid))
     close = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
     if not close:  # a dotted key whose last part matches, such as k for loss.k
         close = [v for v in valid if v.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]

@@ -302,8 +302,9 @@ def test_words_lead_to_the_data_folder(folder, tmp_path, monkeypatch):
     shutil.copytree(folder, tmp_path / "sets" / "someone" / "flowers")
     for name in ("cifar10", "uoft-cs/cifar10", "someone/flowers"):
         assert len(data.load(name)) == 7
-    with pytest.raises(DataError, match="did you mean 'cifar10'.*digits.*someone"):
+    with pytest.raises(DataError, match="did you mean 'cifar10'.*digits.*someone") as told:
         data.load("cifar")
+    assert str(told.value).count("cifar10") == 2  # proposed, and once in the list
     with pytest.raises(DataError, match="no file or folder ./cifar10"):
         data.load("./cifar10")
 

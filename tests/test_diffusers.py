@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from mmgen.formats.family import Converted, ConvertOptions
 from mmgen.formats.reading import Found, read
 from mmgen.formats.recognise import family_of
 from mmgen.diffusion.preconditioning import DenoiserSettings, preconditioning
+from mmgen.diffusion.schedules import ScheduleSettings
 from mmgen.models.denoiser import Denoiser
 from mmgen.errors import ConfigError, ModelError
 from mmgen.diffusion.flow_map import FlowMapSettings
@@ -350,6 +352,7 @@ NOT_WRITTEN = [
     (UNetSettings(), {"denoiser": DenoiserSettings("edm")}, r"sqrt\(1/2\)"),
     (DISCRETE_DIT, {"flow": FlowMapSettings()}, "second time"),
     (DISCRETE_DIT, {"denoiser": DenoiserSettings("flow")}, "SiT's path"),
+    (DISCRETE_DIT, {"denoiser": DenoiserSettings("schedule", schedule=ScheduleSettings("vp_cosine"))}, "no timesteps"),
     (DISCRETE_DIT, {"denoiser": DenoiserSettings("discrete"), "num_classes": 0}, "unconditional"),
     (DiTSettings(hidden_size=48), {"denoiser": DenoiserSettings("discrete")}, r"10000\^\(1/127\)"),
     (DISCRETE_DIT, {"denoiser": DenoiserSettings("discrete")}, "position embedding"),
@@ -358,8 +361,10 @@ NOT_WRITTEN = [
 
 @pytest.mark.parametrize("network, options, message", NOT_WRITTEN)
 def test_what_diffusers_has_no_class_for(tmp_path, network, options, message):
-    """Refused with the reason and the alternative, before anything is written."""
+    """Refused with the reason and the alternative, before anything is written: original names only where the model has any."""
+    flow, training = options.get("flow"), {"distilled": {"converted": {"family": "dit"}}}
     config = ModelConfig(network, **{"flow": None, "resolution": 8, "channels": 4, "num_classes": 10, **options})
-    with pytest.raises(ConfigError, match=message + ".*--to pt"):
-        ours.write_diffusers(config, {"position": torch.zeros(1, 16, 48)}, tmp_path / "out")
+    for one, alternative in ((config, "--to pt" if flow else "sample from it"), (replace(config, training=training), "--to pt")):
+        with pytest.raises(ConfigError, match=f"{message}.*; (use )?{alternative}"):
+            ours.write_diffusers(one, {"position": torch.zeros(1, 16, 48)}, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

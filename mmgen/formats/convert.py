@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import pipelines
 from .diffusers import write_diffusers
-from .family import Converted, ConvertOptions
+from .family import Converted, ConvertOptions, origin_of
 from .lora_export import write_lora
 from .pipeline_export import write_pipeline
 from .reading import Found, read
@@ -140,9 +140,7 @@ def _family(config: ModelConfig, to: str, path: Path) -> str:
         return pipelines.NAME
     if config.network.kind == "diffusers_unet2d":
         return "diffusers-unet2d"
-    teacher = config.training.get("distilled", {})
-    origin = config.training.get(CONVERTED) or (teacher.get(CONVERTED) if isinstance(teacher, dict) else None) or {}
-    family = origin.get("family")
+    family = origin_of(config)
     if to == "diffusers" and (family not in FAMILIES or family == "mmgen"):
         return "diffusers-dit"  # what of it cannot be written is said where it is written
     if family not in FAMILIES or family == "mmgen":

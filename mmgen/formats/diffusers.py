@@ -30,7 +30,7 @@ from ..networks.dit import DiTSettings
 from ..system.tensor_files import save_tensors
 from . import diffusers_dit
 from .diffusers_scheduler import read_sampling, read_scheduler, write_scheduler
-from .family import Converted, ConvertOptions
+from .family import Converted, ConvertOptions, instead
 from .mapping import assign, cast
 from .reading import Found
 
@@ -152,7 +152,7 @@ def pipeline_of(config: ModelConfig, state: dict[str, Tensor]) -> Pipeline:
         tensors = diffusers_dit.original_state(config, state)
         return Pipeline("DiTPipeline", "transformer", {"transformer": network, "scheduler": scheduler}, tensors)
     raise ConfigError(
-        f"this model cannot be written for diffusers: {_why_not(config.network.kind)}; use --to pt for its original names"
+        f"this model cannot be written for diffusers: {_why_not(config.network.kind)}; {instead(config)}"
     )
 
 

@@ -28,7 +28,7 @@ from ..models.config import ModelConfig
 from ..networks.dit import EPSILON, DiTSettings, grid_embedding
 from .diffusers_scheduler import read_sampling, read_scheduler, write_scheduler
 from .dit import VAE_ASSUMED, published_latents
-from .family import Converted, ConvertOptions
+from .family import Converted, ConvertOptions, instead
 from .mapping import cast, expected_state
 from .reading import Found
 
@@ -175,7 +175,9 @@ def for_writing(config: ModelConfig, state: dict[str, Tensor]) -> tuple[dict[str
     reason = None
     if config.flow is not None or denoiser is None:
         reason = "it is a flow map with a second time, and DiTTransformer2DModel has one time"
-    elif denoiser.precondition != "discrete":
+    elif denoiser.precondition not in ("discrete", "flow"):
+        reason = "it has no timesteps, and diffusers' pipeline samples a DiTTransformer2DModel by timesteps"
+    elif denoiser.precondition == "flow":
         reason = "it is trained on SiT's path, and diffusers has no pipeline that samples a DiTTransformer2DModel on it"
     elif config.num_classes == 0:
         reason = "it is unconditional, and DiTTransformer2DModel always has classes"
@@ -193,7 +195,7 @@ def for_writing(config: ModelConfig, state: dict[str, Tensor]) -> tuple[dict[str
         if not torch.allclose(state["position"].float(), computed.float(), rtol=0, atol=1e-3):
             reason = "its position embedding is not the one that DiTTransformer2DModel computes"
     if reason:
-        raise ConfigError(f"this model cannot be written for diffusers: {reason}; use --to pt")
+        raise ConfigError(f"this model cannot be written for diffusers: {reason}; {instead(config)}")
     network = {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": settings.num_heads,

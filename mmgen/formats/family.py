@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..report.push import CONVERTED
+
 if TYPE_CHECKING:
     from ..models.config import ModelConfig
 
@@ -43,3 +45,15 @@ class Converted:
     family: str  # "edm", "edm2", "adm", "consistency", "dit", "sit", "imm", "diffusers-unet2d" ...
     assumed: tuple[str, ...] = ()  # facts that neither the file nor an option says, a sentence each
     sampled: tuple[str, ...] = ()  # where sampling follows the original's way, a sentence each
+
+
+def origin_of(config: ModelConfig) -> str | None:
+    """The family whose names a model's tensors have: that of what it was converted from, also through its teacher."""
+    teacher = config.training.get("distilled", {})
+    origin = config.training.get(CONVERTED) or (teacher.get(CONVERTED) if isinstance(teacher, dict) else None) or {}
+    return "imm" if config.flow is not None else origin.get("family")
+
+
+def instead(config: ModelConfig) -> str:
+    """What can be done with a model that diffusers has no class for."""
+    return "use --to pt for its original names" if origin_of(config) else "sample from it with mmgen"
