@@ -14,12 +14,14 @@ from toy_task import Quiet
 
 from mmgen.config.distill import DistillConfig, resolve, settled
 from mmgen.config.sections import nest
+from mmgen.config.teacher import TeacherConfig
 from mmgen.encoders.vae import _constants
 from mmgen.errors import ConfigError
-from mmgen.losses.moment_matching import finite_derivative, forward_derivative
+from mmgen.losses.moment_matching import finite_derivative, forward_derivative, teacher_gradient
 from mmgen.methods.distill.instant import TeacherFunction, choose_derivative
 from mmgen.methods.distill.method import distill_task, student_model_config
 from mmgen.methods.distill.teachers import load_teacher
+from mmgen.methods.teacher.objective import teacher_task
 from mmgen.networks import checkpoint_blocks
 from mmgen.networks.conditions import Text
 from mmgen.training.batches import Batch
@@ -80,6 +82,32 @@ def test_recomputed_blocks_give_the_same_gradients(folders, kind):
     assert found[0].keys() == found[1].keys() and len(found[0]) > 20
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_recomputed_blocks_of_a_teacher_have_the_parameters_of_the_forward_pass(folders, kind):
+    """The instant method differentiates by parameters that are put in the place of the network's own."""
+    model = load_teacher(folders[kind]).model
+    network, text = model.network.requires_grad_(False), text_for(model.config, 2)
+    x, t = torch.randn(2, *model.image_shape, generator=torch.Generator().manual_seed(0)), torch.tensor([10.0, 900.0], dtype=torch.float64)
+    moved, found = {name: value.detach() + 0.01 for name, value in network.named_parameters()}, []
+    for _ in range(2):
+
+        def function(values):
+            return torch.func.functional_call(network, values, (x, t, None, text))
+
+        found.append(teacher_gradient(function, moved, torch.zeros_like(function(moved)), torch.ones(2, dtype=torch.float64)))
+        checkpoint_blocks(network)
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6 * max(1.0, gradient.abs().max().item()))
+
+
+def test_a_denoiser_with_a_pipelines_network_takes_its_null(folders):
+    """As `mmgen neon` trains a student of a pipeline."""
+    config = student_of(load_teacher(folders["sdxl"]), 2).config
+    null = text_for(config, 1).empty
+    network = teacher_task(TeacherConfig(network=config.network, denoiser=config.denoiser, text=config.text), config, null).trained["model"].network
+    assert torch.equal(network.null().tokens, null.tokens) and torch.equal(network.null().pooled, null.pooled)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

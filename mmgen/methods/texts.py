@@ -38,4 +38,4 @@ def null_of(start: Start) -> Text | None:
 def set_null(network: nn.Module, config: ModelConfig, null: Text | None) -> None:
     """Into the network's buffers, where its encoder is a frozen one."""
     if null is not None and config.text.encoder != BYTES:
-        network.text.set_null(null)
+        (network if config.text.pipeline else network.text).set_null(null)

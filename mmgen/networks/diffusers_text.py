@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, shortened
 from ..system.files import parse_json
 from .conditions import Condition, Text
+from .keyed_dropout import run_block
 from .text import TextSettings
 
 _COUNTS, _MOST_LAYERS = ("num_layers", "layers_per_block", "transformer_layers_per_block"), 512
@@ -114,6 +115,9 @@ class DiffusersText(nn.Module):
             raise ValueError(f"{self.settings.model} takes neither a second time nor an augmentation label")
         if self.settings.gradient_checkpointing and not self.checkpoints:
             self.model.enable_gradient_checkpointing()
+            for module in self.model.modules():  # with the parameters that a `functional_call` has put in the place of a block's own
+                if hasattr(module, "_gradient_checkpointing_func"):
+                    module._gradient_checkpointing_func = lambda block, *inputs: run_block(block, True, *inputs)
             self.checkpoints = True
         text = self._checked(condition, t)
         arguments = _ARGUMENTS[self.settings.model](self.model, t, text, text.tokens.to(x.dtype), self.settings.image_resolution)
