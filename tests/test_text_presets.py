@@ -9,7 +9,7 @@ from mmgen.config.distill import resolve as resolve_student
 from mmgen.config.sections import read_preset
 from mmgen.config.teacher import resolve
 from mmgen.encoders.text import described, sizes_of
-from mmgen.errors import ModelError
+from mmgen.errors import ConfigError, ModelError
 from mmgen.networks.text import TextSettings
 from tiny_encoder import make_encoder
 
@@ -41,6 +41,8 @@ def test_t2i512_is_counted_without_its_encoder_and_not_trained(tmp_path):
 def test_sizes_are_the_encoders_where_it_is_there(tmp_path):
     folder = make_encoder(tmp_path / "encoder")
     assert sizes_of(TextSettings(encoder=str(folder), length=6)) == described(TextSettings(encoder=str(folder), length=6))
+    with pytest.raises(ConfigError, match="takes at most 32 tokens: set text.length=32"):
+        described(TextSettings(encoder=str(folder), length=33))
     absent = TextSettings(encoder=str(tmp_path / "no"), width=40, pooled=24)
     assert (sizes_of(absent).width, sizes_of(absent).pooled, sizes_of(absent).depth) == (40, 24, 0)
     with pytest.raises(ModelError, match="there is no text encoder in"):

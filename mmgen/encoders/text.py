@@ -146,8 +146,8 @@ def sizes_of(settings: TextSettings) -> TextSettings:
 def frozen_encoder(path: str, length: int) -> FrozenEncoder:
     """The text model in a folder of transformers: BERT's kind, the encoder of T5's kind, the text tower of CLIP's.
 
-    Weights are read as safetensors only, and no code of the folder is run. Raises ConfigError where transformers is missing,
-    ModelError where the folder is.
+    Weights are read as safetensors only, and no code of the folder is run. Raises ConfigError where transformers is missing or the
+    model has not so many positions, ModelError where the folder is missing.
     """
     try:
         from transformers import AutoModel, AutoTokenizer
@@ -164,6 +164,9 @@ def frozen_encoder(path: str, length: int) -> FrozenEncoder:
         model = getattr(model, "text_model", model)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+    most = getattr(model.config, "max_position_embeddings", None) or length  # T5 has no such table
+    if length > most:
+        raise ConfigError(f"text.length is {length}, and the text encoder in {path} takes at most {most} tokens: set text.length={most}")
     return FrozenEncoder(model.float().eval().requires_grad_(False), tokenizer, folder_sha256(folder), length)
 
 
