@@ -101,4 +101,4 @@ def test_refusals(tmp_path):
         mmgen.convert(run, tmp_path / "student", to="diffusers", lora_only=True)
     (run / "lora.safetensors").unlink()
     shown = typed("convert", str(run), "student/", "--to", "diffusers", "--lora-only", cwd=tmp_path)
-    assert "only students that were distilled with --lora have one" in shown.stderr and not (tmp_path / "student").exists()
+    assert "only the averages that a distillation with --lora writes have one" in shown.stderr and not (tmp_path / "student").exists()

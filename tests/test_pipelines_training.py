@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from toy_distill import One
 from toy_task import Quiet
 
 from mmgen.config.distill import DistillConfig, resolve, settled
-from mmgen.config.sections import nest
+from mmgen.config.sections import DataSettings, nest
 from mmgen.config.teacher import TeacherConfig
 from mmgen.encoders.vae import _constants
 from mmgen.errors import ConfigError
@@ -21,6 +22,7 @@ from mmgen.losses.moment_matching import finite_derivative, forward_derivative, 
 from mmgen.methods.distill.instant import TeacherFunction, choose_derivative
 from mmgen.methods.distill.method import distill_task, student_model_config
 from mmgen.methods.distill.teachers import load_teacher
+from mmgen.methods.neon import tuning
 from mmgen.methods.teacher.objective import teacher_task
 from mmgen.networks import checkpoint_blocks
 from mmgen.networks.conditions import Text
@@ -102,12 +104,29 @@ def test_recomputed_blocks_of_a_teacher_have_the_parameters_of_the_forward_pass(
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6 * max(1.0, gradient.abs().max().item()))
 
 
-def test_a_denoiser_with_a_pipelines_network_takes_its_null(folders):
-    """As `mmgen neon` trains a student of a pipeline."""
-    config = student_of(load_teacher(folders["sdxl"]), 2).config
+@pytest.mark.parametrize("kind", ["sdxl", "pixart_alpha"])
+def test_a_pipelines_student_is_trained_as_a_denoiser(folders, kind):
+    """As `mmgen neon` does: with the pipeline's null, and without a variance that the network may have learned."""
+    config = student_of(load_teacher(folders[kind]), 2).config
     null = text_for(config, 1).empty
-    network = teacher_task(TeacherConfig(network=config.network, denoiser=config.denoiser, text=config.text), config, null).trained["model"].network
-    assert torch.equal(network.null().tokens, null.tokens) and torch.equal(network.null().pooled, null.pooled)
+    settings = TeacherConfig(network=config.network, denoiser=config.denoiser, text=config.text, data=DataSettings(text=True))
+    part = teacher_task(settings, config, null).trained["model"]
+    assert torch.equal(part.network.null().tokens, null.tokens) and (null.pooled is None or torch.equal(part.network.null().pooled, null.pooled))
+    part.objective(batch_for(kind, config))[0].backward()
+    gradients = [p.grad for p in part.network.parameters() if p.grad is not None]
+    assert gradients and all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
+
+
+def test_a_pipelines_student_has_no_dropout_nor_what_would_replace_it(folders):
+    with pytest.raises(ConfigError, match="has none; leave it out"):
+        task_for(folders["sd15"], **{"student.dropout": 0.1})
+
+
+def test_a_pipelines_student_that_is_told_its_guidance_is_not_improved_by_neon(folders):
+    config = student_of(load_teacher(folders["sd15"]), 2, **{"student.guidance_range": [1, 8]}).config
+    config = replace(config, training={"distilled": {}, "config": {"student": {"steps": 2, "guidance_range": [1, 8]}}})
+    with pytest.raises(ConfigError, match="told its guidance: neon does not improve those"):
+        tuning(config, Path("model.safetensors"), Path("samples"), 16, 1e-3)
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

@@ -206,7 +206,8 @@ def settled(
     for key in () if teacher.text is not None else ("text", *CAPTIONS, "leave_out"):
         require(not getattr(data, key), f"data.{key} is of captions, and the teacher takes none: leave it out")
     if config.student.dropout > 0 and not hasattr(teacher.network, "dropout"):
-        raise ConfigError(f"student.dropout: a network of kind {teacher.network.kind!r} has none; take student.noise_channels")
+        instead = "take student.noise_channels" if "extra_channels" in NETWORKS[type(teacher.network)].supports else "leave it out"
+        raise ConfigError(f"student.dropout: a network of kind {teacher.network.kind!r} has none; {instead}")
     data = dataclasses.replace(
         data, name=name, resolution=teacher.resolution, channels=teacher.channels, conditional=teacher.num_classes > 0,
         num_classes=teacher.num_classes or None, text=teacher.text is not None,

@@ -102,7 +102,7 @@ def _adapter(path: str | os.PathLike, out: Path, to: str) -> Written:
     model = find_model(path)
     file = lora_file(model)
     if not file.is_file():
-        raise ModelError(f"there is no {file.name} beside {model}: only students that were distilled with --lora have one")
+        raise ModelError(f"there is no {file.name} beside {model}: only the averages that a distillation with --lora writes have one")
     config, state = read_lora(file)
     write_lora(config, state, out)
     return Written(out, None, pipelines.NAME, config, len(state), {}, (), ())

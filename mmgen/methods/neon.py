@@ -99,7 +99,7 @@ def tuning(config: ModelConfig, model: Path, samples: Path, images: int, lr: flo
 def _as_denoiser(config: ModelConfig, trained: DistillConfig, model: Path) -> TeacherConfig:
     """The settings with which a student of this config is trained as a denoiser. Raises ConfigError for one that no denoiser is like."""
     denoiser, loss = config.denoiser, trained.loss
-    if denoiser.noise_channels or denoiser.noise_dropout or denoiser.told_guidance:
+    if denoiser.noise_channels or denoiser.noise_dropout or denoiser.told_guidance or getattr(config.network, "takes_guidance", False):
         raise ConfigError(f"{model} is a student with noise of its own, or one that is told its guidance: neon does not improve those")
     of_run = {field.name: getattr(trained.run, field.name) for field in dataclasses.fields(RunSettings)}
     return TeacherConfig(

@@ -81,6 +81,7 @@ class DenoisingObjective(nn.Module):
             torch.manual_seed(torch_seed(seed, batch.first))
         output = self.network(scaled, c_noise, None, condition, augment_label)
         with full_precision:
+            output = output[:, : x.shape[1]]  # a learned variance, of other projects' networks, is not used
             each = of_output * (output.float() - target).square().flatten(1).mean(1)
             numbers = {"loss_by_noise": by_level(each.detach(), (LEVELS * draw).long())}
             return each.mean(), numbers
