@@ -48,6 +48,7 @@ CALLS = {
     "overwrite (--overwrite)": lambda at: mmgen.convert(at / "model.safetensors", at / "model.safetensors"),
     "to (--to)": lambda at: mmgen.convert(at / "model.safetensors", at / "x.safetensors"),
     "images (--images) must be positive": lambda at: mmgen.neon(at / "model.safetensors", images=0),
+    "weight (--weight) must be a number": lambda at: mmgen.neon(at / "model.safetensors", weight=float("nan")),
     "out (--out) is a folder": lambda at: mmgen.neon(at / "model.safetensors", out=at / "better.safetensors"),
     "device (--device) cpu": lambda at: mmgen.load(at / "model.safetensors", device="cuda:5"),
 }

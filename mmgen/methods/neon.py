@@ -147,6 +147,8 @@ def neon(file: Path, out: Path, settings: NeonSettings, reporter: Reporter, devi
         value = getattr(settings, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"--{name} must be positive, not {value}")
+    if not math.isfinite(settings.weight):
+        raise ConfigError(f"--weight must be a number, not {settings.weight}")
     origin = Origin.of(str(file))
     write = write_png if origin.config.latents is None else write_latents
     method, config = tuning(origin.config, file, out / "samples", settings.images, settings.lr)
