@@ -19,7 +19,10 @@ def fresh_model_config(config: Any, shape: DataShape, latents_std: float, **own:
     Raises ConfigError where settings and data do not go together.
     """
     check_sizes(config.network, resolution=shape.resolution, channels=shape.channels)
-    conditional, latents = config.data.conditional, shape.latents
+    conditional, latents, guidance = config.data.conditional, shape.latents, config.sampling.guidance
+    hidden = "caption_dropout" if config.data.text else "label_dropout" if conditional else None
+    if guidance != 1 and hidden and getattr(config.data, hidden) == 0:  # said now, not when the model is sampled
+        raise ConfigError(f"sampling.guidance {guidance:g} needs images without a condition in training: set data.{hidden} to 0.1, say, or the guidance to 1")
     if conditional and shape.num_classes == 0:
         raise ConfigError("data.conditional needs class labels, and the data have none: leave labels out with --unconditional")
     model_config = ModelConfig(

@@ -20,6 +20,7 @@ from .types import check_types
 from .denoiser_samplers import Churn
 from .prompts import cut_prompts, text_condition, texts_of
 from .sigma_grids import RESPACED, sigma_grid
+from ..config.sections import check_steps
 from ..diffusion.preconditioning import preconditioning
 from ..errors import ConfigError, nearest
 from ..models.build import AnyModel
@@ -191,6 +192,8 @@ def choose_sampler(config: ModelConfig, name: str) -> str:
 def check_defaults(config: ModelConfig) -> None:
     """Raises ConfigError where a model's own defaults do not suit it, or would be ignored."""
     defaults = config.sampling
+    if defaults.steps is not None:
+        check_steps(defaults.steps, "sampling.steps")
     sampler = choose_sampler(config, defaults.sampler)
     student = defaults.schedule is not None, defaults.student_steps is not None
     if config.denoiser is None and any(student):
