@@ -152,12 +152,12 @@ def count(text: str) -> int:
 
 
 def chosen(names: list[str], among: list[str]) -> set[str]:
-    """The names of variants among those that are compared whose slugs are given; none given: all."""
+    """The variants among those that are compared that are named, as in the table or as their folders; none named: all."""
     by_slug = {slug(name): name for name in among}
     for name in names:
-        if name not in by_slug:
+        if slug(name) not in by_slug:
             raise ConfigError(f"--variant: there is no {name!r} here, but {', '.join(by_slug)}")
-    return {by_slug[name] for name in names} or set(among)
+    return {by_slug[slug(name)] for name in names} or set(among)
 
 
 def ended(run: Any) -> Any:

@@ -102,7 +102,8 @@ def test_jobs_go_in_processes_of_their_own_and_one_that_fails_stops_no_other(tmp
     assert len(listed) == 1 and listed[0].endswith("script.py --first-seed 9 --job job-1")
 
 
-def test_variants_are_chosen_by_the_names_of_their_folders():
+def test_variants_are_chosen_by_their_names_in_the_table_or_as_folders():
+    assert ablations.chosen(["shift 2"], ["shift 2", "M = 4"]) == {"shift 2"}
     assert ablations.chosen([], ["shift 2", "M = 4"]) == {"shift 2", "M = 4"} and ablations.chosen(["M---4"], ["shift 2", "M = 4"]) == {"M = 4"}
     with pytest.raises(ConfigError, match="no 'shift' here, but shift-2, M---4"):
         ablations.chosen(["shift"], ["shift 2", "M = 4"])
