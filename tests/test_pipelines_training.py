@@ -204,7 +204,7 @@ def test_guidance_range(folders):
     [
         ("sd3", {"student.guidance_range": [1, 8]}, "SD3Transformer2DModel has no input for guidance"),
         ("sd15", {"student.guidance_range": [8, 1]}, "the least and the largest w"),
-        ("sd15", {"student.guidance_range": [1, 8], "teacher.guidance": 3.0}, "leave one of them out"),
+        ("sd15", {"student.guidance_range": [1, 8], "teacher.guidance": 3.0}, "set that to 1"),
         ("sd15", {"student.noise_channels": 1}, "takes no channels beside those of the image"),
     ],
 )
