@@ -75,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser, out: str, seeds: str) -> None:
     parser.add_argument("--device", default="cpu", help="that trains and samples: cpu, cuda or auto (default cpu)")
     parser.add_argument("--processes", type=int, default=1, help="jobs at a time; 0: only the table of what is there (default 1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no job begins, and those of several processes stop (default: no limit)")
-    parser.add_argument("--variant", nargs="+", default=[], metavar="NAME", help="of what is compared only these, named as their folders are")
+    parser.add_argument("--variant", nargs="+", default=[], metavar="NAME", help="of what is compared only these, named as in the table or as their folders")
     parser.add_argument("--jobs", action="store_true", help="print the commands of the jobs that are not there")
     parser.add_argument("--job", metavar="NAME", help="do this job alone, and make no table")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"folder of runs, scores, tables and pictures (default {out})")

@@ -102,7 +102,7 @@ def neon(model: PathOrName, *, weight: float = 1.0, **options: Any) -> Path:
 
     options: num, steps, images, lr, ema, out, device and progress, as of the command. What is there already is not done again.
 
-    >>> mmgen.load(mmgen.neon("runs/digits-distill", weight=0.2, lr=1e-4)).sample(16)
+    >>> mmgen.load(mmgen.neon("runs/digits-imm", weight=0.5, lr=1e-4)).sample(16)
     """
     from .methods.python import improve
 

@@ -1,6 +1,8 @@
 """Neon: a model led away from what training on its own samples does."""
 
+import inspect
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from typer.testing import CliRunner
 
 import mmgen
 from mmgen.cli import app
+from mmgen.cli.neon import neon as command
 from mmgen.diffusion.preconditioning import DenoiserSettings
 from mmgen.errors import ConfigError
-from mmgen.methods.neon import extrapolated
+from mmgen.methods.neon import NeonSettings, extrapolated
 from mmgen.models.files import read_config
 
 
@@ -86,13 +89,18 @@ def test_other_models_are_refused(tmp_path):
     assert status != 0 and "was not trained by mmgen" in shown
 
 
+def test_the_command_has_the_defaults_of_its_settings():
+    defaults = {name: each.default for name, each in inspect.signature(command).parameters.items()}
+    assert {name: defaults[name] for name in asdict(NeonSettings())} == asdict(NeonSettings())
+
+
 FEW = ("--max-images", 128, "--set", "run.eval_num=0")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train-imm", "train-teacher"])
-def test_a_model_trained_with_augmentation_goes_on_with_it(command, tmp_path):
-    status, shown = run(command, "--out", tmp_path / "run", *FEW, "--set", "data.augment=0.12")
+@pytest.mark.parametrize("method", ["train-imm", "train-teacher"])
+def test_a_model_trained_with_augmentation_goes_on_with_it(method, tmp_path):
+    status, shown = run(method, "--out", tmp_path / "run", *FEW, "--set", "data.augment=0.12")
     assert status == 0, shown
     status, shown = run("neon", tmp_path / "run", "--num", 16, "--steps", 1, "--images", 128, "--lr", 1e-3, "--weight", 0.5)
     assert status == 0, shown

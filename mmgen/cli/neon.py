@@ -25,7 +25,7 @@ def neon(
     """Improve a trained model by Neon (arXiv:2510.03597), without new data.
 
     The model is trained for a moment on its own samples; its weights are then led away from what that did. Another --weight uses the
-    same samples and training: compare a few by their scores. Students of digits want --lr 1e-4 --weight 0.2.
+    same samples and training: compare a few by their scores. Students want less of it, and some none.
 
     Example: mmgen neon runs/digits-imm --weight 0.5
     """

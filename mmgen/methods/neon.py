@@ -43,6 +43,8 @@ NEON = "neon"  # entry of ModelConfig.training: where a model comes from
 
 @dataclass(frozen=True)
 class NeonSettings:
+    """How samples are drawn, trained on and led away from: options of `mmgen neon`, which has the same defaults."""
+
     weight: float = 1.0  # w; 0 is the model as it is
     num: int = 10_000  # samples to draw and train on
     steps: int | None = None  # in which they are drawn; None: IMM_STEPS of an IMM model, else the model's usual number

@@ -104,7 +104,7 @@ def improve(
 
 
 def _forget_precision() -> None:
-    """Of the training before, in this process, which accelerate keeps."""
+    """Accelerate keeps the precision of the first training in a process: the next one chooses its own."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
 
