@@ -197,13 +197,20 @@ def test_latents_are_decoded(tmp_path, monkeypatch):
 def test_training_begins_only_with_a_sampler_for_flow_maps():
     """And with steps and guidance that the model can be sampled by: what is wrong with them is not said after the training."""
     from mmgen.config import imm as configs
+    from mmgen.config import teacher as teachers
     from mmgen.data import DataShape
     from mmgen.methods.imm.objective import imm_model_config
+    from mmgen.methods.teacher.objective import teacher_model_config
 
     for sampling, said in (({"sampler": "heun"}, "not for a flow map"), ({"churn": 2.0}, "sampling.churn is for"),
-                           ({"steps": 0}, "sampling.steps must be at least 1"), ({"steps": 10**9}, "sampling.steps must be at most")):  # fmt: skip
+                           ({"steps": 0}, "sampling.steps must be at least 1"), ({"steps": 10**9}, "sampling.steps must be at most"),
+                           ({"guidance_interval": [5.0, 1.0]}, "LOW < HIGH"),
+                           ({"guidance_range": [1.0, 4.0]}, "is of students"), ({"student_steps": 8}, "is of students")):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             imm_model_config(configs.resolve({"sampling": sampling}), DataShape(32, 3))
+        if "sampler" not in sampling and "churn" not in sampling:
+            with pytest.raises(ConfigError, match=said):
+                teacher_model_config(teachers.resolve({"sampling": sampling}), DataShape(32, 3))
     for hidden in ({"conditional": True, "label_dropout": 0.0}, {"text": True, "caption_dropout": 0.0}):
         config = configs.resolve({"data": hidden, "sampling": {"guidance": 1.5}})
         with pytest.raises(ConfigError, match="sampling.guidance 1.5 needs .*set data.[a-z]*_dropout to 0.1"):

@@ -32,7 +32,7 @@ from ..networks.conditions import Condition, Labels
 from ..networks.text import BYTES
 from ..system.random import keys, normal, uniform
 from .flow_map_samplers import GRIDS, SAMPLERS, at, time_grid
-from .guidance import Guide, choose_guidance, evaluations
+from .guidance import Guide, check_guidance_defaults, choose_guidance, evaluations
 from .guidance_interval import visited, weights
 
 _LABEL, _NOISE = 1, 2  # purposes of random numbers; the noise of step i has _NOISE + i
@@ -194,6 +194,7 @@ def check_defaults(config: ModelConfig) -> None:
     defaults = config.sampling
     if defaults.steps is not None:
         check_steps(defaults.steps, "sampling.steps")
+    check_guidance_defaults(config)
     sampler = choose_sampler(config, defaults.sampler)
     student = defaults.schedule is not None, defaults.student_steps is not None
     if config.denoiser is None and any(student):

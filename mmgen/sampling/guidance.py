@@ -31,6 +31,13 @@ class Guide:
         return cls(str(path), opened.sha256, opened.build())
 
 
+def check_guidance_defaults(config: ModelConfig) -> None:
+    """Raises ConfigError where a model's own guidance is none that it can be sampled with. Its interval may wait for a weight."""
+    check_interval(config.sampling.guidance_interval, guidance=0.0)
+    if config.sampling.guidance_range and not is_told(config):
+        raise ConfigError("sampling.guidance_range is of students that are told their guidance, and this is none: leave it out")
+
+
 def choose_guidance(config: ModelConfig, settings: Any) -> tuple[float, Interval, float]:
     """The weight, the interval, and the weight again where nothing says whether the model knows the null, else 1.
 
