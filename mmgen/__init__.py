@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     PathOrName = str | os.PathLike
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = [
     "Labels", "__version__", "convert", "distill", "fid", "load", "neon", "pipeline", "train_imm", "train_teacher",
 ]  # fmt: skip
