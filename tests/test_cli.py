@@ -48,7 +48,7 @@ def test_help_shows_every_default_and_an_example(tmp_path):
         text = mmgen(command, "--help", cwd=tmp_path, COLUMNS="400").stdout
         assert f"Example: mmgen {command}" in text
     assert all(command in mmgen("--help", cwd=tmp_path).stdout for command in COMMANDS)
-    assert re.fullmatch(r"mmgen \d+\.\d+\.\d+\n", mmgen("--version", cwd=tmp_path).stdout)
+    assert re.fullmatch(r"mmgen \d+\.\d+\.\d+(\.dev\d+)?\n", mmgen("--version", cwd=tmp_path).stdout)
 
 
 def test_train_then_sample_then_train_on(tmp_path):

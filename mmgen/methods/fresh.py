@@ -18,8 +18,6 @@ def fresh_model_config(config: Any, shape: DataShape, latents_std: float, **own:
 
     Raises ConfigError where settings and data do not go together.
     """
-    if config.sampling.student_steps is not None:
-        raise ConfigError("sampling.student_steps is of students, and this model is none: for its default number of steps set sampling.steps")
     check_sizes(config.network, resolution=shape.resolution, channels=shape.channels)
     conditional, latents, guidance = config.data.conditional, shape.latents, config.sampling.guidance
     hidden = "caption_dropout" if config.data.text else "label_dropout" if conditional else None
