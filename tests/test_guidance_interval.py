@@ -57,7 +57,7 @@ def test_times_of_flow_maps_are_told_by_eta():
 @pytest.mark.parametrize("interval", [(1.0,), (2.0, 1.0), (-1.0, 2.0), (1.0, 2.0, 3.0)])
 def test_what_is_no_interval_is_named(interval):
     with pytest.raises(ConfigError, match="LOW,HIGH with 0 <= LOW < HIGH"):
-        check_interval(interval, 2.0)
+        check_interval(interval)
 
 
 @pytest.fixture(scope="module", params=[make_model, make_denoiser])

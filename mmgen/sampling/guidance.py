@@ -32,8 +32,8 @@ class Guide:
 
 
 def check_guidance_defaults(config: ModelConfig) -> None:
-    """Raises ConfigError where a model's own guidance is none that it can be sampled with. Its interval may wait for a weight."""
-    check_interval(config.sampling.guidance_interval, guidance=0.0)
+    """Raises ConfigError where a model's own interval is none, or its range is ignored. An interval without a weight waits for one."""
+    check_interval(config.sampling.guidance_interval)
     if config.sampling.guidance_range and not is_told(config):
         raise ConfigError("sampling.guidance_range is of students that are told their guidance, and this is none: leave it out")
 
@@ -57,7 +57,9 @@ def choose_guidance(config: ModelConfig, settings: Any) -> tuple[float, Interval
     interval = interval if guidance != 1 or settings.guidance_interval else ()
     if interval and is_told(config):
         raise ConfigError("this student was told its guidance in training, so an interval has no effect: leave guidance_interval out")
-    check_interval(interval, guidance)
+    check_interval(interval)
+    if interval and guidance == 1:
+        raise ConfigError("a guidance interval needs guidance: give --guidance 3, say, or leave the interval out")
     return guidance, interval, doubtful
 
 

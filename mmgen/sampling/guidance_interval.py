@@ -12,12 +12,10 @@ from ..errors import ConfigError
 Interval = tuple[float, ...]  # the ends in sigma / alpha; none at all: everywhere
 
 
-def check_interval(interval: Interval, guidance: float) -> None:
-    """Raises ConfigError for what is no interval, or has no effect."""
+def check_interval(interval: Interval) -> None:
+    """Raises ConfigError for what is no interval."""
     if interval and not (len(interval) == 2 and 0 <= interval[0] < interval[1]):
         raise ConfigError(f"the guidance interval must be two numbers LOW,HIGH with 0 <= LOW < HIGH (sigma), not {list(interval)}")
-    if interval and guidance == 1:
-        raise ConfigError("a guidance interval needs guidance: give --guidance 3, say, or leave the interval out")
 
 
 def weight_at(interval: Interval, guidance: float, sigma: float) -> float:
