@@ -46,7 +46,9 @@ def config_for(place, **changes):
 
 def run(place, out, reporter=None, **changes):
     AcceleratorState._reset_state(reset_partial_state=True)
-    return train(DISTILLATION, config_for(place, **changes), out, reporter or Quiet(), device="cpu")
+    outcome = train(DISTILLATION, config_for(place, **changes), out, reporter or Quiet(), device="cpu")
+    assert outcome.signal is None, "the tests were sent a signal, which ended a run before its end"
+    return outcome
 
 
 def task_for(place, **changes):

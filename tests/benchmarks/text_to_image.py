@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -86,11 +87,11 @@ def folder(size: Size) -> Path:
 
 def cached(size: Size, device: str) -> Run:
     place, number = folder(size), itertools.count()
-    encoding._PIXELS_TRIED = 16 * 32**2  # the VAE is tried on 16 images, as at 256 pixels
     parts, vae, name = pipeline_parts(str(place / "pipeline"), 32), load_vae(str(place / "pipeline"), device), str(place / "images")
 
     def once() -> None:
-        encode_source(resolve(name), vae, temporary_folder() / str(next(number)), EncodingSettings(32, text=True), name=name, pipeline=parts)
+        with mock.patch.object(encoding, "_PIXELS_TRIED", 16 * 32**2):  # the VAE is tried on 16 images, as at 256 pixels
+            encode_source(resolve(name), vae, temporary_folder() / str(next(number)), EncodingSettings(32, text=True), name=name, pipeline=parts)
 
     return once
 
