@@ -19,7 +19,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import forks
 import numpy as np
 
 TESTS = Path(__file__).parent
@@ -98,16 +98,9 @@ class Process:
     """The command at work in a folder, and how often its files have changed so far."""
 
     def __init__(self, job: Job, place: Path, folder: Path) -> None:
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent), "MMGEN_CACHE": str(place / "cache"),
-        }  # fmt: skip
         folder.mkdir(exist_ok=True)
         self.out, self.folder, self.started = folder / job.out, folder, time.monotonic()
-        self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mmgen", *job.command, str(self.out)],
-            cwd=place, env=environment, stdout=subprocess.DEVNULL, stderr=self.errors,
-        )  # fmt: skip
+        self.process = forks.Process("-m", "mmgen", *job.command, self.out, cwd=place, MMGEN_CACHE=str(place / "cache"))
         self.changes, self._seen = 0, names(folder)
 
     def until(self, changes: float, seconds: float) -> bool:
@@ -126,8 +119,7 @@ class Process:
         self.process.wait()
 
     def said(self) -> str:
-        self.errors.seek(0)
-        return self.errors.read()
+        return self.process.communicate()[1]
 
 
 def names(folder: Path) -> frozenset[str]:

@@ -7,13 +7,12 @@ import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from forks import Process
+
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -23,10 +22,8 @@ def on_terminal(
     """The exit status, and every line that was ever shown, those drawn over included, without colours."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TERM": "xterm", **environment}
-    for name in ("COLUMNS", "LINES", "NO_COLOR", "CI"):
-        environment.pop(name, None)
-    process = subprocess.Popen([sys.executable, *program, *arguments], cwd=cwd, env=environment, stdin=slave, stdout=slave, stderr=slave)
+    without = dict.fromkeys(("COLUMNS", "LINES", "NO_COLOR", "CI"))
+    process = Process(*program, *arguments, cwd=cwd, stdin=slave, stdout=slave, stderr=slave, **{"TERM": "xterm", **without, **environment})
     os.close(slave)
     shown, end = b"", time.monotonic() + timeout
     try:

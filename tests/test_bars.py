@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import ROOT
 from PIL import Image
-from terminal import ROOT, bars, on_terminal
+from terminal import bars, on_terminal
 from tiny_encoder import make_encoder
 from tiny_model import make_denoiser
 from tiny_vae import write_vae

@@ -1,12 +1,12 @@
 """The command line as a person meets it: help, version, one sentence for bad input, a short run from the shell."""
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,14 +20,7 @@ COMMANDS = ("train-imm", "train-teacher", "distill", "sample", "fid", "convert",
 
 
 def mmgen(*arguments, cwd, timeout=120, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "mmgen", *arguments],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    return forks.run("-m", "mmgen", *arguments, cwd=cwd, timeout=timeout, **{"COLUMNS": "200", **environment})
 
 
 def test_help_does_not_load_torch(tmp_path):

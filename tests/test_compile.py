@@ -1,11 +1,10 @@
 """Compilation: how often it happens, and that it changes no result. With a backend that only counts, so no C++ compiler is needed."""
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
@@ -100,8 +99,8 @@ def test_a_compiled_teacher_has_the_gradients_and_products_of_the_eager_one(netw
 @pytest.mark.slow
 def test_without_a_compiler_one_sentence_says_so(tmp_path):
     model = make_model(tmp_path / "model.safetensors", channels=1)
-    environment = {**os.environ, "PATH": "", "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "mmgen", "sample", str(model), "--num", "1", "--compile", "--out", str(tmp_path / "grid.png")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = {"PATH": "", "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    command = "-m", "mmgen", "sample", model, "--num", "1", "--compile", "--out", tmp_path / "grid.png"
+    done = forks.run(*command, **environment)
     assert done.returncode == 1 and done.stderr.startswith("error: torch.compile does not work here, leave out --compile: ")
     assert done.stderr.count("\n") == 1

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,7 +27,7 @@ def run(*command, cwd: Path, path: str = "") -> subprocess.CompletedProcess:
 
 
 def ablations(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return run(sys.executable, ABLATIONS, *arguments, cwd=cwd)
+    return forks.run(ABLATIONS, *arguments, cwd=cwd, timeout=600)
 
 
 def cells(text: str) -> list[list[str]]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,9 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments, cwd: Path) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MMGEN_CACHE": str(cwd / "cache"), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, ROOT / "examples/emoji_text.py", *arguments]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    result = forks.run(ROOT / "examples/emoji_text.py", *arguments, cwd=cwd, timeout=600, MMGEN_CACHE=str(cwd / "cache"))
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 

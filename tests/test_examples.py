@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import runpy
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 
 import mmgen
@@ -25,10 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(example: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, ROOT / "examples" / example, *arguments], cwd=cwd, capture_output=True, text=True, timeout=600,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    return forks.run(ROOT / "examples" / example, *arguments, cwd=cwd, timeout=600)
 
 
 def test_the_ablations_make_their_table(tmp_path):

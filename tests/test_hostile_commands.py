@@ -6,11 +6,11 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 import tokenize
 from pathlib import Path
 
+import forks
 import pytest
 from hostile import command, refused, tried
 from hostile_images import BAD, encoded, picture, zip_of
@@ -135,9 +135,7 @@ def test_processes(name, digits_model, tmp_path):
         "settings": ["train-imm", "--set", "network.model_channels=131072"], "a header": ["sample", "h.safetensors"],
     }[name]  # fmt: skip
     tried.append(name)
-    place = {"PYTHONPATH": str(Path(mmgen.__file__).parent.parent), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", LIMITED, *arguments], cwd=tmp_path, env={**os.environ, **place}, capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+    done = forks.run("-c", LIMITED, *arguments, cwd=tmp_path)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode in (1, 2, 3, 4, 5) and last.startswith("error: ") and "Traceback" not in done.stderr, done.stderr[
         -1000:

@@ -3,13 +3,12 @@
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -332,19 +331,11 @@ def test_parquet(place, tmp_path):
 # ------------------------------------------------------------ whole processes
 
 
-def start(place, out, *launcher, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    arguments = ["--data", "images", "--vae", "vae", "--out", str(out), "--batch-size", "5", "--device", "cpu"]
-    return subprocess.Popen(
-        [sys.executable, *(launcher or ("-c", RUN)), *arguments], cwd=place, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
-
-
-def finish(process):
-    stdout, stderr = process.communicate(timeout=120)
-    assert process.returncode == 0, stderr
-    return stdout, stderr
+def cache(place, out, *program):
+    arguments = "--data", "images", "--vae", "vae", "--out", out, "--batch-size", "5", "--device", "cpu"
+    done = forks.run(*program, *arguments, cwd=place)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +344,7 @@ def many(tmp_path_factory):
     folder = tmp_path_factory.mktemp("many")
     write_images(folder / "images", per_class=190)
     write_vae(folder / "vae")
-    stdout, stderr = finish(start(folder, folder / "one"))
+    stdout, stderr = cache(folder, folder / "one", "-c", RUN)
     assert "PSNR" in stdout and "measured normalisation" in stdout and "grey levels" in stderr
     assert json.loads(stderr.splitlines()[-1])["images"] == 570
     return folder
@@ -394,7 +385,6 @@ def test_killed_at_any_moment_and_resumed_is_the_same_bit_for_bit(many, tmp_path
 @pytest.mark.slow
 def test_two_processes_write_the_files_of_one(many, tmp_path):
     (tmp_path / "run.py").write_text(COUNTED)
-    launcher = "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "run.py")
-    stdout, _ = finish(start(many, tmp_path / "two", *launcher))
+    stdout, _ = cache(many, tmp_path / "two", *forks.TWO, tmp_path / "run.py")
     assert stdout.count("one of 2") == 2 and stdout.count("PSNR") == 1  # one process speaks
     assert digests(tmp_path / "two") == digests(many / "one")

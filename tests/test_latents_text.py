@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -226,11 +223,9 @@ def test_a_disk_too_small_is_said_before(place, tmp_path, monkeypatch):
     assert not list((tmp_path / "out").rglob("*.npy"))
 
 
-def command(place, out, *launcher):
-    given = ["--data", place / "images", "--pipeline", place / "pixart_alpha", "--resolution", "16", "--out", out, "--device", "cpu"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    given = [*(launcher or ("-c", RUN)), *map(str, given), "--batch-size", "4"]
-    return subprocess.Popen([sys.executable, *given], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def command(place, out, *program):
+    given = "--data", place / "images", "--pipeline", place / "pixart_alpha", "--resolution", "16", "--out", out, "--device", "cpu"
+    return forks.Process(*(program or ("-c", RUN)), *given, "--batch-size", "4")
 
 
 @pytest.mark.slow
@@ -243,14 +238,13 @@ def test_after_a_kill_and_with_two_processes_the_files_are_the_same(place, tmp_p
     process = command(place, tmp_path / "killed")
     while process.poll() is None and not (tmp_path / "killed/shards/000000.npy").is_file():
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
-    process.communicate()
     process = command(place, tmp_path / "killed")
     assert process.communicate(timeout=300) and process.returncode == 0
     assert digests(tmp_path / "killed") == whole
     (tmp_path / "run.py").write_text(RUN)
-    process = command(place, tmp_path / "two", "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "run.py"))
+    process = command(place, tmp_path / "two", *forks.TWO, tmp_path / "run.py")
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr[-2000:]
     assert digests(tmp_path / "two") == whole

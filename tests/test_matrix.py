@@ -4,15 +4,13 @@ another number of processes.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import matrix
 import pytest
 import torch
-from test_processes import TWO, relative_difference
+from test_processes import relative_difference
 
 from mmgen.training.checkpoint import load_checkpoint
 
@@ -26,8 +24,7 @@ RESUMED = ("alternating, unet", "alternating, unet, lora", "imm, dit, sharded")
 def two(tmp_path_factory) -> Path:
     """The checkpoints of two processes, a folder each case."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, *TWO, matrix.__file__, str(folder)]
-    launched = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
+    launched = forks.run(*forks.TWO, matrix.__file__, folder, timeout=900)
     assert launched.returncode == 0, launched.stderr[-3000:]
     return folder
 

@@ -1,12 +1,10 @@
 """Neon of latent models: their samples are latents for training, which no VAE decodes; and of any average of a run."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -76,7 +74,6 @@ def test_samples_are_the_latents_that_training_sees(model, tmp_path, no_vae, mon
     assert len(load_latents(tmp_path / "out")) == 50
 
 
-ROOT = Path(__file__).parents[1]
 TUNE = ("--num", "24", "--steps", "1", "--images", "64", "--lr", "1e-3", "--weight", "1", "--device", "cpu")
 
 
@@ -92,10 +89,7 @@ def test_two_processes_make_the_models_that_one_makes(place, tmp_path):  # noqa:
         status, shown = run("neon", tmp_path / name, *TUNE)
         assert status == 0, shown
         commands.append(["neon", str(tmp_path / f"{name}-two"), *TUNE])
-    launched = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", ROOT / "tests/several_commands.py", json.dumps(commands)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    launched = forks.run(*forks.TWO, forks.ROOT / "tests/several_commands.py", json.dumps(commands), cwd=tmp_path, timeout=300)
     assert launched.returncode == 0, launched.stdout[-2000:] + launched.stderr[:4000]
     assert json.loads((tmp_path / "process-1.json").read_text())["size"] == 2
     assert len(list((tmp_path / "pixels-two/neon/samples").glob("*.png"))) == 24

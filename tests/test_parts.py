@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -237,12 +235,9 @@ def test_groups_stay_together():
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path):
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     found = []
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
-        command = [sys.executable, *launcher, str(root / "tests/toy_task.py"), str(tmp_path / name)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    for name, launcher in (("one", ()), ("two", forks.TWO)):
+        result = forks.run(*launcher, forks.ROOT / "tests/toy_task.py", tmp_path / name, timeout=300)
         assert result.returncode == 0, result.stderr
         said = "".join(result.stdout.split())  # two may write into one line
         assert said == str(len(found) + 1) * (len(found) + 1)  # each process says how many they are

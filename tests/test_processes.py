@@ -5,14 +5,14 @@ test_latents.py; the commands sharded: test_sharding.py.
 """
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from forks import ROOT, TWO, run
 from safetensors.torch import load_file
 from tiny_inception import write_inception
 from tiny_model import make_denoiser
@@ -21,8 +21,6 @@ from mmgen.system.processes import COLLECTIVE_TIMEOUT
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
-TWO = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 TINY = ["--set", "network.model_channels=8", "--set", "network.channel_mult=[1]", "--set", "network.dropout=0.1"]
 DISTILL = ["distill", "--teacher", "teacher.safetensors", "--lr", "1e-3", "--set", "optimizer.warmup_images=16"]
 EVALUATE = ["--eval-num", "32", "--eval-every", "64", "--preview-every", "64"]
@@ -39,12 +37,9 @@ SCORES = {
 }
 
 
-def launch(folder: Path, launcher: list[str], commands: list[list[str]], cache: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MMGEN_CACHE": str(folder / cache)}
-    result = subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "tests/several_commands.py"), json.dumps(commands)],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+def launch(folder: Path, launcher: Sequence[str], commands: list[list[str]], cache: str) -> subprocess.CompletedProcess:
+    command = *launcher, ROOT / "tests/several_commands.py", json.dumps(commands)
+    result = run(*command, cwd=folder, timeout=600, MMGEN_CACHE=str(folder / cache))
     assert result.returncode == 0, result.stderr
     return result
 
@@ -149,12 +144,9 @@ def test_nobody_waits_in_a_collective_for_one_that_works_alone(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(20):
         Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i:03d}.png")
-    command = [*TWO, str(ROOT / "tests/slow_alone.py"), "--data", "images", "--preset", "digits-imm", "--unconditional", *TINY,
+    command = [*TWO, ROOT / "tests/slow_alone.py", "--data", "images", "--preset", "digits-imm", "--unconditional", *TINY,
                *SHARED, "--max-images", "32", "--eval-num", "0", "--out", "run"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MMGEN_CACHE": str(tmp_path / "cache")}
-    result = subprocess.run(
-        [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    result = run(*command, cwd=tmp_path, timeout=300, MMGEN_CACHE=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stderr
     for what in ("_write", "picture", "write_state"):
         assert result.stdout.count(f"alone: {what}") == 1, result.stdout

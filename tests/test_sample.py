@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from PIL import Image
@@ -275,20 +274,7 @@ def test_processes_share_the_work(model, tmp_path):
 
 @pytest.mark.slow
 def test_progress_lines(model, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "mmgen",
-        "sample",
-        model,
-        "--num",
-        "8",
-        "--out",
-        tmp_path / "out",
-        "--device",
-        "cpu",
-    ]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment())
+    done = forks.run("-m", "mmgen", "sample", model, "--num", "8", "--out", tmp_path / "out", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stderr.splitlines()[-1])
     assert line["images"] == line["of"] == 8 and line["images_per_second"] > 0

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -136,14 +137,7 @@ def test_what_was_drawn_before_a_failure_is_written(model, tmp_path, monkeypatch
 def test_a_stopped_run_leaves_whole_files_and_continues(model, tmp_path, stop):
     out = tmp_path / "out"
     command = ["sample", str(model), "--num", "150", "--out", str(out), "--batch-size", "1", "--device", "cpu"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmgen", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it is ignored where the tests run in the background
-    )
+    process = forks.Process("-m", "mmgen", *command)
     deadline = time.monotonic() + 60
     while len(list(out.glob("0*.png"))) < 10 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
@@ -43,8 +44,8 @@ def test_a_job_on_two_machines_trains_as_one_process(tmp_path):
     result = subprocess.run(["bash", str(ROOT / "examples/slurm.sh"), *TRAIN, str(tmp_path / "two")], env=played, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     assert "= 2 devices x 1 accumulation step x 8" in result.stderr
-    alone = [sys.executable, "-m", "mmgen", *TRAIN, str(tmp_path / "one"), "--device", "cpu"]
-    subprocess.run(alone, env=environment(tmp_path / "bin"), check=True, capture_output=True, timeout=400)
+    alone = forks.run("-m", "mmgen", *TRAIN, tmp_path / "one", "--device", "cpu", timeout=400)
+    assert alone.returncode == 0, alone.stderr
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all(torch.equal(value, two[key]) for key, value in one.items())
 

@@ -1,11 +1,10 @@
 """Sharded by FSDP2 over two processes, networks train to the weights of one process, and files are those of one."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,8 +16,6 @@ from mmgen.training.sharding import shard
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[1]
-TWO = ("-m", "torch.distributed.run", "--nproc_per_node", "2")
 on_cpu = pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 shards on GPUs only")
 TINY_DIT = ["network.kind=dit", "network.patch_size=2", "network.hidden_size=32", "network.depth=2", "network.num_heads=2"]
 IMM = [
@@ -28,19 +25,11 @@ IMM = [
 
 
 def run(cwd: Path, *command: str, launcher=(), fsdp: dict | None = None) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(fsdp or {})}
-    return subprocess.run(
-        [sys.executable, *launcher, "-m", "mmgen", *command],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return forks.run(*launcher, "-m", "mmgen", *command, cwd=cwd, timeout=300, **(fsdp or {}))
 
 
 def sharded(cwd: Path, *command: str) -> None:
-    result = run(cwd, *command, launcher=TWO, fsdp={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
+    result = run(cwd, *command, launcher=forks.TWO, fsdp={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})
     assert result.returncode == 0, result.stderr
     assert "= 2 device" in result.stderr  # the batch is shared by two
 
@@ -75,7 +64,7 @@ def test_bf16_sharded(tmp_path):
     command = [*IMM, "--max-images", "32", "--precision", "bf16", "--set", "run.eval_num=0", "--set", "run.log_every=1"]
     result = run(
         tmp_path, *command, "--batch-per-device", "auto", "--set", "run.gradient_checkpointing=true", "--out", "run",
-        launcher=TWO, fsdp={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+        launcher=forks.TWO, fsdp={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert "batch_per_device auto: 8 images in a pass (estimated" in result.stderr

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import original_files
 import pytest
 from broken_streams import KINDS
@@ -128,20 +129,10 @@ def test_without_python_between(tmp_path):
 # ---- hang-ups
 
 
-def on_a_terminal(arguments, folder) -> tuple[subprocess.Popen, int]:
+def on_a_terminal(arguments, folder) -> tuple[forks.Process, int]:
     """The command at a terminal of its own, which it controls; the other end of that."""
     ours, theirs = os.openpty()
-
-    def take_over():
-        os.setsid()
-        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mmgen", *arguments], cwd=folder, env=ENVIRONMENT, stdin=theirs, stdout=theirs, stderr=theirs,
-        preexec_fn=take_over,
-    )  # fmt: skip
+    process = forks.Process("-m", "mmgen", *arguments, cwd=folder, stdin=theirs, stdout=theirs, stderr=theirs, own_terminal=True)
     os.close(theirs)
     return process, ours
 
@@ -178,11 +169,8 @@ def test_a_terminal_that_hangs_up_saves_the_training(tmp_path):
 @pytest.mark.slow
 def test_nohup_is_obeyed(tmp_path):
     """A hang-up that is ignored stays so."""
-    command = [sys.executable, "-m", "mmgen", "train-imm", *TINY, *RUN, "--max-images", "320", "--out", "run"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
-    )  # fmt: skip
+    command = "-m", "mmgen", "train-imm", *TINY, *RUN, "--max-images", "320", "--out", "run"
+    process = forks.Process(*command, cwd=tmp_path, ignored=signal.SIGHUP)
     log = tmp_path / "run/log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text()):
         time.sleep(0.01)

@@ -1,13 +1,10 @@
 """IMM in a VAE's latent space: cache, train, sample, decode, with networks of random weights; and what is refused."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -127,9 +124,8 @@ def test_two_processes_score_latents_as_one(place, tmp_path):
                "--set", "network.hidden_size=16", "--set", "network.depth=1", "--set", "network.num_heads=2", "--precision", "fp32",
                "--eval-num", "40", "--eval-every", "16", "--set", "run.eval_steps=[1]", "--out"]  # fmt: skip
     values = []
-    for name, launcher in ("one", []), ("two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"]):
-        result = subprocess.run([sys.executable, *launcher, *command, str(tmp_path / name)], capture_output=True, text=True, timeout=500,
-                                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])})  # fmt: skip
+    for name, launcher in ("one", ()), ("two", forks.TWO):
+        result = forks.run(*launcher, *command, tmp_path / name, timeout=500)
         assert result.returncode == 0 and f"= {1 + (name == 'two')} device" in result.stderr, result.stderr  # who shares the batch
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         values.append([line["values"]["1"] for line in lines if "values" in line])

@@ -1,13 +1,11 @@
 """The training loop: resuming, exactness, accumulation. On the embedded digits with a tiny network."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -81,42 +79,22 @@ def test_resuming_gives_the_same_weights_bit_for_bit(tmp_path):
 @pytest.mark.slow
 def test_killed_at_any_moment_and_resumed_is_the_same_bit_for_bit(tmp_path):
     """SIGKILL in the middle of steps, saves and start-up; then the same command again."""
-    command = [
-        sys.executable,
-        "-m",
-        "mmgen",
-        "train-imm",
-        "--device",
-        "cpu",
-        "--config",
-        "tiny.toml",
-        "--preset",
-        "digits-imm",
-    ]
+    command = "-m", "mmgen", "train-imm", "--device", "cpu", "--config", "tiny.toml", "--preset", "digits-imm"
     (tmp_path / "tiny.toml").write_text(
         "[network]\nkind='unet'\nmodel_channels=8\nchannel_mult=[1,1]\nnum_blocks=1\nattn_resolutions=[4]\ndropout=0.1\n"
         "[train]\nbatch_size=16\nmax_images=1600\n[run]\ncheckpoint_every=32\neval_num=0\nlog_every=1\neval_steps=[1]\n"
     )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    options = {
-        "cwd": tmp_path,
-        "env": environment,
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.PIPE,
-        "text": True,
-    }
-    whole = subprocess.run([*command, "--out", "whole"], **options, timeout=120)
+    whole = forks.run(*command, "--out", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     log = tmp_path / "killed/log.jsonl"
     for moment, images in enumerate((100, 500, 1000)):
-        process = subprocess.Popen([*command, "--out", "killed"], **options)
+        process = forks.Process(*command, "--out", "killed", cwd=tmp_path)
         while process.poll() is None and not (log.exists() and f'"images": {images // 16 * 16},' in log.read_text()):
             time.sleep(0.01)
         time.sleep(0.013 * moment)
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-    last = subprocess.run([*command, "--out", "killed"], **options, timeout=120)
+        assert process.wait() == -signal.SIGKILL
+    last = forks.run(*command, "--out", "killed", cwd=tmp_path)
     assert last.returncode == 0, last.stderr
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     lines = [json.loads(line)["images"] for line in log.read_text().splitlines() if "loss" in json.loads(line)]
@@ -126,13 +104,8 @@ def test_killed_at_any_moment_and_resumed_is_the_same_bit_for_bit(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signals_save_and_end_with_the_usual_status(tmp_path, number, status):
-    command = [sys.executable, "-m", "mmgen", "train-imm", "--device", "cpu", "--out", "run", "--set", "run.log_every=1",
-               "--batch-size", "16"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # SIGINT is ignored where the tests run in the background
-    )  # fmt: skip
+    command = "-m", "mmgen", "train-imm", "--device", "cpu", "--out", "run", "--set", "run.log_every=1", "--batch-size", "16"
+    process = forks.Process(*command, cwd=tmp_path)
     log = tmp_path / "run/log.jsonl"
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 2):
         time.sleep(0.05)

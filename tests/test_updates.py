@@ -3,11 +3,10 @@
 import json
 import math
 import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -262,14 +261,9 @@ if there.is_main_process:
 @pytest.mark.slow
 def test_all_processes_leave_out_what_one_of_them_met(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     said = []
-    for size in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if size == 2 else []
-        result = subprocess.run(
-            [sys.executable, *launcher, "script.py", str(size), str(size)], cwd=tmp_path, env=environment, capture_output=True,
-            text=True, timeout=300,
-        )  # fmt: skip
+    for size, launcher in ((1, ()), (2, forks.TWO)):
+        result = forks.run(*launcher, "script.py", size, size, cwd=tmp_path, timeout=300, PYTHONPATH=f"{TESTS.parent}{os.pathsep}{TESTS}")
         assert result.returncode == 0, result.stderr
         said.append(result.stdout)
     assert said[0].startswith("['step 4 was left out: the loss of student is") and said[1].count("step 4 was left out") == 1
