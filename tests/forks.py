@@ -2,7 +2,7 @@
 
 `Process` and `run` take what follows `python` on a command line and do what it would do: `-m MODULE`, `-c CODE` or a file, with
 arguments. Everything but loading is that of a process of its own: folder, environment, streams, signals, exit status. What a start
-itself does is tested with real ones. The server begins with the first of them and ends with the tests.
+itself does is tested with real ones. The server begins with the first of them.
 
 `run(*TWO, ...)` is torchrun, whose two workers are forks as well: it starts this file in place of Python, which asks the server.
 """
@@ -121,9 +121,8 @@ def _folder() -> Path:
     (place / "python").chmod(0o700)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, __file__, "serve", str(place / "socket")]
-    server = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(folder.cleanup)
-    atexit.register(server.kill)
     assert server.stdout.readline() == "ready\n", "the server of forks did not begin"
     return place
 
@@ -149,7 +148,7 @@ def serve(address: str) -> dict[str, Any]:
     listening.listen(64)
     print("ready", flush=True)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait
-    while True:
+    while sys.stdin not in select.select([listening, sys.stdin], [], [])[0]:  # it is closed when the tests end, however they do
         connection, _ = listening.accept()
         _, descriptors, _, _ = socket.recv_fds(connection, 1, 4)
         if os.fork():
@@ -169,6 +168,7 @@ def serve(address: str) -> dict[str, Any]:
             os.dup2(descriptor, target)
             os.close(descriptor)
         return request
+    os._exit(0)
 
 
 def _watch(child: int, connection: socket.socket) -> None:
