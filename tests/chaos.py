@@ -26,10 +26,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import forks
 import numpy as np
 
 TESTS = Path(__file__).parent
+sys.path.insert(0, str(TESTS))
+import forks  # noqa: E402
 PHASES = ("start-up", "at work", "writing")
 KILLS_IN_A_ROW = 4  # of one output, before it may come to its end
 CPU = ["--device", "cpu"]
@@ -80,7 +81,6 @@ class Result:
 
 def prepare(place: Path) -> None:
     """What the commands read."""
-    sys.path.insert(0, str(TESTS))
     import original_files
     from golden import state
     from tiny_model import make_denoiser, make_model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from PIL import Image
 from tiny_model import NAMES, make_model
 from typer.testing import CliRunner
 
-import mmgen
 from mmgen.cli.sample import sample
 
 
@@ -45,10 +43,3 @@ def pixels(folder: Path) -> np.ndarray:
 
 def record(path: Path) -> dict:
     return json.loads(path.read_text())
-
-
-def environment() -> dict[str, str]:
-    """Of a subprocess: this checkout's package, one thread."""
-    root = str(Path(mmgen.__file__).parents[1])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -12,7 +12,7 @@ import forks
 import numpy as np
 import pytest
 from PIL import Image
-from sampled import colour_model, environment, model, pixels, record, run  # noqa: F401
+from sampled import colour_model, model, pixels, record, run  # noqa: F401
 from tiny_model import make_model
 
 import mmgen

@@ -7,8 +7,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import forks
@@ -17,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from sampled import colour_model, environment, model, pixels, record, run  # noqa: F401
+from sampled import colour_model, model, pixels, record, run  # noqa: F401
 
 import mmgen
 from mmgen.errors import ConfigError, MmgenError, ModelError
@@ -157,6 +155,5 @@ def test_a_stopped_run_leaves_whole_files_and_continues(model, tmp_path, stop):
 
 
 def test_exit_status_and_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "mmgen", "sample", str(tmp_path / "none.safetensors")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    done = forks.run("-m", "mmgen", "sample", tmp_path / "none.safetensors")
     assert done.returncode == 4 and done.stderr.startswith("error: there is no model at") and done.stderr.count("\n") == 1
