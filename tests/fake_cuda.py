@@ -157,8 +157,7 @@ class _Recording(TorchDispatchMode):
         if not there:
             return func(*args, **kwargs)  # arithmetic of the host has its results
         try:
-            with _fake:
-                out = func(*args, **kwargs)
+            out = _fake.dispatch(func, types, args, kwargs)
         except DataDependentOutputException:
             self.found.waits.append(f"{name} at {_place()}")
             return 0 if name == "_local_scalar_dense" else False
