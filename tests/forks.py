@@ -2,7 +2,7 @@
 
 `Process` and `run` take what follows `python` on a command line and do what it would do: `-m MODULE`, `-c CODE` or a file, with
 arguments. Everything but loading is that of a process of its own: folder, environment, streams, signals, exit status. What a start
-itself does is tested with real ones. The server begins with the first of them.
+itself does is tested with real ones. What libraries read of an environment when they are loaded is the server's: without the hub.
 
 `run(*TWO, ...)` is torchrun, whose two workers are forks as well: it starts this file in place of Python, which asks the server.
 """
@@ -53,7 +53,7 @@ class Process:
         None: without."""
         merged = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
         if "FORKS" not in merged:
-            merged |= {"FORKS": str(_folder() / "socket"), "PYTHON_EXEC": str(_folder() / "python")}
+            merged |= places()
         self.args, self.returncode = [sys.executable, *map(str, arguments)], None
         self._kept = [tempfile.TemporaryFile() if stream is None else None for stream in (stdout, stderr)]
         request = {
@@ -113,18 +113,19 @@ def _content(file: Any) -> str:
 
 
 @functools.cache
-def _folder() -> Path:
-    """Of the socket at which the server waits, and of what torchrun takes for Python."""
+def places() -> dict[str, str]:
+    """For an environment: where the server waits, and what torchrun takes for Python, as other programs may."""
     folder = tempfile.TemporaryDirectory(prefix="forks-")
     place = Path(folder.name)
     (place / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "{__file__}" ask "$@"\n')
     (place / "python").chmod(0o700)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hub")}  # its library reads them when it is loaded
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **hub}
     command = [sys.executable, __file__, "serve", str(place / "socket")]
     server = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(folder.cleanup)
     assert server.stdout.readline() == "ready\n", "the server of forks did not begin"
-    return place
+    return {"FORKS": str(place / "socket"), "PYTHON_EXEC": str(place / "python")}
 
 
 def ask(arguments: list[str]) -> int:
@@ -203,17 +204,17 @@ def begin(request: dict[str, Any]) -> None:
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     kind, *rest = request["arguments"]
-    places = [place for place in request["environment"].get("PYTHONPATH", "").split(os.pathsep) if place]
+    given = [place for place in request["environment"].get("PYTHONPATH", "").split(os.pathsep) if place]
     if kind in ("-m", "-c"):
         what, *rest = rest
-        sys.path[:2] = [os.getcwd(), *places]
+        sys.path[:2] = [os.getcwd(), *given]
         sys.argv = ["-c", *rest]
         if kind == "-m":
             runpy.run_module(what, run_name="__main__", alter_sys=True)
         else:
             exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
     else:
-        sys.path[:2] = [str(Path(kind).parent), *places]
+        sys.path[:2] = [str(Path(kind).parent), *given]
         sys.argv = [kind, *rest]
         runpy.run_path(kind, run_name="__main__")
 

@@ -21,7 +21,7 @@ QUICK = ("--seeds", "1", "--iterations", "2", "--teacher-iterations", "2", "--sa
 
 
 def run(*command, cwd: Path, path: str = "") -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **forks.places()}
     environment["PATH"] = os.pathsep.join(filter(None, (path, environment["PATH"])))
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
 
@@ -154,7 +154,7 @@ def test_the_chain_runs_as_typed(tmp_path):
     """Teacher, student, samples."""
     command = tmp_path / "bin/mmgen"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m mmgen "$@"\n')
+    command.write_text('#!/bin/sh\nexec "$PYTHON_EXEC" -m mmgen "$@"\n')
     command.chmod(0o755)
     few = ("--max-images", "256", "--batch-size", "64", "--eval-num", "0")
     few = (*few, "--set", "optimizer.warmup_images=64", "--set", "run.eval_steps=[8]")

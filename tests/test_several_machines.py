@@ -40,7 +40,8 @@ def test_a_job_on_two_machines_trains_as_one_process(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    played = environment(tmp_path / "bin", SLURM_NNODES="2", SLURM_JOB_NODELIST="[a-b]", GPUS="0", PORT=port, SCRIPT=str(ROOT / "examples/multi_node.sh"))
+    slurm = {"SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "[a-b]", "GPUS": "0", "PORT": port, "SCRIPT": str(ROOT / "examples/multi_node.sh")}
+    played = environment(tmp_path / "bin", **slurm, **forks.places())
     result = subprocess.run(["bash", str(ROOT / "examples/slurm.sh"), *TRAIN, str(tmp_path / "two")], env=played, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr
     assert "= 2 devices x 1 accumulation step x 8" in result.stderr
