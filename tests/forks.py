@@ -52,6 +52,7 @@ class Process:
         """The streams: descriptors. ignored: a signal. own_terminal: it controls that of stdin. environment: beyond that of the tests;
         None: without."""
         merged = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+        assert merged["OMP_NUM_THREADS"] == "1", "the server has read it already"
         if "FORKS" not in merged:
             merged |= places()
         self.args, self.returncode = [sys.executable, *map(str, arguments)], None

@@ -27,7 +27,6 @@ from mmgen.training.run_folder import RunFolder
 from mmgen.methods import IMM
 from mmgen.methods.run import train
 
-fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
 TESTS = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
 CPU = ["--device", "cpu"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sampled import run  # noqa: F401
+from sampled import run
 from tiny_model import awaken, make_denoiser, make_model
 from toy_distill import V
 
