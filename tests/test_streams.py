@@ -87,10 +87,7 @@ def results(place) -> dict[tuple[str, str], tuple[int, str]]:
     for name, kind in keys:
         arguments, done = COMMANDS[name]
         cases.append([kind, [name, *arguments, *([output(name, kind)] if done is not None else [])]])
-    script = subprocess.run(
-        [sys.executable, TESTS / "broken_streams.py", json.dumps(cases)], cwd=place, capture_output=True, text=True, timeout=900,
-        env={**ENVIRONMENT, "MMGEN_CACHE": str(place / "cache")},
-    )  # fmt: skip
+    script = forks.run(TESTS / "broken_streams.py", json.dumps(cases), cwd=place, timeout=900, MMGEN_CACHE=str(place / "cache"))
     assert script.returncode == 0, script.stderr
     return dict(zip(keys, json.loads(script.stdout), strict=True))
 

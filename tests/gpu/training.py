@@ -15,7 +15,8 @@ from .runs import command
 
 NARROW = ["network.model_channels=64", "train.batch_size=512", "optimizer.lr=4e-4", "train.ema_betas=[0.999]",
           "run.batch_per_device=512", "run.log_every=50"]  # fmt: skip
-TINY = ["network.model_channels=8", "network.num_blocks=1", "run.eval_steps=[1]", "train.batch_size=16", "run.batch_per_device=16", "run.log_every=1"]
+TINY = ["network.model_channels=8", "network.num_blocks=1", "network.attn_resolutions=[8]", "data.resolution=8", "run.eval_steps=[1]",
+        "train.batch_size=16", "run.batch_per_device=16", "run.log_every=1"]  # fmt: skip
 
 
 def training(device: str, small: bool, seconds: float, out: Path, data: str | None, features: str = "auto") -> dict[str, Any]:
