@@ -1,7 +1,7 @@
 """A script: commands of mmgen, each in a process of its own whose standard streams are closed, full, or a pipe that nobody reads.
 
 Takes a JSON list of [kind, [argument, ...]] and prints one of [exit status, what it wrote to a stream that works]. Those of ENDS end as
-Python ends, which flushes once more; the others as `tests/forks.py`, which runs this, in a tenth of the time.
+Python ends, which flushes once more; the others as `tests/forks.py` ends, which runs this, without the second that Python takes.
 """
 
 import io
