@@ -25,6 +25,19 @@ def test_how_a_command_ends(code, status, out, error):
     assert error in done.stderr and (error or not done.stderr)
 
 
+@pytest.mark.parametrize("how, said", [({}, ""), ({"FORKS_END": "as Python does"}, "taken apart")])
+def test_modules_are_taken_apart_only_where_that_is_asked_for(how, said):
+    code = """
+import os
+class Last:
+    def __del__(self, write=os.write):
+        write(1, b"taken apart")
+os.last = Last()
+"""
+    done = forks.run("-c", code, **how)
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+
+
 def test_the_folder_the_arguments_and_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("GONE", "1")
     code = "import os, sys; print(os.getcwd(), sys.argv[1:], os.environ['GIVEN'], 'GONE' in os.environ)"
