@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from functools import partial
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

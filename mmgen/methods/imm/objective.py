@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data import DataShape
 from ...diffusion.preconditioning import preconditioning
